@@ -1,0 +1,34 @@
+# Everything runs in .venv, which the project's own files build. `make demo` and `make test` need nothing set up before.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup test lint smoke bench demo clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[mpi,dev]"
+	touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+smoke: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/smoke.sh
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/training_step.py
+
+demo: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/demo.py
+
+clean:
+	rm -rf runs build dist *.egg-info

@@ -1,0 +1,218 @@
+"""Checkpoints: one folder per step, written under a temporary name and renamed when complete.
+
+    RUN/config.yaml
+    RUN/checkpoints/step_00010000/{config.yaml, model.safetensors, ema_0.9999.safetensors, training_state.pt, classes.json}
+
+Weights are safetensors with ADM's keys plus ours. Foreign `.pt` files are read with weights_only=True: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import UserError
+
+OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.")  # what an MT model has beyond ADM's keys
+_STEP = re.compile(r"step_(\d{8,})$")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    config_yaml: str,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    training_state: Mapping[str, Any],
+    classes: Sequence[str] | None,
+    keep: int = 0,
+) -> Path:
+    """Write RUN/checkpoints/step_NNNNNNNN with `weights` {file stem: state dict}, then drop all but the newest `keep`.
+
+    On any error the half-written folder is removed, older checkpoints stay, and a UserError says why.
+    """
+    folder = run / "checkpoints"
+    final, temporary = folder / f"step_{step:08d}", folder / f".tmp_step_{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".tmp_step_*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        (temporary / "config.yaml").write_text(config_yaml)
+        (temporary / "classes.json").write_text(json.dumps(list(classes) if classes else None))
+        for stem, state in weights.items():
+            contiguous = {key: value.detach().to("cpu").contiguous() for key, value in state.items()}
+            save_file(contiguous, str(temporary / f"{stem}.safetensors"))
+        torch.save(dict(training_state), temporary / "training_state.pt")
+        for file in temporary.iterdir():
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are intact"
+        ) from None
+    if keep:
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- finding
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    found = [entry for entry in (run / "checkpoints").glob("step_*") if _STEP.search(entry.name) and entry.is_dir()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(_STEP.search(checkpoint.name).group(1))
+
+
+def find_weights(path: str | Path, ema: str = "") -> Path:
+    """The weights file that `--model_path` means: a file, or the chosen file of a checkpoint or of a run's newest checkpoint.
+
+    ema: '' takes the slowest average there is, 'none' the raw weights, '0.9999' that rate.
+    """
+    path = Path(path)
+    if not str(path) or str(path) == ".":
+        raise UserError("--model_path is missing: name a run folder, a checkpoint folder or a weights file")
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not (path / "model.safetensors").exists():
+        found = checkpoints(path)
+        if not found:
+            raise UserError(f"{path}: holds no complete checkpoint (checkpoints/step_*/model.safetensors)")
+        path = found[-1]
+    if ema == "none":
+        return path / "model.safetensors"
+    averages = sorted(path.glob("ema_*.safetensors"), key=lambda file: float(file.stem[4:]))
+    rates = [file.stem[4:] for file in averages]
+    if ema and ema not in rates:
+        raise UserError(f"{path}: has no averaged weights '{ema}'; there are {', '.join(rates) or 'none'}")
+    if ema:
+        return path / f"ema_{ema}.safetensors"
+    return averages[-1] if averages else path / "model.safetensors"
+
+
+def read_config(weights: Path) -> dict[str, Any] | None:
+    """The configuration beside a weights file; None for a foreign file without one."""
+    file = weights.parent / "config.yaml"
+    if not file.exists():
+        return None
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # OmegaConf and PyYAML raise many kinds
+        raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]})") from None
+
+
+def read_classes(checkpoint: Path) -> list[str] | None:
+    """Class names by id, as they were in training; None without classes."""
+    file = checkpoint / "classes.json"
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError:
+        raise UserError(f"{file}: is damaged (not JSON)") from None
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_state(path: Path) -> Any:
+    """Tensors of a .safetensors or a .pt file, on the CPU. Raises UserError for a damaged file or one that holds code."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).splitlines()[0][:160] if str(error) else "not a weights file"
+        raise UserError(f"{path}: refused, it is damaged or holds objects other than tensors ({first})") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is truncated or no weights file ({reason})") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict {key: tensor}. Raises UserError where the file holds something else, such as an optimiser's state."""
+    state = read_state(path)
+    if (isinstance(state, dict) and "param_groups" in state) or (isinstance(state, dict) and "optimizer" in state):
+        raise UserError(
+            f"{path}: holds an optimiser's state, not a model; give the model*.pt, ema*.pt or .safetensors file"
+        )
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict of tensors")
+    return state
+
+
+def load_weights(model: nn.Module, path: Path, *, allow_new: bool = False) -> list[str]:
+    """Load a weights file into `model`; float16 files are widened.
+
+    allow_new: keys of ours (heads, condition inputs) may be missing, as in ADM's released files; the new inputs are then set
+    to zero, so that the model's output is the loaded one's exactly. Returns the new keys. Raises UserError naming what differs.
+    """
+    state = read_weights(path)
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    new = [key for key in missing if key.startswith(OWN_PREFIXES)]
+    extra = [key for key in state if key not in own and not (allow_new and key.startswith(OWN_PREFIXES))]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
+    absent = [key for key in missing if not (allow_new and key in new)]
+    for what, keys in (("lacks", absent), ("has unknown", extra)):
+        if keys:
+            raise UserError(
+                f"{path}: another architecture: it {what} {len(keys)} of the model's {len(own)} entries, first '{keys[0]}'; "
+                "compare the model flags"
+            )
+    if shapes:
+        key = shapes[0]
+        raise UserError(
+            f"{path}: another architecture: '{key}' is {list(state[key].shape)} there and {list(own[key].shape)} here "
+            f"({len(shapes)} such entries); compare the model flags"
+        )
+    model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    with torch.no_grad():
+        for key in new:
+            if key.startswith("condition_in."):
+                model.get_parameter(key).zero_()
+    return new
+
+
+def adm_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict that ADM's own code loads: the U-Net without heads and condition inputs."""
+    return {key: value for key, value in state.items() if not key.startswith(OWN_PREFIXES)}
+
+
+def differing_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """'key (saved value there, wanted value here)' for every key of `wanted` that was saved with another value."""
+    return [f"{k} ({saved[k]} there, {v} here)" for k, v in wanted.items() if k in saved and saved[k] != v]

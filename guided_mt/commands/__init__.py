@@ -1,0 +1,1 @@
+"""The commands: parse, build, run. scripts/ and the console commands call their `console`."""

@@ -1,0 +1,68 @@
+"""What every command shares: one-line errors with exit code 2, logging from the main process, the configuration printed first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ..checkpoint import differing_keys, find_weights, read_config
+from ..config import Config, parse
+from ..distributed import Processes
+from ..errors import UserError
+from ..tasks import MODEL_SECTIONS
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run `main` as a program: UserError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        # The others may wait in a collective that this process never joins: leave at once, so that the launcher ends them.
+        os._exit(code)
+    sys.exit(code)
+
+
+def announce(config: Config, processes: Processes, *lines: str) -> bool:
+    """Print the resolved configuration on the main process; True where `--dry_run` says to stop here."""
+    if processes.is_main:
+        print(config.to_yaml(), end="", flush=True)
+        for line in lines:
+            print(f"# {line}", flush=True)
+    return config.dry_run
+
+
+def with_saved_config(argv: Sequence[str], sections: Sequence[type], description: str) -> Config:
+    """Parse over the configuration saved beside `--model_path`; a flag that contradicts the saved network is an error.
+
+    A foreign file (ADM's .pt) has none, so its flags have to be given, as in ADM.
+    """
+    if "--help" in argv or "-h" in argv:
+        return parse(argv, sections, description=description)
+    first = parse(argv, sections, description=description)
+    saved = read_config(find_weights(first.model_path, first.ema)) or {}
+    # What a run was trained with is no default for where and how to sample.
+    own = {field for section in sections if section not in MODEL_SECTIONS for field in section.__dataclass_fields__}
+    base = {key: value for key, value in saved.items() if key not in own and key != "timestep_respacing"}
+    config = parse(argv, sections, description=description, base=base)
+    free = ("precision", "use_fp16", "use_checkpoint", "compile", "timestep_respacing", "dropout", "sigma_small")
+    model = {k: v for k, v in config.as_dict(*MODEL_SECTIONS).items() if k in config.given and k not in free}
+    different = differing_keys(base, model)
+    if different:
+        raise UserError(
+            f"{first.model_path}: was trained with other settings: {', '.join(different)}; leave these flags out"
+        )
+    return config

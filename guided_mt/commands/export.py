@@ -1,0 +1,44 @@
+"""Write a model's weights as ADM's own code loads them: a .pt state dict without heads and condition inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import adm_state_dict, find_weights, read_weights
+from ..config import option, parse
+from ..errors import UserError
+from .console import run
+
+
+@dataclass
+class ExportConfig:
+    """Export"""
+
+    model_path: str = option("", "run folder, checkpoint folder or weights file")
+    ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
+    out: str = option("", "the .pt file to write")
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse(argv, (ExportConfig,), description=__doc__)
+    if not config.out.endswith(".pt"):
+        raise UserError("--out is missing: the .pt file to write")
+    weights = find_weights(config.model_path, config.ema)
+    state = read_weights(weights)
+    exported = adm_state_dict(state)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".tmp_{out.name}")
+    torch.save(exported, temporary)
+    os.replace(temporary, out)
+    left = sorted({key.split(".")[0] for key in state} - {key.split(".")[0] for key in exported})
+    print(f"{out}: {len(exported)} tensors from {weights}; left out: {', '.join(left) or 'nothing'}")
+
+
+def console() -> None:
+    run(main)

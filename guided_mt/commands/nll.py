@@ -1,0 +1,131 @@
+"""Bits per dimension of images under a trained model, and the four terms of Theorem 1 one by one (ADM's image_nll.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .. import distributed
+from ..config import SampleConfig, option
+from ..data import load_images, open_source
+from ..errors import UserError
+from ..generate import Generator, output_path
+from ..images import from_uint8, save_npz
+from ..masks import make_mask
+from ..random import SampleStreams
+from ..tasks import MODEL_SECTIONS, build_diffusion
+from .console import announce, run, with_saved_config
+
+
+@dataclass
+class NllConfig:
+    """What to evaluate"""
+
+    data_dir: str = option("", "images: folder, .tar or .zip, .npz, or builtin:digits-test")
+    num_samples: int = option(1000, "how many images, from the first")
+    mask: str = option(
+        "", "masked images to give or to put into the frame (patches:M, half, full); empty: as in training"
+    )
+
+
+SECTIONS = (SampleConfig, NllConfig, *MODEL_SECTIONS)
+
+
+def main(argv: Sequence[str]) -> None:
+    config = with_saved_config(argv, SECTIONS, __doc__)
+    processes = distributed.setup(config.device)
+    out = output_path(config, "nll.npz")
+    if announce(config, processes, f"writing {out}"):
+        return
+    if not config.data_dir:
+        raise UserError("--data_dir is missing: the images to evaluate")
+    generator = Generator.load(config, processes.device)
+    loaded = load_images(
+        open_source(config.data_dir, class_names=generator.classes), config.image_size, config.num_samples
+    )
+    if config.class_cond and loaded.labels is None:
+        raise UserError(f"{config.data_dir}: has no classes, which this class-conditional model needs")
+    diffusion = build_diffusion(config, config.timestep_respacing)
+    count = len(loaded.images)
+    starts = range(0, count, config.batch_size)[processes.rank :: processes.world_size]
+    columns: dict[str, list[torch.Tensor]] = {}
+    for start in tqdm(starts, unit="batch", disable=not processes.is_main):
+        part = slice(start, min(start + config.batch_size, count))
+        images = from_uint8(loaded.images[part].to(processes.device))
+        labels = loaded.labels[part].to(processes.device) if config.class_cond else None
+        streams = SampleStreams(0, torch.arange(part.start, part.stop), device=processes.device)
+        for name, values in bound_terms(config, generator, diffusion, images, labels, streams).items():
+            columns.setdefault(name, []).append(values.float())
+    names = sorted(columns) if columns else []
+    table = torch.stack([torch.cat(columns[name]) for name in names], dim=1) if names else torch.zeros(0, 1)
+    rows = gather_rows(processes, table, count, config.batch_size)
+    if processes.is_main:
+        save_npz(out, {name: rows[:, i].numpy() for i, name in enumerate(names)})
+        for i, name in enumerate(names):
+            values = rows[:, i].double()
+            error = float(values.std() / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+            print(f"{name:24s} {values.mean():10.4f} +- {error:.4f}")
+        print(f"{out}: one value per image, {count} images, {diffusion.num_timesteps} timesteps")
+    processes.close()
+
+
+def bound_terms(
+    config, generator: Generator, diffusion, images, labels, streams: SampleStreams
+) -> dict[str, torch.Tensor]:
+    """Theorem 1 per image [B]: L0_prior, L1_denoising, L3_decoder and their sum in bits per dimension; L2 per modality, the mean
+    over timesteps of KL_i in the unit of its loss (mean squared error or nats)."""
+    modalities, form_x = generator.modalities, generator.model.variant == "X"
+    data = {}
+    for name, modality in modalities.items():
+        if config.mask:
+            keep = make_mask(config.mask, config.image_size, modality.patch, streams)
+            data[name] = images * keep
+        else:
+            data[name] = modality.from_batch(images, labels, streams)
+    kl = {name: torch.zeros(len(images), device=images.device) for name in modalities}
+
+    def on_predictions(predictions, t) -> None:
+        for name, modality in modalities.items():
+            kl[name] += modality.loss(predictions[name], data[name]) / diffusion.num_timesteps
+
+    terms = diffusion.calc_bpd_loop(
+        partial(generator.model, y=labels),
+        images,
+        config.clip_denoised,
+        {"modalities": data if form_x else {}},
+        encodings={} if form_x else {name: m.encode(data[name]) for name, m in modalities.items()},
+        noise_fn=lambda step: streams.normal(*images.shape[1:]),
+        on_predictions=on_predictions,
+    )
+    vb = terms["vb"]
+    result = {"total_bpd": terms["total_bpd"], "L0_prior_bpd": terms["prior_bpd"], "L3_decoder_bpd": vb[:, 0]}
+    return result | {"L1_denoising_bpd": vb[:, 1:].sum(dim=1)} | {f"L2_{name}": values for name, values in kl.items()}
+
+
+def gather_rows(processes, table: torch.Tensor, count: int, batch_size: int) -> torch.Tensor:
+    """The processes' rows [n_r, K] back in the order of the images: [count, K] on every process."""
+    if processes.world_size == 1:
+        return table.cpu()
+    batches = math.ceil(count / batch_size)
+    most = math.ceil(batches / processes.world_size) * batch_size
+    columns = int(processes.all_gather(torch.tensor([table.shape[1]], device=processes.device)).max())
+    padded = torch.zeros(most, columns, device=processes.device)
+    padded[: len(table), : table.shape[1]] = table
+    gathered = processes.all_gather(padded).view(processes.world_size, most, columns).cpu()
+    rows = []
+    for number in range(batches):
+        first = number // processes.world_size * batch_size
+        rows.append(
+            gathered[number % processes.world_size, first : first + min(batch_size, count - number * batch_size)]
+        )
+    return torch.cat(rows)
+
+
+def console() -> None:
+    run(main)

@@ -1,0 +1,150 @@
+"""Restore masked images with MT-Diffusion, or with the methods it is compared with in Table 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .. import distributed
+from ..checkpoint import find_weights
+from ..config import SampleConfig, option
+from ..data import load_images, open_source
+from ..errors import UserError
+from ..generate import Generator, output_path, parse_seeds
+from ..images import from_uint8, make_grid, save_png, to_nhwc, to_uint8
+from ..masks import make_mask
+from ..random import SampleStreams
+from ..restoration import METHODS, restore
+from ..sharded import content_hash, run_sharded
+from ..tasks import MODEL_SECTIONS
+from .console import announce, run, with_saved_config
+
+SHOWN = 10
+
+
+@dataclass
+class RestoreConfig:
+    """What to restore, and how"""
+
+    data_dir: str = option("", "images to mask and restore: folder, .tar or .zip, .npz, or builtin:digits-test")
+    num_samples: int = option(100, "how many images, from the first")
+    mask: str = option("patches:10", "patches:M, half, full, or image FILE (white is masked)")
+    method: str = option("mt", "mt: MT-Diffusion; the others are Table 1's", METHODS)
+    strength: float = option(0.5, "sdedit: how far to noise the masked image, 0 to 1")
+    repaint_resamples: int = option(10, "repaint: passes over every stretch of ten steps")
+    exact_known: bool = option(False, "paste the unmasked pixels back; off, since the model is to keep them by itself")
+
+
+SECTIONS = (SampleConfig, RestoreConfig, *MODEL_SECTIONS)
+
+
+def main(argv: Sequence[str]) -> None:
+    config = with_saved_config(join_mask(argv), SECTIONS, __doc__)
+    processes = distributed.setup(config.device)
+    out = output_path(
+        config, f"restored_{config.method}_{config.mask.replace(':', '').split('/')[-1].replace(' ', '_')}.npz"
+    )
+    if announce(config, processes, f"writing {out}"):
+        return
+    if not config.data_dir:
+        raise UserError("--data_dir is missing: the images to restore")
+    if not 0 < config.strength <= 1:
+        raise UserError(f"--strength must be above 0 and at most 1, not {config.strength}")
+    generator = Generator.load(config, processes.device)
+    loaded = load_images(
+        open_source(config.data_dir, class_names=generator.classes), config.image_size, config.num_samples
+    )
+    count = len(loaded.images)
+    if config.class_cond and loaded.labels is None:
+        raise UserError(f"{config.data_dir}: has no classes, which this class-conditional model needs")
+    seeds = parse_seeds(config.seeds, count)
+    patch = config.mask_patch if config.mask_patch > 0 else max(1, config.image_size // 4)
+
+    def make(batch: range) -> dict[str, np.ndarray]:
+        part, own = slice(batch.start, batch.stop), torch.tensor(seeds[batch.start : batch.stop])
+        x_start = from_uint8(loaded.images[part].to(processes.device))
+        labels = loaded.labels[part].to(processes.device) if config.class_cond else None
+        # The mask's numbers are a stream of their own (index 3): the same masks for every method and sampler.
+        keep = make_mask(config.mask, config.image_size, patch, SampleStreams(own, index=3, device=processes.device))
+        masked = x_start * keep
+        restored = restore(
+            config.method,
+            generator,
+            config[SampleConfig],
+            masked,
+            keep,
+            own.tolist(),
+            labels,
+            strength=config.strength,
+            repaint_resamples=config.repaint_resamples,
+        )
+        if config.exact_known:
+            restored = torch.where(keep > 0, x_start, restored)
+        arrays = {"arr_0": to_nhwc(restored), "original": to_nhwc(x_start), "masked": to_nhwc(masked)}
+        arrays["restored"] = arrays["arr_0"]
+        return arrays | {"mask": to_uint8(1 - 2 * keep)[:, 0].cpu().numpy()}  # 255 where masked
+
+    signature = {**config.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
+    signature |= {"images": content_hash(loaded.images.numpy())}
+    arrays = run_sharded(out, count, config.batch_size, processes, signature, make)
+    if processes.is_main:
+        save_png(triples(arrays), out.with_suffix(".png"))
+        report(arrays, config.exact_known)
+        print(f"{out}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
+        print(f"{out.with_suffix('.png')}: original, masked and restored, row by row")
+    processes.close()
+
+
+def join_mask(argv: Sequence[str]) -> list[str]:
+    """'--mask image FILE' is three words for one value."""
+    argv = list(argv)
+    for i in range(len(argv) - 2):
+        if argv[i] == "--mask" and argv[i + 1] == "image" and not argv[i + 2].startswith("--"):
+            argv[i + 1 : i + 3] = [f"image {argv[i + 2]}"]
+            break
+    return argv
+
+
+def triples(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """A picture of three rows: original, masked, restored."""
+    rows = [arrays[name][: 2 * SHOWN] for name in ("original", "masked", "restored")]
+    blocks = [np.concatenate([row[i : i + SHOWN] for row in rows]) for i in range(0, len(rows[0]), SHOWN)]
+    return np.concatenate(
+        [make_grid(block, columns=len(block) // 3) for block in blocks if len(block) == len(blocks[0])]
+    )
+
+
+def region_errors(arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """Errors on the scale [-1, 1] over all images: mean squared in the masked region, mean absolute outside."""
+    mask = arrays["mask"][..., None] > 127
+    original, restored, masked = (arrays[n].astype(np.float64) / 127.5 - 1 for n in ("original", "restored", "masked"))
+    inside = np.broadcast_to(mask, original.shape)
+    errors = {}
+    if inside.any():
+        errors["masked_mse"] = float(((restored - original) ** 2)[inside].mean())
+        errors["masked_mse_unrestored"] = float(((masked - original) ** 2)[inside].mean())
+    if not inside.all():
+        errors["unmasked_mae"] = float(np.abs(restored - original)[~inside].mean())
+    return errors
+
+
+def report(arrays: dict[str, np.ndarray], exact_known: bool) -> None:
+    errors = region_errors(arrays)
+    if "masked_mse" in errors:
+        print(
+            f"masked region: mean squared error {errors['masked_mse']:.4f} (left masked: {errors['masked_mse_unrestored']:.4f})"
+        )
+    if "unmasked_mae" in errors:
+        how = (
+            "pasted back by --exact_known"
+            if exact_known
+            else "kept by the model itself; --exact_known True pastes them back"
+        )
+        print(f"unmasked region: mean absolute error {errors['unmasked_mae']:.4f} of a range of 2 ({how})")
+
+
+def console() -> None:
+    run(main)

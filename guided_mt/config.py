@@ -1,0 +1,307 @@
+"""One dataclass per concern: the source of flags, help, YAML presets, the saved configuration and its validation.
+
+Flags keep ADM's spelling (`--learn_sigma True`). Values come from, later ones winning: the dataclass, the checkpoint (when
+sampling), `--preset NAME`, the command line. Unknown keys are errors that name the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from .aggregation import WEIGHTS
+from .errors import UserError, nearest
+from .gaussian_diffusion import SCHEDULES
+from .resample import SCHEDULE_SAMPLERS
+from .samplers import CONDITIONINGS, SAMPLERS
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is a flag of its own name."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices and tuple(choices)})
+
+
+@dataclass
+class ModelConfig:
+    """Model (ADM's flags)"""
+
+    image_size: int = option(64, "side of the square images, in pixels")
+    num_channels: int = option(128, "width of the first level")
+    num_res_blocks: int = option(2, "residual blocks per level")
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1")
+    num_heads_upsample: int = option(-1, "attention heads while upsampling; -1: as num_heads")
+    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads")
+    attention_resolutions: str = option("16,8", "feature map sizes with attention")
+    channel_mult: str = option("", "width of each level as multiples of num_channels; empty: by image_size")
+    dropout: float = option(0.0, "dropout rate in the residual blocks")
+    class_cond: bool = option(False, "give the network the class of each image")
+    num_classes: int = option(1000, "size of the class embedding with class_cond True")
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory")
+    use_scale_shift_norm: bool = option(True, "FiLM-like conditioning in the residual blocks")
+    resblock_updown: bool = option(False, "residual blocks for up- and downsampling")
+    use_fp16: bool = option(False, "ADM's name for --precision fp16")
+    use_new_attention_order: bool = option(False, "split q, k, v before the heads")
+    precision: str = option(
+        "fp32", "network arithmetic; norms, output and losses stay float32", ("fp32", "bf16", "fp16")
+    )
+    compile: bool = option(False, "run the network through torch.compile")
+
+
+@dataclass
+class DiffusionConfig:
+    """Diffusion (ADM's flags)"""
+
+    learn_sigma: bool = option(False, "learn the reverse variances (hybrid loss)")
+    sigma_small: bool = option(False, "without learn_sigma: the posterior variance instead of beta")
+    diffusion_steps: int = option(1000, "T")
+    noise_schedule: str = option("linear", "beta schedule", SCHEDULES)
+    timestep_respacing: str = option(
+        "", "timesteps to keep: '250', 'ddim25', '10,15,20' or 'frame50'; training uses all"
+    )
+    use_kl: bool = option(False, "train on the variational bound")
+    predict_xstart: bool = option(False, "predict z_0 instead of the noise")
+    rescale_timesteps: bool = option(False, "tell the network timesteps on the scale 0..1000")
+    rescale_learned_sigmas: bool = option(False, "scale the bound of the hybrid loss by T/1000")
+
+
+@dataclass
+class MTConfig:
+    """Multi-modal diffusion"""
+
+    mt_task: str = option("none", "second kind of data: none, masked")
+    mt_variant: str = option("X", "U: the network sees z_t alone; X: it is also given the second modality", ("U", "X"))
+    mt_weights: str = option("paper", "aggregation weights w_t", WEIGHTS)
+    mt_loss_weight: float = option(0.1, "lambda of eq. 6; 0 trains the purely conditional twin")
+    mt_drop_prob: float = option(0.0, "share of samples trained as pure generation")
+
+
+@dataclass
+class DataConfig:
+    """Data"""
+
+    data_dir: str = option("", "folder, .tar or .zip of images, .npz, or builtin:digits")
+    random_crop: bool = option(False, "random instead of centre crops")
+    random_flip: bool = option(True, "mirror half of the images")
+    data_workers: int = option(2, "decoding processes per training process")
+
+
+@dataclass
+class TrainConfig:
+    """Training"""
+
+    log_dir: str = option(
+        "", "folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/TASK-SIZE"
+    )
+    total_steps: int = option(1_000_000, "optimiser steps of the whole run")
+    batch_size: int = option(-1, "images per process and pass; -1: global_batch_size / processes")
+    global_batch_size: int = option(-1, "images per step over all processes; -1: batch_size * processes")
+    microbatch: int = option(-1, "images per forward pass, accumulating gradients; -1: batch_size")
+    lr: float = option(1e-4, "learning rate of AdamW")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    lr_warmup_steps: int = option(0, "steps of linear warm-up")
+    lr_anneal_steps: int = option(0, "steps over which the rate falls linearly to 0; 0: constant")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    ema_rate: str = option("0.9999", "comma-separated rates of the averaged weights")
+    schedule_sampler: str = option("uniform", "how training timesteps are drawn", SCHEDULE_SAMPLERS)
+    fp16_scale_growth: float = option(1e-3, "growth per step of log2 of the fp16 loss scale")
+    log_interval: int = option(10, "steps between log lines")
+    save_interval: int = option(10_000, "steps between checkpoints")
+    keep_checkpoints: int = option(0, "how many checkpoints to keep; 0: all")
+    sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none")
+    resume_checkpoint: str = option("", "weights to start from: an ADM .pt, a run, a checkpoint or a weights file")
+    seed: int = option(0, "seed of initialisation, data order, noise and masks")
+    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
+    dry_run: bool = option(False, "print the resolved configuration and the model's size, then stop")
+
+
+@dataclass
+class SampleConfig:
+    """Sampling"""
+
+    model_path: str = option("", "run folder, checkpoint folder or weights file (.safetensors, ADM's .pt)")
+    out: str = option("", "the .npz to write; a .png grid is put beside it. Empty: inside the run folder")
+    batch_size: int = option(16, "samples per forward pass")
+    sampler: str = option("dpm++", "rule of each step", SAMPLERS)
+    steps: int = option(50, "sampling steps, whatever the model was trained with; timestep_respacing overrides it")
+    eta: float = option(0.0, "noise of the ddim sampler: 0 is deterministic")
+    use_ddim: bool = option(False, "ADM's name for --sampler ddim")
+    clip_denoised: bool = option(True, "clip the predicted z_0 to [-1, 1]")
+    seeds: str = option("", "one seed per sample, as '0-99' or '3,5,10-20'; empty: 0, 1, 2, ...")
+    ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
+    mt_condition: str = option(
+        "own-head", "how form U uses a known modality", [c for c in CONDITIONINGS if c != "network"]
+    )
+    mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule")
+    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
+    dry_run: bool = option(False, "print the resolved configuration, then stop")
+
+
+class Config:
+    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `given` are the keys named by the user."""
+
+    def __init__(self, sections: Sequence[Any], given: frozenset[str] = frozenset()):
+        self._sections = {type(section): section for section in sections}
+        self.given = given
+
+    def __getitem__(self, section: type) -> Any:
+        return self._sections[section]
+
+    def __getattr__(self, name: str) -> Any:
+        for section in self.__dict__.get("_sections", {}).values():
+            if name in section.__dataclass_fields__:
+                return getattr(section, name)
+        raise AttributeError(name)
+
+    def sections(self) -> list[Any]:
+        return list(self._sections.values())
+
+    def as_dict(self, *sections: type) -> dict[str, Any]:
+        """{key: value} of the named sections, or of all."""
+        chosen = sections or tuple(self._sections)
+        return {key: value for s in chosen for key, value in dataclasses.asdict(self._sections[s]).items()}
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
+
+
+def parse(
+    argv: Sequence[str],
+    sections: Sequence[type],
+    *,
+    description: str,
+    base: Mapping[str, Any] | None = None,
+    presets: bool = False,
+) -> Config:
+    """Command line -> Config. `base`: values of a checkpoint, over the dataclasses' defaults; its other keys are ignored.
+
+    Raises UserError for an unknown flag or preset key (naming the nearest), a value of the wrong type, and a bad choice.
+    `--help` prints every flag with its default and exits.
+    """
+    fields = {f.name: f for section in sections for f in dataclasses.fields(section)}
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.error = _refuse
+    seen: set[str] = set()
+    for section in sections:
+        group = parser.add_argument_group(section.__doc__.strip())
+        for field in dataclasses.fields(section):
+            if field.name not in seen:  # a flag that two sections share is one flag
+                seen.add(field.name)
+                text = field.metadata["help"] + (
+                    f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+                )
+                group.add_argument(
+                    f"--{field.name}", default=field.default, metavar=_word(field), help=text.replace("%", "%%")
+                )
+    if presets:
+        parser.add_argument("--preset", default="", metavar="NAME", help=f"named settings: {', '.join(preset_names())}")
+        parser.add_argument(
+            "--config", default="", metavar="FILE", help="YAML of flags, e.g. another run's config.yaml"
+        )
+
+    # Only what was typed: defaults are suppressed so that the checkpoint's and the preset's values can come in between.
+    typed, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(seen)))
+    for word in unknown:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0]
+            raise UserError(f"unknown flag --{name}{nearest(name, [*seen, 'preset'])}; --help lists all")
+        raise UserError(f"don't know what to do with '{word}'; flags are written --name value")
+    values = {key: value for key, value in (base or {}).items() if key in fields}
+    if presets:
+        for source, content in ((typed.preset, load_preset), (typed.config, _load_yaml)):
+            if source:
+                values.update(_known(content(source), fields, source))
+    given = {name: getattr(typed, name) for name in seen if getattr(typed, name) is not None}
+    values.update(given)
+    resolved = {name: _convert(fields[name], value) for name, value in values.items()}
+    made = [
+        section(**{f.name: resolved[f.name] for f in dataclasses.fields(section) if f.name in resolved})
+        for section in sections
+    ]
+    return Config(made, frozenset(given))
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _word(field: dataclasses.Field) -> str:
+    return {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}[_type_name(field)]
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    return field.type if isinstance(field.type, str) else field.type.__name__
+
+
+def _convert(field: dataclasses.Field, value: Any) -> Any:
+    kind = _type_name(field)
+    try:
+        if kind == "bool":
+            result = value if isinstance(value, bool) else _BOOLEANS[str(value).strip().lower()]
+        elif kind == "int":
+            if (isinstance(value, (bool, float)) and int(value) != value) or isinstance(value, bool):
+                raise ValueError
+            result = int(value)
+        elif kind == "float":
+            result = float(value)
+        else:
+            result = "" if value is None else str(value)
+    except (ValueError, KeyError, TypeError):
+        wanted = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text"}[kind]
+        raise UserError(f"--{field.name} takes {wanted}, not '{value}'") from None
+    choices = field.metadata["choices"]
+    if choices and result not in choices:
+        raise UserError(f"--{field.name}: '{result}' is none of {', '.join(choices)}{nearest(result, choices)}")
+    return result
+
+
+_BOOLEANS = {
+    word: word in ("yes", "true", "t", "y", "1")
+    for word in ["yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"]
+}
+
+
+def _known(values: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{source}: unknown key '{key}'{nearest(key, fields)}")
+    return dict(values)
+
+
+def preset_names() -> list[str]:
+    folder = resources.files("guided_mt") / "presets"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The flags of presets/NAME.yaml. Raises UserError for an unknown name."""
+    if name not in preset_names():
+        raise UserError(
+            f"unknown preset '{name}'{nearest(name, preset_names())}; there are {', '.join(preset_names())}"
+        )
+    return _parse_yaml((resources.files("guided_mt") / "presets" / f"{name}.yaml").read_text(), name)
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _parse_yaml(file.read(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except Exception as error:  # OmegaConf and PyYAML raise many kinds; all mean the same to the user
+        raise UserError(f"{source}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: a YAML file of 'key: value' lines is expected")
+    return content

@@ -1,0 +1,116 @@
+"""Images that come as arrays: .npz files as ADM writes them, and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guided_mt.data.sources import ArraySource, check_classes
+from guided_mt.errors import UserError, nearest
+
+BUILTIN = ("digits", "digits-test")
+_DIGITS_HELD_OUT = 5  # every fifth digit is held out
+
+
+class NpzSource(ArraySource):
+    """ADM's sample files and batches: arr_0 uint8 [N, H, W, 3], and maybe arr_1, class ids [N]."""
+
+    file: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by its path: a mapped array would be pickled with all its pixels
+        return open_npz, (self.path, self.file, self.class_names or None)
+
+
+def open_npz(path: str, file: Path, class_names: Sequence[str] | None) -> NpzSource:
+    """Open an .npz; an uncompressed one is mapped, not read. Raises UserError for another layout, type or length."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" not in found:
+                raise UserError(f"{file}: no array arr_0 (it has {', '.join(found) or 'none'}); save it as arr_0")
+            images = _load(file, archive, "arr_0")
+            labels = _load(file, archive, "arr_1") if "arr_1" in found else None
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, struct.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: not a whole .npz file ({error}); copy or write it again") from error
+    _check_images(file, images)
+    names: list[str] = []
+    if labels is not None:
+        labels, names = _check_labels(file, labels, len(images), class_names)
+    source = NpzSource(path, images, labels, names)
+    source.file = file.absolute()
+    return source
+
+
+def open_builtin(path: str, class_names: Sequence[str] | None) -> ArraySource:
+    """builtin:digits (four fifths of scikit-learn's digits) or builtin:digits-test (each fifth): 8x8 pixels, grey."""
+    name = path.removeprefix("builtin:")
+    if name not in BUILTIN:
+        raise UserError(f"{path}: no such built-in data{nearest(name, BUILTIN)}; there is builtin:{BUILTIN[0]}")
+    from sklearn.datasets import load_digits  # here: a second to import, and only digits need it
+
+    digits = load_digits()
+    held_out = np.arange(len(digits.images)) % _DIGITS_HELD_OUT == 0
+    chosen = held_out if name == "digits-test" else ~held_out
+    images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)[..., None]  # the scans have 17 levels
+    labels = digits.target[chosen].astype(np.int64)
+    found = [str(digit) for digit in range(10)]
+    known = found if class_names is None else list(class_names)
+    check_classes(path, found, known)
+    ids = np.array([known.index(digit) for digit in found], dtype=np.int64)
+    return ArraySource(path, images, ids[labels], known)
+
+
+def _load(file: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array. Pickled ones are refused by their header, before anything of them is read."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(member)
+        if dtype.hasobject:
+            raise UserError(f"{file}: {name} holds pickled objects, which are never loaded; save a plain array")
+        header_bytes = member.tell()
+    if info.compress_type != zipfile.ZIP_STORED or 0 in shape:
+        with np.load(file, allow_pickle=False) as arrays:
+            return arrays[name]
+    with file.open("rb") as handle:
+        handle.seek(info.header_offset + 26)
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", handle.read(4)))
+    return np.memmap(file, dtype, "r", start + header_bytes, shape, order="F" if fortran else "C")
+
+
+def _check_images(file: Path, images: np.ndarray) -> None:
+    shape = list(images.shape)
+    if images.ndim == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+        raise UserError(f"{file}: arr_0 is {shape}, channels first; save images.transpose(0, 2, 3, 1)")
+    if images.ndim != 4 or shape[3] not in (1, 3):
+        raise UserError(f"{file}: arr_0 is {shape}; images must be [N, height, width, 3]")
+    if images.dtype != np.uint8:
+        raise UserError(f"{file}: arr_0 is {images.dtype}; images must be uint8, 0 to 255")
+    if 0 in shape:
+        raise UserError(f"{file}: arr_0 is {shape}: no images")
+
+
+def _check_labels(
+    file: Path, labels: np.ndarray, count: int, class_names: Sequence[str] | None
+) -> tuple[np.ndarray, list[str]]:
+    """(int64 ids [N], names). Names have equal length, so that they sort as their ids do."""
+    if labels.shape != (count,):
+        raise UserError(f"{file}: arr_1 is {list(labels.shape)} for {count} images; it must be one class id per image")
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise UserError(f"{file}: arr_1 must be class ids 0, 1, 2, ... (it is {labels.dtype}, from {labels.min()})")
+    labels = labels.astype(np.int64)
+    largest = int(labels.max())
+    if class_names is None:
+        return labels, [str(i).zfill(len(str(largest))) for i in range(largest + 1)]
+    if largest >= len(class_names):
+        raise UserError(f"{file}: class id {largest} in arr_1, but there are {len(class_names)} saved classes")
+    return labels, list(class_names)

@@ -1,0 +1,209 @@
+"""Which image stands at which position of the training stream, decoding, and what happens to broken images."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from guided_mt.data.sources import ImageSource
+from guided_mt.data.transforms import center_crop_arr, random_crop_arr
+from guided_mt.errors import UserError
+
+logger = logging.getLogger("guided_mt")
+
+CACHE_BYTES = 256 * 2**20  # array sources up to this size are converted once and kept
+_ORDER, _CROP = 0, 1  # independent random streams of one seed
+
+
+def random_words(stream: int, seed: int, number: int, count: int) -> np.ndarray:
+    """uint64 [count], a pure function of its arguments.
+
+    Raw Philox words: numpy promises them for good, unlike the methods of Generator.
+    """
+    key = np.array([seed % 2**64, number], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=[0, 0, 0, stream]).random_raw(count)
+
+
+class StreamOrder:
+    """The image at each position p of an endless stream: permutation(seed, p // n)[p % n], each once per epoch."""
+
+    def __init__(self, n: int, seed: int):
+        self.n = n
+        self.seed = seed
+        self._permutations: dict[int, np.ndarray] = {}  # epoch: int64 [n]; the last two
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Image numbers [b] for global sample positions [b], both int64."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.n)
+        result = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            result[chosen] = self._permutation(int(epoch))[within[chosen]]
+        return result
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            while len(self._permutations) >= 2:
+                del self._permutations[next(iter(self._permutations))]
+            words = random_words(_ORDER, self.seed, epoch, self.n)
+            self._permutations[epoch] = np.argsort(words, kind="stable")
+        return self._permutations[epoch]
+
+
+class BrokenImage(Exception):
+    """An image that does not decode; the message says why."""
+
+
+def decode(source: ImageSource, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
+    """Image number `index`, centre-cropped, or cropped at random by three `uniforms`: uint8 [3, H, W].
+
+    Raises BrokenImage.
+    """
+    try:
+        image = source.read(index)
+        if uniforms is None:
+            array = center_crop_arr(image, image_size)
+        else:
+            array = random_crop_arr(image, image_size, uniforms=uniforms)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged bytes; the warning gives the reason
+        raise BrokenImage(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    return array.transpose(2, 0, 1)
+
+
+class BrokenTally:
+    """The broken images known so far: one warning each, and an end to it when over 1 % are broken."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+        self.limit = broken_limit(len(source))
+        self.broken: set[int] = set()
+
+    def add(self, index: int, reason: str) -> None:
+        """Raises UserError when there are too many."""
+        if index in self.broken:
+            return
+        self.broken.add(index)
+        name = self.source.name(index)
+        logger.warning("%s: image %s is broken and left out (%s)", self.source.path, name, reason)
+        if len(self.broken) > self.limit or len(self.broken) == len(self.source):
+            raise UserError(
+                f"{self.source.path}: {len(self.broken)} of {len(self.source)} images are broken, over 1 %, "
+                f"the last one {name} ({reason}); repair or remove them"
+            )
+
+
+def broken_limit(count: int) -> int:
+    """How many of `count` images may be broken: 1 %, and one at least."""
+    return max(1, count // 100)
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """The part of each global batch that one process trains on: positions step * global_batch + rank * b + 0..b-1."""
+
+    global_batch: int
+    rank: int = 0
+    world_size: int = 1
+
+    def positions(self, step: int) -> np.ndarray:
+        """Global sample positions, int64 [b]."""
+        size = self.global_batch // self.world_size
+        start = step * self.global_batch + self.rank * size
+        return np.arange(start, start + size, dtype=np.int64)
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """Item k is this rank's batch of training step k: a pure function of (seed, k), wherever it is computed."""
+
+    def __init__(
+        self, source: ImageSource, image_size: int, *, seed: int, part: RankSlice, random_crop: bool, cache: bool
+    ):
+        self.source = source
+        self.image_size = image_size
+        self.part = part
+        self.order = StreamOrder(len(source), seed)
+        self.random_crop = random_crop
+        self._broken: dict[int, str] = {}  # image number: reason; known to this process
+        self._cache: np.ndarray | None = None
+        if cache:
+            self._cache = np.empty((len(source), 3, image_size, image_size), dtype=np.uint8)
+            self._cached = np.zeros(len(source), dtype=bool)
+
+    def __getitem__(self, step: int) -> dict[str, object]:
+        """images uint8 [b, 3, H, W], indices and positions int64 [b], broken [(image number, reason)]."""
+        positions = self.part.positions(step)
+        indices = self.order.indices(positions)
+        images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
+        broken: list[tuple[int, str]] = []
+        for k, (index, position) in enumerate(zip(indices.tolist(), positions.tolist(), strict=True)):
+            indices[k] = self._fill(images[k], index, position, broken)
+        return {
+            "images": torch.from_numpy(images),
+            "indices": torch.from_numpy(indices),
+            "positions": torch.from_numpy(positions),
+            "broken": broken,
+        }
+
+    def _fill(self, out: np.ndarray, index: int, position: int, broken: list[tuple[int, str]]) -> int:
+        """Put image `index`, or the next one that is not broken, into `out` [3, H, W]; returns its number.
+
+        Notes broken ones in `broken`, and stops at one more than are allowed: the tally then ends the run.
+        """
+        for _ in range(broken_limit(len(self.source)) + 1):
+            try:
+                out[...] = self._image(index, position)
+                return index
+            except BrokenImage as error:
+                self._broken[index] = str(error)
+                broken.append((index, str(error)))
+            index = (index + 1) % len(self.source)
+        return index
+
+    def _image(self, index: int, position: int) -> np.ndarray:
+        if index in self._broken:
+            raise BrokenImage(self._broken[index])
+        if self.random_crop:
+            words = random_words(_CROP, self.order.seed, position, 3)
+            return decode(self.source, index, self.image_size, (words >> np.uint64(11)) * 2.0**-53)
+        if self._cache is None:
+            return decode(self.source, index, self.image_size)
+        if not self._cached[index]:
+            self._cache[index] = decode(self.source, index, self.image_size)
+            self._cached[index] = True
+        return self._cache[index]
+
+
+class LoadedImages(NamedTuple):
+    """Images in the source's order: uint8 [n, 3, H, W], class ids int64 [n] or None, and their names."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    names: list[str]
+
+
+def load_images(source: ImageSource, image_size: int, limit: int | None = None, offset: int = 0) -> LoadedImages:
+    """Images number offset to offset + limit (None: to the end), centre-cropped, in order, for evaluation.
+
+    Broken ones are left out with a warning. Raises UserError where over 1 % are, or the range is empty.
+    """
+    numbers = range(len(source))[offset : None if limit is None else offset + limit]
+    if not numbers:
+        raise UserError(f"{source.path}: no image from number {offset} on; it has {len(source)}")
+    tally = BrokenTally(source)
+    images = np.empty((len(numbers), 3, image_size, image_size), dtype=np.uint8)
+    kept: list[int] = []
+    for index in numbers:
+        try:
+            images[len(kept)] = decode(source, index, image_size)
+            kept.append(index)
+        except BrokenImage as error:
+            tally.add(index, str(error))
+    labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
+    return LoadedImages(torch.from_numpy(images[: len(kept)]), labels, [source.name(i) for i in kept])

@@ -1,0 +1,158 @@
+"""The training stream: batches of images for one process, decoded ahead by worker processes."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import signal
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch.utils.data import DataLoader
+
+from guided_mt.data.dataset import CACHE_BYTES, BrokenTally, RankSlice, StepDataset
+from guided_mt.data.sources import ImageSource
+from guided_mt.errors import UserError
+
+
+@dataclass
+class Batch:
+    """One process's part of a global batch of b samples."""
+
+    images: torch.Tensor  # uint8 [b, 3, H, W]
+    labels: torch.Tensor | None  # int64 [b], None where the data has no classes
+    positions: torch.Tensor  # int64 [b], global sample positions: step * global_batch + i
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch on `device`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {k: None if v is None else v.to(device, non_blocking=non_blocking) for k, v in tensors.items()}
+        return Batch(**moved)
+
+
+class ImageStream:
+    """Iterable over the batches of steps start_step, start_step + 1, ..., total_steps - 1 (None: without end).
+
+    A batch is a pure function of (source, image_size, seed, global sample positions): not of num_workers, and the
+    ranks' batches put together not of world_size. To resume is to start at another step; there is no state to save.
+    Raises UserError where the source is smaller than a global batch, or the batch does not divide by world_size; while
+    iterating, where over 1 % of the images turn out broken. Use as a context manager, or call close(), to end early.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        total_steps: int | None = None,
+        random_crop: bool = False,
+        num_workers: int = 2,
+        pin_memory: bool | None = None,
+    ):
+        if global_batch < 1 or global_batch % world_size:
+            raise UserError(
+                f"a global batch of {global_batch} does not divide by {world_size} processes; "
+                f"take --global_batch_size {max(1, round(global_batch / world_size)) * world_size}"
+            )
+        if len(source) < global_batch:
+            raise UserError(
+                f"{source.path}: {len(source)} images are fewer than a global batch of {global_batch}; "
+                f"lower --global_batch_size"
+            )
+        self.source = source
+        # workers would only copy what is an array already
+        in_process = source.is_array and not random_crop and len(source) * 3 * image_size**2 <= CACHE_BYTES
+        self.dataset = StepDataset(
+            source,
+            image_size,
+            seed=seed,
+            part=RankSlice(global_batch, rank, world_size),
+            random_crop=random_crop,
+            cache=in_process,
+        )
+        self.num_workers = 0 if in_process else num_workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.start_step = start_step
+        self.total_steps = total_steps
+        self.tally = BrokenTally(source)
+        self._iterators: list[Iterator[dict[str, object]]] = []
+        _open_streams.add(self)
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps: range | itertools.count[int]
+        if self.total_steps is None:
+            steps = itertools.count(self.start_step)
+        else:
+            steps = range(self.start_step, self.total_steps)
+        loader = DataLoader(
+            self.dataset,
+            sampler=steps,
+            batch_size=None,  # an item is a batch
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_main if self.num_workers else None,
+            prefetch_factor=4 if self.num_workers else None,
+            generator=torch.Generator(),  # or each start would draw from the global generator
+        )
+        iterator = iter(loader)
+        self._iterators.append(iterator)
+        try:
+            for item in iterator:
+                yield self._batch(item)
+        finally:
+            if iterator in self._iterators:
+                self._iterators.remove(iterator)
+                _stop(iterator)
+
+    def _batch(self, item: dict[str, object]) -> Batch:
+        for index, reason in item["broken"]:
+            self.tally.add(index, reason)
+        labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[item["indices"].numpy()])
+        if labels is not None and self.pin_memory:
+            labels = labels.pin_memory()
+        return Batch(item["images"], labels, item["positions"])
+
+    def close(self) -> None:
+        """Stop the worker processes. Called at exit for every stream that is still open."""
+        while self._iterators:
+            _stop(self._iterators.pop())
+
+    def __enter__(self) -> ImageStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _leave_signals_to_main(_: int) -> None:
+    """Launchers send SIGTERM and Ctrl-C to workers too; these must live on while the main process saves.
+
+    They end when the main process closes the stream, or within seconds of its death (DataLoader's watchdog).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _stop(iterator: object) -> None:
+    """End a DataLoader iterator's workers now, by force where they are stuck (they ignore SIGTERM)."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+
+
+_open_streams: weakref.WeakSet[ImageStream] = weakref.WeakSet()
+
+
+@atexit.register  # after torch.utils.data was imported, so it runs before that marks Python as shutting down
+def _close_streams() -> None:
+    for stream in list(_open_streams):
+        stream.close()

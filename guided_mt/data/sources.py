@@ -1,0 +1,142 @@
+"""What an image source is, and how its class ids follow from file names."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from guided_mt.errors import UserError, nearest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+
+
+class ImageSource:
+    """A numbered set of images. The numbers are the same on each machine. Picklable, and safe after fork and spawn."""
+
+    path: str  # as the user wrote it
+    labels: np.ndarray | None  # int64 [N], or None: no classes
+    class_names: list[str]  # class_names[id]; empty where labels is None
+    is_array: bool = False  # uint8 arrays already: reading costs next to nothing
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image | np.ndarray:
+        """One image: a PIL image, or uint8 [H, W, 3]. Raises anything at all where the file is broken."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The file's path within the source, with "/" between the parts."""
+        raise NotImplementedError
+
+
+class ArraySource(ImageSource):
+    """Images that are one uint8 array [N, H, W, 3] (or [N, H, W, 1], grey), and maybe ids [N]."""
+
+    is_array = True
+
+    def __init__(self, path: str, images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str]):
+        self.path = path
+        self.images = images
+        self.labels = labels
+        self.class_names = list(class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> np.ndarray:
+        return np.broadcast_to(self.images[index], (*self.images.shape[1:3], 3))
+
+    def name(self, index: int) -> str:
+        stem = f"{index:08d}.png"
+        return stem if self.labels is None else f"{self.class_names[self.labels[index]]}/{stem}"
+
+
+class FileSource(ImageSource):
+    """Images that are files of a folder or archive; subclasses say how the bytes of file number i are read."""
+
+    def __init__(self, path: str, names: Sequence[str], class_names: Sequence[str] | None):
+        self.path = path
+        self.names = list(names)
+        self.labels, self.class_names = class_ids(path, self.names, class_names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read_bytes(self, index: int) -> bytes:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.read_bytes(index)))
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+
+class ProcessFile:
+    """A file for reading that each process opens for itself: a handle shared over fork would share its position."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.path.abspath(path)
+        self._handle: BinaryIO | None = None
+        self._pid = -1
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes at byte `offset`. Raises EOFError where the file ends before."""
+        if self._handle is None or self._pid != os.getpid():
+            self._handle, self._pid = open(self.path, "rb"), os.getpid()  # noqa: SIM115
+        self._handle.seek(offset)
+        content = self._handle.read(size)
+        if len(content) != size:
+            raise EOFError(f"{self.path} ends before byte {offset + size}")
+        return content
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_handle": None, "_pid": -1}
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a "/"-separated name is an image to read: the suffix, no dotfile, no macOS resource fork."""
+    if not name.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def class_of_each(names: Sequence[str]) -> list[str] | None:
+    """The class of each file: its parent folder where all files have one, else ADM's prefix NAME_..., else None."""
+    parents = [name.rpartition("/")[0].rpartition("/")[2] for name in names]
+    if all(parents):
+        return parents
+    parts = [name.rpartition("/")[2].partition("_") for name in names]
+    if all(prefix and underscore for prefix, underscore, _ in parts):
+        return [prefix for prefix, _, _ in parts]
+    return None
+
+
+def class_ids(
+    path: str, names: Sequence[str], class_names: Sequence[str] | None
+) -> tuple[np.ndarray | None, list[str]]:
+    """(int64 ids [N] or None, class names). Ids are ranks of the sorted names, or places in `class_names`."""
+    classes = class_of_each(names)
+    if classes is None:
+        return None, []
+    known = sorted(set(classes)) if class_names is None else list(class_names)
+    check_classes(path, set(classes), known)
+    rank = {name: i for i, name in enumerate(known)}
+    return np.array([rank[name] for name in classes], dtype=np.int64), known
+
+
+def check_classes(path: str, found: Iterable[str], known: Sequence[str]) -> None:
+    """Raises UserError for a class of the data that is not among the known ones."""
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(
+            f"{path}: class {unknown[0]!r}{more} is not one of the {len(known)} saved classes"
+            f"{nearest(unknown[0], known)}; rename it, or leave it out of the data"
+        )

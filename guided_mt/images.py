@@ -1,0 +1,55 @@
+"""Between tensors in [-1, 1] and what people look at: uint8 arrays, PNG grids, ADM's .npz files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] -> uint8, as ADM rounds (down)."""
+    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def to_nhwc(x: Tensor) -> np.ndarray:
+    """float [B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]."""
+    return to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def make_grid(images: np.ndarray, columns: int, gap: int = 2, least: int = 64) -> np.ndarray:
+    """uint8 [N, H, W, 3] row by row into one picture; images under `least` pixels are enlarged by a whole factor."""
+    factor = max(1, least // images.shape[1])
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, channels = images.shape
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(images):  # a few dozen pictures at most
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(picture: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+
+
+def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write all arrays under a temporary name, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp_{path.name}")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)

@@ -1,0 +1,94 @@
+"""What a run reports: means per interval, per task and per timestep quartile, to a line, progress.csv and TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+QUARTILES = 4  # as ADM's log: q0 has the first quarter of the timesteps
+
+
+class Averages:
+    """Sums on the device of several values per sample; the host sees them only when asked."""
+
+    def __init__(self, names: Sequence[str], num_timesteps: int, device: torch.device):
+        self.names, self.num_timesteps = list(names), num_timesteps
+        self.sums = torch.zeros(1 + QUARTILES, len(names), device=device)
+        self.counts = torch.zeros_like(self.sums)
+
+    def add(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
+        """t [B]; values, kept [B, names]: kept 0 leaves a value out."""
+        quartile = torch.nn.functional.one_hot(t * QUARTILES // self.num_timesteps, QUARTILES).to(values.dtype)
+        groups = torch.cat([torch.ones_like(quartile[:, :1]), quartile], dim=1).T  # (5, B)
+        kept = kept * torch.isfinite(values)
+        self.sums += groups @ (torch.nan_to_num(values) * kept)
+        self.counts += groups @ kept
+
+    def pop(self) -> dict[str, float]:
+        """{name: mean, name_q0: ...}, nan where nothing was seen; starts anew."""
+        means = (self.sums / self.counts).cpu()  # 0 / 0 is nan, on purpose
+        self.sums.zero_()
+        self.counts.zero_()
+        suffixes = ["", *(f"_q{q}" for q in range(QUARTILES))]
+        return {name + s: float(means[i, j]) for j, name in enumerate(self.names) for i, s in enumerate(suffixes)}
+
+
+class Reporter:
+    """Writes rows of one run on the main process. A resumed run first drops the rows after the step it resumes from."""
+
+    def __init__(self, run: Path, columns: Sequence[str], total_steps: int, start_step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.columns, self.total_steps = list(columns), total_steps
+        file = run / "progress.csv"
+        rows: list[dict[str, str]] = []
+        if file.exists():
+            with open(file, newline="") as old:
+                rows = [
+                    row
+                    for row in csv.DictReader(old)
+                    if (row.get("step") or "").isdigit() and int(row["step"]) <= start_step
+                ]
+        self._file = open(file, "w", newline="")  # noqa: SIM115 - open for the whole run
+        self._csv = csv.DictWriter(self._file, self.columns, extrasaction="ignore", restval="")
+        self._csv.writeheader()
+        self._csv.writerows(rows)
+        self._file.flush()
+        self._board = SummaryWriter(str(run), purge_step=start_step + 1 if start_step else None)
+        self._live = sys.stderr.isatty()
+        self._started, self._start_step = time.monotonic(), start_step
+
+    def row(self, values: dict[str, float]) -> None:
+        self._csv.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in values.items()})
+        self._file.flush()
+        step = int(values["step"])
+        for name, value in values.items():
+            if name not in ("step", "samples"):
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+        self._line(values)
+
+    def image(self, name: str, grid: Tensor, step: int) -> None:
+        """grid uint8 [3, H, W]."""
+        self._board.add_image(name, grid, step)
+
+    def _line(self, values: dict[str, float]) -> None:
+        step = int(values["step"])
+        per_step = (time.monotonic() - self._started) / max(1, step - self._start_step)
+        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total_steps - step)))
+        shown = [k for k in self.columns if "_q" not in k and k not in ("step", "samples", "images_per_second", "lr")]
+        parts = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
+        line = f"step {step}/{self.total_steps}  {parts}  {values['images_per_second']:.1f} images/s  {left} left"
+        print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            print(file=sys.stderr)
+        self._file.close()
+        self._board.close()

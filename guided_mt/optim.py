@@ -1,0 +1,107 @@
+"""AdamW with gradient clipping, the fp16 loss scale, skipped non-finite steps and averaged weights, without a wait for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INITIAL_LOG2_SCALE = 20.0  # ADM's INITIAL_LOG_LOSS_SCALE
+
+
+class Optimizer:
+    """Fused AdamW. A step whose gradient is not finite changes nothing but two counters.
+
+    fp16: scale the loss by 2^s; s grows by `scale_growth` per good step, falls by 1 per bad one (ADM), and never below 0.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        weight_decay: float = 0.0,
+        grad_clip: float = 0.0,
+        fp16: bool = False,
+        scale_growth: float = 1e-3,
+    ):
+        self.parameters = list(parameters)
+        self.adamw = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+        self.grad_clip, self.fp16, self.scale_growth = grad_clip, fp16, scale_growth
+        device = self.parameters[0].device
+        self.log2_scale = torch.tensor(INITIAL_LOG2_SCALE if fp16 else 0.0, device=device)
+        self.skipped = torch.zeros((), device=device)  # bad steps in all
+        self.skipped_in_row = torch.zeros((), device=device)
+        self.longest_row = torch.zeros((), device=device)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * torch.exp2(self.log2_scale) if self.fp16 else loss
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """One update from the parameters' gradients; returns their norm before clipping (0-dim, on the device)."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        scale = torch.exp2(self.log2_scale)
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True) / scale
+        bad = (~torch.isfinite(norm)).float()
+        # The fused kernel divides by grad_scale and does nothing where found_inf is 1: clipping, unscaling and skipping in
+        # the one pass over the weights that the update makes anyway.
+        too_long = (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0 else torch.ones_like(norm)
+        self.adamw.grad_scale = scale * torch.where(bad > 0, 1.0, too_long)
+        self.adamw.found_inf = bad
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        self.longest_row = torch.maximum(self.longest_row, self.skipped_in_row)
+        if self.fp16:
+            self.log2_scale = torch.where(bad > 0, self.log2_scale - 1, self.log2_scale + self.scale_growth).clamp(
+                min=0.0
+            )
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        self.log2_scale = state["log2_scale"].to(self.log2_scale)
+        self.skipped = state["skipped"].to(self.skipped)
+
+
+class Ema:
+    """Averaged copies of the weights, one per rate: average <- rate * average + (1 - rate) * weights."""
+
+    def __init__(self, model: nn.Module, rates: Iterable[str]):
+        self.names = [name for name, _ in model.named_parameters()]
+        self.parameters = [p for _, p in model.named_parameters()]
+        self.averages = {rate: [p.detach().clone() for p in self.parameters] for rate in rates}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for rate, average in self.averages.items():
+            torch._foreach_lerp_(average, self.parameters, 1.0 - float(rate))
+
+    def state_dict(self, rate: str, model: nn.Module) -> dict[str, Tensor]:
+        """A whole state dict of `model` with the averaged weights of `rate` in the place of its own."""
+        return {**model.state_dict(), **dict(zip(self.names, self.averages[rate], strict=True))}
+
+    @torch.no_grad()
+    def load(self, rate: str, state: Mapping[str, Tensor]) -> None:
+        for name, average in zip(self.names, self.averages[rate], strict=True):
+            average.copy_(state[name])
+
+    def swap(self, rate: str) -> None:
+        """Exchange the model's weights and the average, in place; a second call exchanges them back."""
+        for parameter, average in zip(self.parameters, self.averages[rate], strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, anneal_steps: int) -> float:
+    """The rate of 0-based `step`: linear warm-up, then ADM's linear fall to 0 over `anneal_steps` of the whole run."""
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    left = max(0.0, 1 - step / anneal_steps) if anneal_steps else 1.0
+    return lr * warm * left

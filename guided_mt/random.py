@@ -1,0 +1,81 @@
+"""Random numbers that belong to a sample: a function of (seed, sample index, draw) and of nothing else.
+
+Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) in integer tensor operations: a whole
+batch is drawn at once on its device, and sample k gets the same numbers in any batch, on any rank, after any restart.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words of counter and two of key -> four random words. int64 tensors that hold 0..2^32-1."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # A 32x32-bit product wraps into int64's sign; shifting and masking still give its two halves.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0),
+            product1.bitwise_and_(_MASK),
+            (product0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1),
+            product0.bitwise_and_(_MASK),
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+class SampleStreams:
+    """One random stream per sample of a batch.
+
+    seeds, index: int64 [B] or a number; stream b is that of (seeds[b], index[b]). Successive draws of one object differ and
+    are numbered, so the order of the calls is part of the result.
+    """
+
+    def __init__(self, seeds: Tensor | int, index: Tensor | int = 0, *, device: torch.device | str = "cpu"):
+        seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+        index = torch.as_tensor(index, dtype=torch.int64, device=device)
+        seeds, index = torch.broadcast_tensors(torch.atleast_1d(seeds), torch.atleast_1d(index))
+        self._key = ((seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None])
+        self._index = ((index & _MASK)[:, None], ((index >> 32) & _MASK)[:, None])
+        self._draw = 0
+        self.device = seeds.device
+
+    def __len__(self) -> int:
+        return len(self._index[0])
+
+    def words(self, count: int) -> tuple[Tensor, ...]:
+        """Four int64 tensors [B, ceil(count / 4)] of 32 random bits each: the next draw."""
+        block = torch.arange(-(-count // 4), device=self._index[0].device)[None]
+        draw = torch.full_like(block, self._draw)
+        self._draw += 1
+        size = (len(self), block.shape[1])
+        counter = tuple(word.expand(size) for word in (block, draw, *self._index))
+        return philox(counter, self._key)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """float32 [B, *shape] in [0, 1)."""
+        count = math.prod(shape)
+        u = torch.stack(self.words(count), dim=-1).flatten(1)[:, :count] >> 8
+        return (u.float() * 2.0**-24).view(len(self), *shape)
+
+    def integers(self, bound: int, *shape: int) -> Tensor:
+        """int64 [B, *shape] in 0..bound-1 (bound well below 2^24)."""
+        return (self.uniform(*shape) * bound).long().clamp_(max=bound - 1)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float32 [B, *shape], by Box-Muller."""
+        count = math.prod(shape)
+        w0, w1, w2, w3 = self.words(count)
+        radius = torch.stack([w0, w2]).add_(1).float().mul_(2.0**-32).log_().mul_(-2.0).sqrt_()  # u in (0, 1]
+        angle = torch.stack([w1, w3]).float().mul_(2.0 * math.pi * 2.0**-32)
+        values = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        return values.permute(1, 2, 0, 3).reshape(len(self), -1)[:, :count].reshape(len(self), *shape)

@@ -1,0 +1,102 @@
+"""The registry of modalities, and everything that is built from a configuration: model, process and modalities.
+
+A row of TASKS brings a modality's own flags (a dataclass), its class and its head; command line, training, sampling,
+checkpoints and tests take it from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import Config, DataConfig, DiffusionConfig, ModelConfig, MTConfig, option
+from .errors import UserError, nearest
+from .gaussian_diffusion import GaussianDiffusion
+from .heads import ImageHead
+from .modalities import MaskedImage, Modality
+from .model import MTModel
+from .respacing import create_gaussian_diffusion
+from .unet import UNetModel, create_model
+
+
+@dataclass
+class MaskConfig:
+    """Masked images (--mt_task masked)"""
+
+    mask_patch: int = option(-1, "side of a masked patch in pixels; -1: image_size / 4")
+    mask_max_patches: int = option(10, "most patches per image; their number is uniform in 0..this")
+    mask_full_prob: float = option(0.1, "share of samples trained with the complete mask; 0 is the paper")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A modality's flags, and how to build it (`variance` is its head's, or None) and its head from a configuration."""
+
+    options: type
+    modality: Callable[[Config, Tensor | None], Modality]
+    head: Callable[[Config, UNetModel], nn.Module]
+
+
+def _masked_image(config: Config, variance: Tensor | None) -> Modality:
+    patch = config.mask_patch if config.mask_patch > 0 else max(1, config.image_size // 4)
+    return MaskedImage(
+        patch=patch, max_patches=config.mask_max_patches, full_prob=config.mask_full_prob, variance=variance
+    )
+
+
+TASKS: dict[str, Task] = {
+    "masked": Task(MaskConfig, _masked_image, lambda config, unet: ImageHead(unet)),
+}
+
+# What a checkpoint has to carry so that the same network, process and modalities can be built again.
+MODEL_SECTIONS = (ModelConfig, DiffusionConfig, MTConfig, *(task.options for task in TASKS.values()))
+TRAIN_DATA_SECTIONS = (DataConfig,)
+
+
+def task_names(config: Config) -> list[str]:
+    """The modalities of `--mt_task`. Raises UserError for an unknown one."""
+    names = [name.strip() for name in config.mt_task.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"--mt_task: unknown '{name}'{nearest(name, TASKS)}; choose from none, {', '.join(TASKS)}")
+    return names
+
+
+def build_model(config: Config) -> MTModel:
+    """The untrained network of a configuration."""
+    names = task_names(config)
+    model_options = config.as_dict(ModelConfig)
+    del model_options["compile"]
+    if model_options.pop("use_fp16"):
+        model_options["precision"] = "fp16"
+    conditions = build_modalities(config) if config.mt_variant == "X" else {}
+    factory = partial(
+        MTModel,
+        heads={name: partial(TASKS[name].head, config) for name in names},
+        condition_names=tuple(conditions),
+        variant=config.mt_variant if names else "U",
+        num_timesteps=config.diffusion_steps,
+    )
+    condition_channels = sum(modality.condition_channels for modality in conditions.values())
+    return create_model(
+        **model_options, learn_sigma=config.learn_sigma, condition_channels=condition_channels, factory=factory
+    )
+
+
+def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDiffusion:
+    """The process of a configuration, on all its timesteps or on those kept by `timestep_respacing`."""
+    options: dict[str, Any] = config.as_dict(DiffusionConfig)
+    options["steps"] = options.pop("diffusion_steps")
+    options["timestep_respacing"] = timestep_respacing
+    return create_gaussian_diffusion(**options, mt_weights=dict.fromkeys(task_names(config), config.mt_weights))
+
+
+def build_modalities(config: Config, model: MTModel | None = None) -> dict[str, Modality]:
+    """{name: modality}; with a trained `model` their heads' variances are filled in."""
+    tracked = model.head_variance if model is not None else {}
+    variances = {name: v.value() for name, v in tracked.items() if bool(v.error_count.any())}
+    return {name: TASKS[name].modality(config, variances.get(name)) for name in task_names(config)}

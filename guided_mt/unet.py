@@ -1,0 +1,625 @@
+"""ADM's U-Net (Dhariwal & Nichol 2021): the state-dict names, constructor keywords and numerics of guided-diffusion.
+
+Ours on top: cross-attention context (as GLIDE's), an image-like condition at the first convolution, mixed precision by
+autocast, `scaled_dot_product_attention`, and `features`, which hands the decoder heads what they read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from guided_mt.errors import UserError
+
+NORM_GROUPS = 32
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+    16: (1, 2, 2),
+    8: (1, 2),
+}
+
+
+class UNetFeatures(NamedTuple):
+    """What decoder heads read, in the input's dtype."""
+
+    last: Tensor  # (B, feature_channels, H, W): input of the output block
+    middle: Tensor  # (B, middle_channels, h, w): output of the middle block
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group norm over 32 groups, eps 1e-5; statistics and affine map in float32 whatever the dtype of x."""
+
+    def __init__(self, channels: int):
+        if channels % NORM_GROUPS:
+            raise UserError(
+                f"a layer would have {channels} channels, but group norm needs a multiple of {NORM_GROUPS}: change "
+                "--num_channels (classifier: --classifier_width) or --channel_mult"
+            )
+        super().__init__(NORM_GROUPS, channels)
+
+    def modulated(self, x: Tensor, scale_shift: Tensor) -> Tensor:
+        """norm(x) * (1 + scale) + shift as one group norm; x [B, C, H, W], scale_shift [B, 2C].
+
+        Seen as one sample of B * C channels, the affine map may differ per sample: fewer passes over x, and the plain
+        norm's output needn't be kept for backward.
+        """
+        scale, shift = scale_shift.to(self.weight.dtype).chunk(2, dim=1)  # (B, C) each
+        weight = self.weight * (1 + scale)
+        bias = self.bias * (1 + scale) + shift
+        batch, channels, *size = x.shape
+        flat = x.reshape(1, batch * channels, *size)
+        return F.group_norm(flat, batch * NORM_GROUPS, weight.flatten(), bias.flatten(), self.eps).view(x.shape)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """The module with all parameters set to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def conv3x3(channels_in: int, channels_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
+
+
+def make_output_block(channels_in: int, hidden: int, out_channels: int) -> nn.Sequential:
+    """ADM's output block: norm over `channels_in`, SiLU, zero convolution from `hidden` (ADM's `out`, same names).
+
+    In ADM `channels_in` and `hidden` are the same number, reached by two ways.
+    """
+    return nn.Sequential(GroupNorm32(channels_in), nn.SiLU(), zero_module(conv3x3(hidden, out_channels)))
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids [B, dim] of timesteps [B] (may be fractional): cosines, then sines; float32 (ADM, nn.py)."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )
+    angles = timesteps[:, None].float() * frequencies[None]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class Block(nn.Module):
+    """A part that runs `compute(x, emb, context)`, with activations recomputed in backward if `use_checkpoint`."""
+
+    use_checkpoint = False
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, emb, context, use_reentrant=False)
+        return self.compute(x, emb, context)
+
+    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Upsample(Block):
+    """Twice the size by repetition, then a convolution if `conv_resample` (ADM's `Upsample`)."""
+
+    def __init__(self, channels: int, conv_resample: bool):
+        super().__init__()
+        self.conv = conv3x3(channels, channels) if conv_resample else nn.Identity()
+
+    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(Block):
+    """Half the size by a strided convolution if `conv_resample`, else by averaging (ADM's `Downsample`)."""
+
+    def __init__(self, channels: int, conv_resample: bool):
+        super().__init__()
+        self.op = conv3x3(channels, channels, stride=2) if conv_resample else nn.AvgPool2d(2)
+
+    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        return self.op(x)
+
+
+RESAMPLE: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "up": lambda: nn.Upsample(scale_factor=2, mode="nearest"),
+    "down": lambda: nn.AvgPool2d(2),
+}
+
+
+class ResBlock(Block):
+    """ADM's residual block (same names): [B, channels, H, W] -> [B, out_channels, H', W'], H' by `resample`."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        dropout: float = 0.0,
+        use_scale_shift_norm: bool = False,
+        resample: str = "none",
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), conv3x3(channels, out_channels))
+        self.resample = RESAMPLE[resample]()
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, (2 if use_scale_shift_norm else 1) * out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout), zero_module(conv3x3(out_channels, out_channels))
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        norm_in, silu, conv_in = self.in_layers
+        norm_out, *rest_out = self.out_layers
+        h = conv_in(self.resample(silu(norm_in(x))))
+        emb_out = self.emb_layers(emb)  # (B, C) or (B, 2C)
+        if self.use_scale_shift_norm:
+            h = norm_out.modulated(h, emb_out)
+        else:
+            h = norm_out(h + emb_out[:, :, None, None].to(h.dtype))
+        for layer in rest_out:
+            h = layer(h)
+        return self.skip_connection(self.resample(x)) + h
+
+
+def split_heads(projected: Tensor, parts: int, num_heads: int, new_order: bool) -> tuple[Tensor, ...]:
+    """[B, L, parts * heads * d] -> `parts` tensors [B, heads, L, d].
+
+    The channels are ordered (part, head, d) in ADM's new attention order and (head, part, d) in its legacy order.
+    """
+    batch, length, _ = projected.shape
+    if new_order:
+        return projected.view(batch, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return projected.view(batch, length, num_heads, parts, -1).permute(3, 0, 2, 1, 4).unbind(0)
+
+
+def linear1x1(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """The 1x1 convolution on [B, L, C]: the layout attention needs, and a free view of a channels-last image."""
+    return F.linear(x, conv.weight[:, :, 0], conv.bias)
+
+
+class AttentionBlock(Block):
+    """ADM's self-attention over positions (same names); with `context_dim` also over context, as GLIDE's `encoder_kv`.
+
+    Keys and values are those of the context [B, L, context_dim] followed by those of the image [B, C, H, W].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_new_attention_order: bool = False,
+        context_dim: int | None = None,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.num_heads = attention_heads(channels, num_heads, num_head_channels)
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        if context_dim is not None:
+            self.encoder_kv = nn.Conv1d(context_dim, 2 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        positions = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = split_heads(linear1x1(self.qkv, positions), 3, self.num_heads, self.use_new_attention_order)
+        if context is not None:
+            projected = linear1x1(self.encoder_kv, context)
+            context_k, context_v = split_heads(projected, 2, self.num_heads, self.use_new_attention_order)
+            k, v = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
+        return x + linear1x1(self.proj_out, h).transpose(1, 2).reshape(x.shape)
+
+
+def attention_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+    """The number of heads of a layer: `num_head_channels` wins over `num_heads` unless it is -1 (ADM)."""
+    flag, divisor = ("num_heads", num_heads) if num_head_channels == -1 else ("num_head_channels", num_head_channels)
+    if divisor < 1 or channels % divisor:
+        raise UserError(f"an attention layer has {channels} channels, which --{flag} {divisor} doesn't divide")
+    return num_heads if num_head_channels == -1 else channels // num_head_channels
+
+
+class BlockSequence(nn.Sequential):
+    """Blocks one after the other (ADM's `TimestepEmbedSequential`)."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        for block in self:
+            x = block(x, emb, context)
+        return x
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockFactory:
+    """Makes the residual and attention blocks of one network: what they share stands here once."""
+
+    emb_channels: int
+    dropout: float = 0.0
+    use_checkpoint: bool = False
+    num_head_channels: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    conv_resample: bool = True
+    use_new_attention_order: bool = False
+    context_dim: int | None = None
+
+    def resblock(self, channels: int, out_channels: int, resample: str = "none") -> ResBlock:
+        return ResBlock(
+            channels,
+            out_channels,
+            self.emb_channels,
+            dropout=self.dropout,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            resample=resample,
+            use_checkpoint=self.use_checkpoint,
+        )
+
+    def attention(self, channels: int, num_heads: int) -> AttentionBlock:
+        return AttentionBlock(
+            channels,
+            num_heads=num_heads,
+            num_head_channels=self.num_head_channels,
+            use_new_attention_order=self.use_new_attention_order,
+            context_dim=self.context_dim,
+            use_checkpoint=self.use_checkpoint,
+        )
+
+    def downsample(self, channels: int) -> Block:
+        if self.resblock_updown:
+            return self.resblock(channels, channels, "down")
+        return Downsample(channels, self.conv_resample)
+
+    def upsample(self, channels: int) -> Block:
+        if self.resblock_updown:
+            return self.resblock(channels, channels, "up")
+        return Upsample(channels, self.conv_resample)
+
+
+class UNetEncoder(nn.Module):
+    """The half that ADM's U-Net and its classifier share: embeddings, input blocks, middle block (ADM's names).
+
+    attention_resolutions holds down-sampling factors, as in ADM's constructor (not pixels, as on its command line).
+    """
+
+    def __init__(
+        self,
+        make: BlockFactory,
+        *,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        channel_mult: Sequence[float],
+        num_heads: int,
+        num_classes: int | None = None,
+        condition_channels: int = 0,
+        precision: str = "fp32",
+    ):
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+        self.context_dim = make.context_dim
+        self.condition_channels = condition_channels
+        self.precision = precision
+        self.size_divisor = 2 ** (len(channel_mult) - 1)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, make.emb_channels), nn.SiLU(), nn.Linear(make.emb_channels, make.emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, make.emb_channels)
+
+        self.widths = [int(mult * model_channels) for mult in channel_mult]
+        channels = self.input_channels = self.widths[0]
+        self.input_blocks = nn.ModuleList([BlockSequence(conv3x3(in_channels, channels))])
+        self.skip_channels = [channels]  # output channels of every input block
+        for level, width in enumerate(self.widths):
+            for _ in range(num_res_blocks):
+                blocks: list[Block] = [make.resblock(channels, width)]
+                if 2**level in attention_resolutions:
+                    blocks.append(make.attention(width, num_heads))
+                self.input_blocks.append(BlockSequence(*blocks))
+                channels = width
+                self.skip_channels.append(channels)
+            if level < len(self.widths) - 1:
+                self.input_blocks.append(BlockSequence(make.downsample(channels)))
+                self.skip_channels.append(channels)
+        self.middle_block = BlockSequence(
+            make.resblock(channels, channels), make.attention(channels, num_heads), make.resblock(channels, channels)
+        )
+        self.middle_channels = channels
+        if condition_channels:
+            # The columns that a wider first convolution would have. Apart, so that `input_blocks.0.0.weight` keeps
+            # ADM's shape; zero, so that a loaded model's output doesn't change before training.
+            self.condition_in = zero_module(conv3x3(condition_channels, self.input_channels, bias=False))
+
+    def to_fast_layout(self) -> UNetEncoder:
+        """Put the convolutions in the device's fastest memory format; call once after moving the model. Returns self.
+
+        CUDA: channels-last, which its tensor cores read without transposing. CPU: contiguous, since oneDNN's
+        convolutions gain little from channels-last and group norm loses more (2 to 5 % of a whole step).
+        Parameters keep their shapes, but files that want contiguous tensors (safetensors) need `.contiguous()`.
+        """
+        on_cuda = next(self.parameters()).is_cuda
+        return self.to(memory_format=torch.channels_last if on_cuda else torch.contiguous_format)
+
+    def autocast(self, x: Tensor) -> torch.autocast:
+        """Mixed precision as `self.precision` says, whatever the caller's autocast."""
+        enabled = self.precision != "fp32"
+        return torch.autocast(x.device.type, dtype=PRECISIONS[self.precision] if enabled else None, enabled=enabled)
+
+    def check_inputs(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None, condition: Tensor | None
+    ) -> None:
+        """UserError for inputs this network can't take. Looks at shapes only, so it costs nothing when compiled."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise UserError(f"x must be [B, {self.in_channels}, H, W], not {list(x.shape)}")
+        batch, _, height, width = x.shape
+        if height % self.size_divisor or width % self.size_divisor:
+            raise UserError(
+                f"height and width must be multiples of {self.size_divisor} for this network, not {height} x {width}"
+            )
+        if timesteps.shape != (batch,):
+            raise UserError(f"timesteps must be [{batch}], not {list(timesteps.shape)}")
+        if y is None and self.num_classes is not None:
+            raise UserError("y is missing: the model is class-conditional")
+        if y is not None and self.num_classes is None:
+            raise UserError("y given to a model without classes")
+        if y is not None and y.shape != (batch,):
+            raise UserError(f"y must be [{batch}], not {list(y.shape)}")
+        if condition is None and self.condition_channels:
+            raise UserError(f"condition [B, {self.condition_channels}, H, W] is missing")
+        if condition is not None and not self.condition_channels:
+            raise UserError("condition given to a model without condition_channels")
+        if condition is not None and condition.shape != (batch, self.condition_channels, height, width):
+            raise UserError(
+                f"condition must be {[batch, self.condition_channels, height, width]}, not {list(condition.shape)}"
+            )
+        if context is not None and self.context_dim is None:
+            raise UserError("context given to a model without context_dim")
+        if context is not None and (
+            context.ndim != 3 or context.shape[0] != batch or context.shape[2] != self.context_dim
+        ):
+            raise UserError(f"context must be [{batch}, L, {self.context_dim}], not {list(context.shape)}")
+
+    def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+        """Timesteps [B], and classes [B] if any -> embedding [B, emb_channels]."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        return emb if y is None else emb + self.label_emb(y)
+
+    def encode(self, x: Tensor, emb: Tensor, context: Tensor | None, condition: Tensor | None) -> list[Tensor]:
+        """The outputs of every input block, then of the middle block."""
+        h = self.input_blocks[0][0](x)
+        if condition is not None:
+            h = h + self.condition_in(condition)
+        outputs = [h]
+        for block in self.input_blocks[1:]:
+            outputs.append(block(outputs[-1], emb, context))
+        outputs.append(self.middle_block(outputs[-1], emb, context))
+        return outputs
+
+
+class UNetModel(UNetEncoder):
+    """ADM's U-Net: x [B, in_channels, H, W], timesteps [B] -> [B, out_channels, H, W] (ADM, unet.py: same names).
+
+    context_dim: width of an optional context [B, L, context_dim] that every attention block attends to.
+    condition_channels: channels of an image-like condition, concatenated to x as it were (see `condition_in`).
+    precision: "fp32", "bf16" or "fp16" inside `features`; group norm, output block and output are float32 always.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        context_dim: int | None = None,
+        condition_channels: int = 0,
+        precision: str = "fp32",
+    ):
+        make = BlockFactory(
+            emb_channels=4 * model_channels,
+            dropout=dropout,
+            use_checkpoint=use_checkpoint,
+            num_head_channels=num_head_channels,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            conv_resample=conv_resample,
+            use_new_attention_order=use_new_attention_order,
+            context_dim=context_dim,
+        )
+        super().__init__(
+            make,
+            image_size=image_size,
+            in_channels=in_channels,
+            model_channels=model_channels,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            channel_mult=channel_mult,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            condition_channels=condition_channels,
+            precision=precision,
+        )
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        channels, skip_channels = self.middle_channels, list(self.skip_channels)
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(self.widths))):
+            for i in range(num_res_blocks + 1):
+                blocks: list[Block] = [make.resblock(channels + skip_channels.pop(), width)]
+                if 2**level in attention_resolutions:
+                    blocks.append(make.attention(width, heads_up))
+                if level and i == num_res_blocks:
+                    blocks.append(make.upsample(width))
+                self.output_blocks.append(BlockSequence(*blocks))
+                channels = width
+        self.feature_channels = channels
+        self.out_channels = out_channels
+        self.out = make_output_block(channels, self.input_channels, out_channels)
+
+    def features(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> UNetFeatures:
+        """What the output block and the heads read. x [B, in_channels, H, W], timesteps [B] (may be fractional).
+
+        y [B]: classes; context [B, L, context_dim]; condition [B, condition_channels, H, W].
+        """
+        self.check_inputs(x, timesteps, y, context, condition)
+        emb = self.embed(timesteps, y)
+        with self.autocast(x):
+            *skips, middle = self.encode(x, emb, context, condition)
+            h = middle
+            for block in self.output_blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return UNetFeatures(last=h.to(x.dtype), middle=middle.to(x.dtype))
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The output [B, out_channels, H, W], in x's dtype. Arguments as `features`."""
+        return self.output(self.features(x, timesteps, y, context, condition))
+
+    def output(self, features: UNetFeatures) -> Tensor:
+        """ADM's output block on the features, outside autocast: [B, out_channels, H, W]."""
+        with torch.autocast(features.last.device.type, enabled=False):
+            return self.out(features.last)
+
+
+# --- from command-line values ----------------------------------------------------------------------------------------
+
+
+def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
+    """ADM's --channel_mult ("1,2,3,4"; "" chooses by image size) as numbers."""
+    if not channel_mult:
+        if image_size not in DEFAULT_CHANNEL_MULT:
+            raise UserError(f"image size {image_size} has no default --channel_mult: pass one, e.g. 1,2,2,2")
+        return DEFAULT_CHANNEL_MULT[image_size]
+    try:
+        multipliers = tuple(float(part) for part in str(channel_mult).split(","))
+    except ValueError:
+        raise UserError(f"--channel_mult must be numbers separated by commas, not {channel_mult!r}") from None
+    if min(multipliers) <= 0:
+        raise UserError(f"--channel_mult must be positive, not {channel_mult!r}")
+    divisor = 2 ** (len(multipliers) - 1)
+    if image_size % divisor:
+        raise UserError(
+            f"--image_size {image_size} can't be halved {len(multipliers) - 1} times, as the {len(multipliers)} levels "
+            f"of --channel_mult {channel_mult} need: use a multiple of {divisor}"
+        )
+    return multipliers
+
+
+def parse_attention_resolutions(attention_resolutions: str, image_size: int, flag: str) -> tuple[int, ...]:
+    """ADM's image sizes at which to attend ("32,16,8") as down-sampling factors; sizes that don't occur do nothing."""
+    try:
+        sizes = [int(part) for part in str(attention_resolutions).split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--{flag} must be integers separated by commas, not {attention_resolutions!r}") from None
+    if any(size < 1 for size in sizes):
+        raise UserError(f"--{flag} must be positive, not {attention_resolutions!r}")
+    return tuple(image_size // size for size in sizes)
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    context_dim: int | None = None,
+    condition_channels: int = 0,
+    precision: str | None = None,
+    factory: Callable[..., UNetModel] | None = None,
+    **kwargs: Any,
+) -> UNetModel:
+    """The U-Net for ADM's command-line values (ADM, script_util.py: same keywords).
+
+    precision: None means "fp16" if use_fp16, else "fp32". factory: the class to build, which also gets **kwargs.
+    """
+    return (factory or UNetModel)(
+        image_size=image_size,
+        in_channels=in_channels,
+        model_channels=num_channels,
+        out_channels=(2 if learn_sigma else 1) * in_channels,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=parse_attention_resolutions(attention_resolutions, image_size, "attention_resolutions"),
+        dropout=dropout,
+        channel_mult=parse_channel_mult(channel_mult, image_size),
+        num_classes=num_classes if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+        context_dim=context_dim,
+        condition_channels=condition_channels,
+        precision=precision or ("fp16" if use_fp16 else "fp32"),
+        **kwargs,
+    )

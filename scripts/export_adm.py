@@ -1,0 +1,6 @@
+"""python scripts/export_adm.py --model_path RUN --out FILE.pt"""
+
+from guided_mt.commands.export import console
+
+if __name__ == "__main__":
+    console()

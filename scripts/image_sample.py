@@ -1,0 +1,6 @@
+"""python scripts/image_sample.py --model_path RUN ..."""
+
+from guided_mt.commands.sample import console
+
+if __name__ == "__main__":
+    console()
