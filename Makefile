@@ -28,7 +28,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
 
 demo: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))
 
 clean:
 	rm -rf runs build dist *.egg-info

@@ -53,4 +53,4 @@ class MTModel(UNetModel):
             raise ValueError(f"variant {self.variant} is given {wanted}; got {', '.join(given) or 'none'}")
         condition = torch.cat([given[name] for name in self.condition_names], dim=1) if given else None
         features = self.features(z_t, timesteps, y, condition=condition)
-        return ModelOutput(self.out(features.last.float()), {name: head(features) for name, head in self.heads.items()})
+        return ModelOutput(self.output(features), {name: head(features) for name, head in self.heads.items()})

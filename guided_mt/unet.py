@@ -63,7 +63,9 @@ class GroupNorm32(nn.GroupNorm):
         bias = self.bias * (1 + scale) + shift
         batch, channels, *size = x.shape
         flat = x.reshape(1, batch * channels, *size)
-        return F.group_norm(flat, batch * NORM_GROUPS, weight.flatten(), bias.flatten(), self.eps).view(x.shape)
+        # Not F.group_norm, which refuses a group of one value (32 channels of size 1 x 1).
+        normed = torch.group_norm(flat, batch * NORM_GROUPS, weight.flatten(), bias.flatten(), self.eps)
+        return normed.view(x.shape)
 
 
 def zero_module(module: nn.Module) -> nn.Module:

@@ -63,10 +63,10 @@ def main(argv: Sequence[str]) -> None:
     seeds = parse_seeds(config.seeds, count)
     patch = config.mask_patch if config.mask_patch > 0 else max(1, config.image_size // 4)
 
-    def make(batch: range) -> dict[str, np.ndarray]:
-        part, own = slice(batch.start, batch.stop), torch.tensor(seeds[batch.start : batch.stop])
-        x_start = from_uint8(loaded.images[part].to(processes.device))
-        labels = loaded.labels[part].to(processes.device) if config.class_cond else None
+    def make(batch: list[int]) -> dict[str, np.ndarray]:
+        own = torch.tensor([seeds[i] for i in batch])
+        x_start = from_uint8(loaded.images[batch].to(processes.device))
+        labels = loaded.labels[batch].to(processes.device) if config.class_cond else None
         # The mask's numbers are a stream of their own (index 3): the same masks for every method and sampler.
         keep = make_mask(config.mask, config.image_size, patch, SampleStreams(own, index=3, device=processes.device))
         masked = x_start * keep

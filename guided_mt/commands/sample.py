@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> None:
     generator = Generator.load(config, processes.device)
     settings = config[SampleConfig]
 
-    def make(batch: range) -> dict[str, np.ndarray]:
-        own = seeds[batch.start : batch.stop]
+    def make(batch: list[int]) -> dict[str, np.ndarray]:
+        own = [seeds[i] for i in batch]
         labels = choose_labels(config, generator, own)
         drawn = generator.draw(own, settings, labels=labels)
         arrays = {"arr_0": to_nhwc(drawn.x_start)}
