@@ -26,6 +26,7 @@ smoke: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/samplers.py --samples 5000
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))

@@ -8,6 +8,7 @@ Weights are safetensors with ADM's keys plus ours. Foreign `.pt` files are read 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .config import ModelConfig
 from .errors import UserError
 
 OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.")  # what an MT model has beyond ADM's keys
@@ -132,9 +134,12 @@ def read_config(weights: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return OmegaConf.to_container(OmegaConf.load(file))
+        content = OmegaConf.to_container(OmegaConf.load(file))
     except Exception as error:  # OmegaConf and PyYAML raise many kinds
-        raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]}); copy it again from the run") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is damaged, it must hold 'key: value' lines; copy it again from the run")
+    return content
 
 
 def read_classes(checkpoint: Path) -> list[str] | None:
@@ -160,7 +165,9 @@ def read_state(path: Path) -> Any:
         raise UserError(f"{path}: refused, it is damaged or holds objects other than tensors ({first})") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is truncated or no weights file ({reason})") from None
+        raise UserError(
+            f"{path}: is truncated or no weights file ({reason}); copy it again, or take another checkpoint"
+        ) from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -175,11 +182,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(model: nn.Module, path: Path, *, allow_new: bool = False) -> list[str]:
+def load_weights(
+    model: nn.Module, path: Path, *, allow_new: bool = False, settings: Mapping[str, Any] | None = None
+) -> list[str]:
     """Load a weights file into `model`; float16 files are widened.
 
     allow_new: keys of ours (heads, condition inputs) may be missing, as in ADM's released files; the new inputs are then set
-    to zero, so that the model's output is the loaded one's exactly. Returns the new keys. Raises UserError naming what differs.
+    to zero, so that the model's output is the loaded one's exactly. settings: the model's configuration, to compare with the
+    one saved beside the file. Returns the new keys. Raises UserError naming what differs.
     """
     state = read_weights(path)
     own = model.state_dict()
@@ -188,18 +198,16 @@ def load_weights(model: nn.Module, path: Path, *, allow_new: bool = False) -> li
     extra = [key for key in state if key not in own and not (allow_new and key.startswith(OWN_PREFIXES))]
     shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
     absent = [key for key in missing if not (allow_new and key in new)]
-    for what, keys in (("lacks", absent), ("has unknown", extra)):
-        if keys:
-            raise UserError(
-                f"{path}: another architecture: it {what} {len(keys)} of the model's {len(own)} entries, first '{keys[0]}'; "
-                "compare the model flags"
-            )
-    if shapes:
-        key = shapes[0]
-        raise UserError(
-            f"{path}: another architecture: '{key}' is {list(state[key].shape)} there and {list(own[key].shape)} here "
-            f"({len(shapes)} such entries); compare the model flags"
-        )
+    if absent or extra or shapes:
+        if absent:
+            what = f"it lacks {len(absent)} of the model's {len(own)} entries, first '{absent[0]}'"
+        elif extra:
+            what = f"it has {len(extra)} entries that the model lacks, first '{extra[0]}'"
+        else:
+            key = shapes[0]
+            what = f"'{key}' is {list(state[key].shape)} there and {list(own[key].shape)} here"
+        different = differing_keys(read_config(path) or {}, _network_settings(settings or {}))
+        raise UserError(f"{path}: another architecture: {what}; compare {', '.join(different) or 'the model flags'}")
     model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     with torch.no_grad():
         for key in new:
@@ -211,6 +219,13 @@ def load_weights(model: nn.Module, path: Path, *, allow_new: bool = False) -> li
 def adm_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a state dict that ADM's own code loads: the U-Net without heads and condition inputs."""
     return {key: value for key, value in state.items() if not key.startswith(OWN_PREFIXES)}
+
+
+def _network_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration, what decides the shapes of the weights."""
+    free = ("dropout", "use_checkpoint", "use_fp16", "precision", "compile")
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
+    return {key: settings[key] for key in (*names, "learn_sigma", "mt_task", "mt_variant") if key in settings}
 
 
 def differing_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

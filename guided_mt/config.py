@@ -1,16 +1,18 @@
 """One dataclass per concern: the source of flags, help, YAML presets, the saved configuration and its validation.
 
 Flags keep ADM's spelling (`--learn_sigma True`). Values come from, later ones winning: the dataclass, the checkpoint (when
-sampling), `--preset NAME`, the command line. Unknown keys are errors that name the nearest valid one.
+sampling), `--preset NAME`, `--config FILE`, the command line. Unknown keys are errors that name the nearest valid one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -22,26 +24,34 @@ from .resample import SCHEDULE_SAMPLERS
 from .samplers import CONDITIONINGS, SAMPLERS
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is a flag of its own name."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices and tuple(choices)})
+def option(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A dataclass field that is a flag of its own name. least, most: its range; where the default is -1, that is valid too."""
+    metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelConfig:
     """Model (ADM's flags)"""
 
-    image_size: int = option(64, "side of the square images, in pixels")
-    num_channels: int = option(128, "width of the first level")
-    num_res_blocks: int = option(2, "residual blocks per level")
-    num_heads: int = option(4, "attention heads, where num_head_channels is -1")
-    num_heads_upsample: int = option(-1, "attention heads while upsampling; -1: as num_heads")
-    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads")
+    image_size: int = option(64, "side of the square images, in pixels", least=1)
+    num_channels: int = option(128, "width of the first level", least=1)
+    num_res_blocks: int = option(2, "residual blocks per level", least=1)
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1", least=1)
+    num_heads_upsample: int = option(-1, "attention heads while upsampling; -1: as num_heads", least=1)
+    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads", least=1)
     attention_resolutions: str = option("16,8", "feature map sizes with attention")
     channel_mult: str = option("", "width of each level as multiples of num_channels; empty: by image_size")
-    dropout: float = option(0.0, "dropout rate in the residual blocks")
+    dropout: float = option(0.0, "dropout rate in the residual blocks", least=0, most=1)
     class_cond: bool = option(False, "give the network the class of each image")
-    num_classes: int = option(1000, "size of the class embedding with class_cond True")
+    num_classes: int = option(1000, "size of the class embedding with class_cond True", least=1)
     use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory")
     use_scale_shift_norm: bool = option(True, "FiLM-like conditioning in the residual blocks")
     resblock_updown: bool = option(False, "residual blocks for up- and downsampling")
@@ -59,7 +69,7 @@ class DiffusionConfig:
 
     learn_sigma: bool = option(False, "learn the reverse variances (hybrid loss)")
     sigma_small: bool = option(False, "without learn_sigma: the posterior variance instead of beta")
-    diffusion_steps: int = option(1000, "T")
+    diffusion_steps: int = option(1000, "T", least=2)
     noise_schedule: str = option("linear", "beta schedule", SCHEDULES)
     timestep_respacing: str = option(
         "", "timesteps to keep: '250', 'ddim25', '10,15,20' or 'frame50'; training uses all"
@@ -77,8 +87,8 @@ class MTConfig:
     mt_task: str = option("none", "second kind of data: none, masked")
     mt_variant: str = option("X", "U: the network sees z_t alone; X: it is also given the second modality", ("U", "X"))
     mt_weights: str = option("paper", "aggregation weights w_t", WEIGHTS)
-    mt_loss_weight: float = option(0.1, "lambda of eq. 6; 0 trains the purely conditional twin")
-    mt_drop_prob: float = option(0.0, "share of samples trained as pure generation")
+    mt_loss_weight: float = option(0.1, "lambda of eq. 6; 0 trains the purely conditional twin", least=0)
+    mt_drop_prob: float = option(0.0, "share of samples trained as pure generation", least=0, most=1)
 
 
 @dataclass
@@ -88,7 +98,7 @@ class DataConfig:
     data_dir: str = option("", "folder, .tar or .zip of images, .npz, or builtin:digits")
     random_crop: bool = option(False, "random instead of centre crops")
     random_flip: bool = option(True, "mirror half of the images")
-    data_workers: int = option(2, "decoding processes per training process")
+    data_workers: int = option(2, "decoding processes per training process", least=0)
 
 
 @dataclass
@@ -98,24 +108,24 @@ class TrainConfig:
     log_dir: str = option(
         "", "folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/TASK-SIZE"
     )
-    total_steps: int = option(1_000_000, "optimiser steps of the whole run")
-    batch_size: int = option(-1, "images per process and pass; -1: global_batch_size / processes")
-    global_batch_size: int = option(-1, "images per step over all processes; -1: batch_size * processes")
-    microbatch: int = option(-1, "images per forward pass, accumulating gradients; -1: batch_size")
-    lr: float = option(1e-4, "learning rate of AdamW")
-    weight_decay: float = option(0.0, "weight decay of AdamW")
-    lr_warmup_steps: int = option(0, "steps of linear warm-up")
-    lr_anneal_steps: int = option(0, "steps over which the rate falls linearly to 0; 0: constant")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    total_steps: int = option(1_000_000, "optimiser steps of the whole run", least=1)
+    batch_size: int = option(-1, "images per process and pass; -1: global_batch_size / processes", least=1)
+    global_batch_size: int = option(-1, "images per step over all processes; -1: batch_size * processes", least=1)
+    microbatch: int = option(-1, "images per forward pass, accumulating gradients; -1: batch_size", least=1)
+    lr: float = option(1e-4, "learning rate of AdamW", least=0)
+    weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
+    lr_warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    lr_anneal_steps: int = option(0, "steps over which the rate falls linearly to 0; 0: constant", least=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", least=0)
     ema_rate: str = option("0.9999", "comma-separated rates of the averaged weights")
     schedule_sampler: str = option("uniform", "how training timesteps are drawn", SCHEDULE_SAMPLERS)
-    fp16_scale_growth: float = option(1e-3, "growth per step of log2 of the fp16 loss scale")
-    log_interval: int = option(10, "steps between log lines")
-    save_interval: int = option(10_000, "steps between checkpoints")
-    keep_checkpoints: int = option(0, "how many checkpoints to keep; 0: all")
-    sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none")
+    fp16_scale_growth: float = option(1e-3, "growth per step of log2 of the fp16 loss scale", least=0)
+    log_interval: int = option(10, "steps between log lines", least=1)
+    save_interval: int = option(10_000, "steps between checkpoints", least=1)
+    keep_checkpoints: int = option(0, "how many checkpoints to keep; 0: all", least=0)
+    sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none", least=0)
     resume_checkpoint: str = option("", "weights to start from: an ADM .pt, a run, a checkpoint or a weights file")
-    seed: int = option(0, "seed of initialisation, data order, noise and masks")
+    seed: int = option(0, "seed of initialisation, data order, noise and masks", least=0, most=2**32 - 1)
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
     dry_run: bool = option(False, "print the resolved configuration and the model's size, then stop")
 
@@ -126,10 +136,12 @@ class SampleConfig:
 
     model_path: str = option("", "run folder, checkpoint folder or weights file (.safetensors, ADM's .pt)")
     out: str = option("", "the .npz to write; a .png grid is put beside it. Empty: inside the run folder")
-    batch_size: int = option(16, "samples per forward pass")
+    batch_size: int = option(16, "samples per forward pass", least=1)
     sampler: str = option("dpm++", "rule of each step", SAMPLERS)
-    steps: int = option(50, "sampling steps, whatever the model was trained with; timestep_respacing overrides it")
-    eta: float = option(0.0, "noise of the ddim sampler: 0 is deterministic")
+    steps: int = option(
+        50, "sampling steps, whatever the model was trained with; timestep_respacing overrides it", least=1
+    )
+    eta: float = option(0.0, "noise of the ddim sampler: 0 is deterministic", least=0, most=1)
     use_ddim: bool = option(False, "ADM's name for --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted z_0 to [-1, 1]")
     seeds: str = option("", "one seed per sample, as '0-99' or '3,5,10-20'; empty: 0, 1, 2, ...")
@@ -137,9 +149,14 @@ class SampleConfig:
     mt_condition: str = option(
         "own-head", "how form U uses a known modality", [c for c in CONDITIONINGS if c != "network"]
     )
-    mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule")
+    mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule", least=0)
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
     dry_run: bool = option(False, "print the resolved configuration, then stop")
+
+    @property
+    def rule(self) -> str:
+        """The sampler to use, by our flag or by ADM's."""
+        return "ddim" if self.use_ddim else self.sampler
 
 
 class Config:
@@ -211,13 +228,15 @@ def parse(
     for word in unknown:
         if word.startswith("--"):
             name = word[2:].split("=")[0]
-            raise UserError(f"unknown flag --{name}{nearest(name, [*seen, 'preset'])}; --help lists all")
+            raise UserError(
+                f"unknown flag --{name}{nearest(name, [*seen, *(['preset', 'config'] if presets else [])])}; --help lists all"
+            )
         raise UserError(f"don't know what to do with '{word}'; flags are written --name value")
     values = {key: value for key, value in (base or {}).items() if key in fields}
     if presets:
         for source, content in ((typed.preset, load_preset), (typed.config, _load_yaml)):
             if source:
-                values.update(_known(content(source), fields, source))
+                values.update(check_keys(content(source), fields, source))
     given = {name: getattr(typed, name) for name in seen if getattr(typed, name) is not None}
     values.update(given)
     resolved = {name: _convert(fields[name], value) for name, value in values.items()}
@@ -251,15 +270,28 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
             result = int(value)
         elif kind == "float":
             result = float(value)
+            if not math.isfinite(result):
+                raise ValueError
         else:
             result = "" if value is None else str(value)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         wanted = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text"}[kind]
         raise UserError(f"--{field.name} takes {wanted}, not '{value}'") from None
     choices = field.metadata["choices"]
     if choices and result not in choices:
         raise UserError(f"--{field.name}: '{result}' is none of {', '.join(choices)}{nearest(result, choices)}")
+    _check_range(field, result)
     return result
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    least, most = field.metadata["least"], field.metadata["most"]
+    chosen_by_us = value == field.default == -1
+    if chosen_by_us or ((least is None or value >= least) and (most is None or value <= most)):
+        return
+    wanted = f"between {least} and {most}" if most is not None else f"at least {least}"
+    also = ", or -1" if field.default == -1 else ""
+    raise UserError(f"--{field.name} must be {wanted}{also}, not {value}")
 
 
 _BOOLEANS = {
@@ -268,10 +300,11 @@ _BOOLEANS = {
 }
 
 
-def _known(values: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+def check_keys(values: Mapping[str, Any], known: Collection[str], source: str | Path) -> dict[str, Any]:
+    """`values` as they are. Raises UserError for a key that isn't in `known`, naming the nearest that is."""
     for key in values:
-        if key not in fields:
-            raise UserError(f"{source}: unknown key '{key}'{nearest(key, fields)}")
+        if key not in known:
+            raise UserError(f"{source}: unknown key '{key}'{nearest(str(key), known)}")
     return dict(values)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     launcher: str = "python"
 
     @property
@@ -67,14 +67,7 @@ def setup(device: str = "") -> Processes:
     elif launcher == "slurm":
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
-    if device:
-        chosen = torch.device(device)
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device {device}: no CUDA device was found")
-    elif torch.cuda.is_available():
-        chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
-    else:
-        chosen = torch.device("cpu")
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -83,6 +76,21 @@ def setup(device: str = "") -> Processes:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size)
     return Processes(rank, world_size, local_rank, chosen, launcher)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """'cpu', 'cuda', 'cuda:1'; '' and 'cuda' take the GPU of the local rank, '' the CPU where there is none."""
+    count = torch.cuda.device_count()
+    if name == "cpu" or (not name and not count):
+        return torch.device("cpu")
+    if name not in ("", "cuda") and not re.fullmatch(r"cuda:\d+", name):
+        raise UserError(f"--device '{name}': write cpu, cuda or cuda:1")
+    if not count:
+        raise UserError(f"--device {name}: no CUDA device was found; leave the flag out to run on the CPU")
+    index = int(name[5:] or 0) if ":" in name else local_rank % count
+    if index >= count:
+        raise UserError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
 
 
 def _detect(env) -> tuple[str, int, int, int, int]:

@@ -9,9 +9,10 @@ Nichol 2021 (ADM: guidance), Song et al. 2021 (DDIM). Here `x_t` is the state in
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,8 +126,13 @@ def call_model(
 
 def takes_modalities(model: Callable) -> bool:
     """True for (z_t, t, modalities, ...), False for ADM's (x, timesteps, y=None, ...) whose third argument has a default."""
-    while hasattr(model, "module"):  # DistributedDataParallel hides the signature
-        model = model.module
+    while True:  # partial, DistributedDataParallel and torch.compile hide the signature
+        if isinstance(model, functools.partial):
+            model = model.func
+        elif isinstance(model, torch.nn.Module) and ("module" in model._modules or "_orig_mod" in model._modules):
+            model = model._modules.get("module", model._modules.get("_orig_mod"))
+        else:
+            break
     signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
     if "modalities" in signature.parameters:
         return True
@@ -358,54 +364,115 @@ class GaussianDiffusion:
         """eps | condition = eps - sqrt(1 - abar_t) grad log p(condition | state): Bayes' rule for the score."""
         return eps - self.at("sqrt_one_minus_alphas_cumprod", t, eps) * gradient
 
-    # ------------------------------------------------------------ ADM's sampling loops (no modalities; for those see samplers.py)
+    # ------------------------------------------------------------ ADM's sampling (no modalities; for those see samplers.py)
 
-    def p_sample_loop(self, model: Callable, shape: tuple[int, ...], **options: Any) -> Tensor:
-        """Ancestral sampling, [B, C, H, W]. Options as `ddim_sample_loop` without eta."""
-        return self._sample_loop(model, shape, ancestral=True, **options)
+    def p_sample(
+        self,
+        model: Callable,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """One ancestral step from x = y_t [B, C, H, W]: `sample` and `pred_xstart`."""
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = torch.randn_like(x)
+        if cond_fn is not None:
+            p = self.condition_mean(cond_fn, p, x, t, model_kwargs)
+        return {"sample": self.p_sample_step(p, t, noise), "pred_xstart": p["pred_xstart"]}
 
-    def ddim_sample_loop(self, model: Callable, shape: tuple[int, ...], eta: float = 0.0, **options: Any) -> Tensor:
-        """DDIM sampling, [B, C, H, W].
+    def ddim_sample(
+        self,
+        model: Callable,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """One DDIM step from x = y_t [B, C, H, W]: `sample` and `pred_xstart`."""
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        if cond_fn is not None:
+            p = self.condition_score(cond_fn, p, x, t, model_kwargs)
+        noise = torch.randn_like(x)
+        return {"sample": self.ddim_step(x, p["pred_xstart"], t, noise, eta), "pred_xstart": p["pred_xstart"]}
 
-        Options as in ADM: noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress.
-        """
-        return self._sample_loop(model, shape, ancestral=False, eta=eta, **options)
-
-    @torch.no_grad()
-    def _sample_loop(
+    def p_sample_loop(
         self,
         model: Callable,
         shape: tuple[int, ...],
         noise: Tensor | None = None,
         clip_denoised: bool = True,
-        denoised_fn: Callable | None = None,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
-        *,
-        ancestral: bool,
+    ) -> Tensor:
+        """Ancestral sampling from noise, [B, C, H, W]."""
+        step = functools.partial(
+            self.p_sample,
+            model,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+        )
+        return self._sample_loop(step, model, shape, noise, device, progress)
+
+    def ddim_sample_loop(
+        self,
+        model: Callable,
+        shape: tuple[int, ...],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
         eta: float = 0.0,
+    ) -> Tensor:
+        """DDIM sampling from noise, [B, C, H, W]."""
+        step = functools.partial(
+            self.ddim_sample,
+            model,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            eta=eta,
+        )
+        return self._sample_loop(step, model, shape, noise, device, progress)
+
+    @torch.no_grad()
+    def _sample_loop(
+        self,
+        step: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        model: Callable,
+        shape: tuple[int, ...],
+        noise: Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
     ) -> Tensor:
         if device is None:
             device = noise.device if noise is not None else next(model.parameters()).device
         x = torch.randn(*shape, device=device) if noise is None else noise
-        for step in self.reversed_steps(progress):
-            t = torch.full((shape[0],), step, device=device)
-            p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-            if cond_fn is not None:
-                p = (self.condition_mean if ancestral else self.condition_score)(cond_fn, p, x, t, model_kwargs)
-            fresh = torch.randn_like(x)
-            x = self.p_sample_step(p, t, fresh) if ancestral else self.ddim_step(x, p["pred_xstart"], t, fresh, eta)
+        for i in self.reversed_steps(progress):
+            x = step(x, torch.full((shape[0],), i, device=device))["sample"]
         return x
 
-    def reversed_steps(self, progress: bool = False):
-        """T-1, ..., 0, with a progress bar on request."""
-        steps = range(self.num_timesteps - 1, -1, -1)
+    def reversed_steps(self, progress: bool = False, first: int | None = None) -> Iterable[int]:
+        """T-1 (or `first`), ..., 0, with a progress bar on request."""
+        steps = range(self.num_timesteps - 1 if first is None else first, -1, -1)
         if progress:
             from tqdm.auto import tqdm
 
-            return tqdm(steps)
+            return tqdm(steps, leave=False)
         return steps
 
     # ------------------------------------------------------------ losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,11 +48,12 @@ class Generator:
         return (3, self.config.image_size, self.config.image_size)
 
     def diffusion(self, settings: SampleConfig, unknown: bool) -> GaussianDiffusion:
-        """The process on the timesteps to visit: denser where the frame of an unknown modality moves, else even."""
+        """The process on the timesteps to visit: even, or for a deterministic sampler and an `unknown` modality denser where its
+        frame moves (see `respacing.frame_timesteps`)."""
         respacing = self.config.timestep_respacing
         if not respacing:
             steps = min(settings.steps, self.config.diffusion_steps)
-            respacing = f"frame{steps}" if unknown and self.modalities and steps > 1 else str(steps)
+            respacing = f"frame{steps}" if unknown and settings.rule != "ddpm" and steps > 1 else str(steps)
         return build_diffusion(self.config, respacing)
 
     def draw(
@@ -75,7 +77,7 @@ class Generator:
             self.modalities,
             (len(seeds), *self.shape),
             known=known,
-            sampler="ddim" if settings.use_ddim else settings.sampler,
+            sampler=settings.rule,
             conditioning="network" if form_x else settings.mt_condition,
             conditioning_scale=settings.mt_condition_scale,
             seeds=seeds,
@@ -97,7 +99,8 @@ class Generator:
             and self.config.mt_weights != "none"
         ):
             raise UserError(
-                "this form-U model never saw plain noisy images; use one trained with --mt_task none, --mt_variant X or --mt_drop_prob"
+                "this form-U model never saw plain noisy images; "
+                "use one trained with --mt_task none, --mt_variant X or --mt_drop_prob"
             )
 
         def plain(x: Tensor, t: Tensor) -> Tensor:
@@ -110,14 +113,12 @@ class Generator:
 
 def parse_seeds(text: str, count: int) -> list[int]:
     """'' -> 0..count-1; '0-9,20' -> those. Raises UserError for anything else, or for fewer than `count`."""
-    if not text:
-        return list(range(count))
     seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+    for part in (text or f"0-{count - 1}").split(","):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--seeds '{text}': write '0-99' or '3,5,10-20'")
-        seeds += range(int(first), int(last or first) + 1)
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)[:count]
     if len(seeds) < count:
         raise UserError(f"--seeds '{text}' names {len(seeds)} seeds for {count} samples")
     return seeds[:count]

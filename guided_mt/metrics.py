@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +16,13 @@ QUARTILES = 4  # as ADM's log: q0 has the first quarter of the timesteps
 
 
 class Averages:
-    """Sums on the device of several values per sample; the host sees them only when asked."""
+    """Sums on the device of several values per sample and of the gradient's norm; the host sees them only when asked."""
 
     def __init__(self, names: Sequence[str], num_timesteps: int, device: torch.device):
         self.names, self.num_timesteps = list(names), num_timesteps
         self.sums = torch.zeros(1 + QUARTILES, len(names), device=device)
         self.counts = torch.zeros_like(self.sums)
+        self.norms = torch.zeros(2, device=device)  # sum, count
 
     def add(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
         """t [B]; values, kept [B, names]: kept 0 leaves a value out."""
@@ -30,13 +32,27 @@ class Averages:
         self.sums += groups @ (torch.nan_to_num(values) * kept)
         self.counts += groups @ kept
 
+    def add_norm(self, norm: Tensor) -> None:
+        """The gradient's norm of one step, 0-dim."""
+        self.norms += torch.stack([norm, torch.ones_like(norm)])
+
     def pop(self) -> dict[str, float]:
-        """{name: mean, name_q0: ...}, nan where nothing was seen; starts anew."""
+        """{name: mean, name_q0: ..., grad_norm: mean}, nan where nothing was seen; starts anew."""
         means = (self.sums / self.counts).cpu()  # 0 / 0 is nan, on purpose
-        self.sums.zero_()
-        self.counts.zero_()
+        norm = float(self.norms[0] / self.norms[1])
+        for total in self.state_dict().values():
+            total.zero_()
         suffixes = ["", *(f"_q{q}" for q in range(QUARTILES))]
-        return {name + s: float(means[i, j]) for j, name in enumerate(self.names) for i, s in enumerate(suffixes)}
+        values = {name + s: float(means[i, j]) for j, name in enumerate(self.names) for i, s in enumerate(suffixes)}
+        return values | {"grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """An unfinished interval, so that a resumed run logs the same line."""
+        return {"sums": self.sums, "counts": self.counts, "norms": self.norms}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, total in self.state_dict().items():
+            total.copy_(state[name])
 
 
 class Reporter:
@@ -55,11 +71,13 @@ class Reporter:
                     for row in csv.DictReader(old)
                     if (row.get("step") or "").isdigit() and int(row["step"]) <= start_step
                 ]
-        self._file = open(file, "w", newline="")  # noqa: SIM115 - open for the whole run
+        whole = file.with_name(f".tmp_{file.name}")
+        self._file = open(whole, "w", newline="")  # noqa: SIM115 - open for the whole run
         self._csv = csv.DictWriter(self._file, self.columns, extrasaction="ignore", restval="")
         self._csv.writeheader()
         self._csv.writerows(rows)
         self._file.flush()
+        os.replace(whole, file)
         self._board = SummaryWriter(str(run), purge_step=start_step + 1 if start_step else None)
         self._live = sys.stderr.isatty()
         self._started, self._start_step = time.monotonic(), start_step

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .gaussian_diffusion import mean_flat
+from .images import to_nhwc
 from .random import SampleStreams
 
 
@@ -51,6 +52,14 @@ class Modality:
     def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """log p(x | z_t) under the head's prediction, in nats, [B]; t [B] are original timesteps."""
         raise NotImplementedError
+
+    def picture(self, x: Tensor) -> Tensor | None:
+        """x as images [B, 3, H, W] in [-1, 1] for PNG grids; None where it can't be shown."""
+        return None
+
+    def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
+        """x as arrays [B, ...] of a sample file, by default one of the modality's name."""
+        return {self.name: x.cpu().numpy()}
 
 
 class ImageModality(Modality):
@@ -91,6 +100,12 @@ class ImageModality(Modality):
         v = self.variance.to(prediction.dtype)[t]
         error = ((prediction - x) ** 2).flatten(1)
         return -0.5 * (error.sum(1) / v + error.shape[1] * torch.log(2 * math.pi * v))
+
+    def picture(self, x: Tensor) -> Tensor | None:
+        return x if x.shape[1] == 3 else None
+
+    def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
+        return {self.name: to_nhwc(x)}
 
 
 class MaskedImage(ImageModality):

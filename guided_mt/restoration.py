@@ -54,7 +54,7 @@ def restore(
             diffusion,
             {},
             masked.shape,
-            sampler="ddim" if settings.use_ddim else settings.sampler,
+            sampler=settings.rule,
             seeds=seeds,
             clip_denoised=settings.clip_denoised,
             device=masked.device,
@@ -67,8 +67,9 @@ def restore(
 
 
 def repaint_schedule(num_timesteps: int, jump: int = 10, resamples: int = 10) -> Iterator[tuple[int, int]]:
-    """RePaint's walk as pairs (from, to) of noise levels T..0: every `jump` levels it goes back up, `resamples` - 1 times."""
-    left = dict.fromkeys(range(0, num_timesteps - jump, jump), resamples - 1)
+    """RePaint's walk as pairs (from, to) of noise levels, T = noise and 0 = clean: from levels 1, 1 + jump, ... below T - jump it
+    goes back up by `jump`, `resamples` - 1 times each."""
+    left = dict.fromkeys(range(1, num_timesteps - jump + 1, jump), resamples - 1)
     level = num_timesteps
     while level > 0:
         yield level, level - 1

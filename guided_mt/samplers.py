@@ -139,7 +139,7 @@ def sample(
         y, first = start if start is not None else (streams.normal(*shape[1:]), diffusion.num_timesteps - 1)
         t = torch.full((shape[0],), first, device=device)
         z = y.to(device) + diffusion.aggregation.shift(encodings, t)
-        for step in _steps(first, progress):
+        for step in diffusion.reversed_steps(progress, first):
             t = torch.full((shape[0],), step, device=device)
             output, predictions, gradient = _denoise(model, diffusion, modalities, z, t, given, guiding)
             unknown = {name: modalities[name].estimate(_head(predictions, name)) for name in unknown}
@@ -191,15 +191,6 @@ def _head(predictions: Mapping[str, Tensor], name: str) -> Tensor:
             f"the model has no head for modality '{name}'; it predicts: {', '.join(predictions) or 'nothing'}"
         )
     return predictions[name]
-
-
-def _steps(first: int, progress: bool):
-    steps = range(first, -1, -1)
-    if progress:
-        from tqdm.auto import tqdm
-
-        return tqdm(steps, leave=False)
-    return steps
 
 
 def _device_of(model: Callable, known: Mapping[str, Tensor]) -> torch.device:

@@ -34,7 +34,8 @@ def run_sharded(
     """Call make(sample indices) -> {name: array [b, ...]} for each batch, and write all of it to `out` (.npz).
 
     Finished batches wait in OUT.parts, so that a run that was stopped goes on where it was; `settings` must be the same
-    then (else UserError). Returns the arrays on the main process, None on the others.
+    then. Returns the arrays on the main process, None on the others. Raises UserError for other settings, and where `out`
+    can't be written.
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: the name must end in .npz")
@@ -68,16 +69,23 @@ def _filled(batch: range, device: torch.device) -> list[int]:
 
 
 def _claim(folder: Path, signature: Mapping[str, Any]) -> None:
+    """Keep `signature` in the folder. UserError where finished parts of another one are in it."""
     file = folder / "settings.json"
-    text = json.dumps(signature, sort_keys=True, default=str)
-    if file.exists() and file.read_text() != text:
+    wanted = json.loads(json.dumps(signature, default=str))
+    if file.exists() and any(folder.glob("*.npz")):
         old = json.loads(file.read_text())
-        different = [key for key in json.loads(text) if old.get(key) != json.loads(text)[key]]
-        raise UserError(
-            f"{folder}: holds part of a run with other settings ({', '.join(different)}); repeat them, or remove the folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+        different = [f"{key} was {old.get(key)}" for key in wanted if old.get(key) != wanted[key]]
+        if different:
+            raise UserError(
+                f"{folder}: holds part of a run with other settings ({', '.join(different)}); "
+                "repeat them, or remove the folder"
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(wanted))
+    except OSError as error:
+        raise UserError(f"--out {folder.parent}: can't be written ({error.strerror}); name another place") from None
 
 
 def _is_whole(part: Path) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .config import Config, DataConfig, DiffusionConfig, ModelConfig, MTConfig, option
+from .checkpoint import read_config
+from .config import Config, DataConfig, DiffusionConfig, ModelConfig, MTConfig, TrainConfig, check_keys, option
 from .errors import UserError, nearest
-from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from .heads import ImageHead
 from .modalities import MaskedImage, Modality
 from .model import MTModel
@@ -27,9 +29,11 @@ from .unet import UNetModel, create_model
 class MaskConfig:
     """Masked images (--mt_task masked)"""
 
-    mask_patch: int = option(-1, "side of a masked patch in pixels; -1: image_size / 4")
-    mask_max_patches: int = option(10, "most patches per image; their number is uniform in 0..this")
-    mask_full_prob: float = option(0.1, "share of samples trained with the complete mask; 0 is the paper")
+    mask_patch: int = option(-1, "side of a masked patch in pixels; -1: image_size / 4", least=1)
+    mask_max_patches: int = option(10, "most patches per image; their number is uniform in 0..this", least=0)
+    mask_full_prob: float = option(
+        0.1, "share of samples trained with the complete mask; 0 is the paper", least=0, most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,13 @@ TASKS: dict[str, Task] = {
 # What a checkpoint has to carry so that the same network, process and modalities can be built again.
 MODEL_SECTIONS = (ModelConfig, DiffusionConfig, MTConfig, *(task.options for task in TASKS.values()))
 TRAIN_DATA_SECTIONS = (DataConfig,)
+RUN_SECTIONS = (*MODEL_SECTIONS, *TRAIN_DATA_SECTIONS, TrainConfig)  # what a run's config.yaml holds
+
+
+def saved_config(weights: Path) -> dict[str, Any]:
+    """The configuration beside a weights file; empty for a foreign file. Raises UserError for a key that no run has."""
+    known = [field for section in RUN_SECTIONS for field in section.__dataclass_fields__]
+    return check_keys(read_config(weights) or {}, known, weights.parent / "config.yaml")
 
 
 def task_names(config: Config) -> list[str]:
@@ -88,7 +99,17 @@ def build_model(config: Config) -> MTModel:
 
 
 def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDiffusion:
-    """The process of a configuration, on all its timesteps or on those kept by `timestep_respacing`."""
+    """The process of a configuration, on all its timesteps or on those kept by `timestep_respacing`.
+
+    Raises UserError where --diffusion_steps are too few for the schedule.
+    """
+    steps, schedule = config.diffusion_steps, config.noise_schedule
+    most = float(get_named_beta_schedule(schedule, steps).max())
+    if most >= 1:  # linear: beta_T = 20 / T, and abar_T would be 0
+        raise UserError(
+            f"--diffusion_steps {steps} is too small for --noise_schedule {schedule}, whose last beta would be {most:.3g}; "
+            f"take at least {int(steps * most) + 1}, or --noise_schedule cosine"
+        )
     options: dict[str, Any] = config.as_dict(DiffusionConfig)
     options["steps"] = options.pop("diffusion_steps")
     options["timestep_respacing"] = timestep_respacing

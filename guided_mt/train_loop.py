@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .objective import multi_task_losses
 from .optim import Ema, Optimizer, learning_rate
 from .random import SampleStreams
 from .resample import create_named_schedule_sampler
-from .tasks import MODEL_SECTIONS, build_diffusion, build_modalities, build_model
+from .tasks import MODEL_SECTIONS, build_diffusion, build_modalities, build_model, saved_config
 
 MAX_SKIPPED_IN_ROW = 10
 SIGNAL_INTERVAL = 10  # steps between the processes' agreeing on a SIGTERM
@@ -55,13 +56,11 @@ class TrainLoop:
             fp16=self.model.precision == "fp16",
             scale_growth=config.fp16_scale_growth,
         )
-        self.step = self._restore()  # before the averages, which start as copies of the weights
-        self.network = self._wrap()
-
         terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
         self.terms = [*terms, *self.modalities]
         self.averages = Averages(["loss", *self.terms], self.diffusion.num_timesteps, self.device)
-        self.norm_sum = torch.zeros((), device=self.device)
+        self.step = self._restore()  # before the averaged weights, which start as copies of the weights
+        self.network = self._wrap()
         self.stop_requested = False
 
     # ------------------------------------------------------------ set-up
@@ -73,7 +72,7 @@ class TrainLoop:
         if not found:
             if self.config.resume_checkpoint:
                 file = checkpoint.find_weights(self.config.resume_checkpoint, "none")
-                new = checkpoint.load_weights(self.model, file, allow_new=True)
+                new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict())
                 if self.processes.is_main:
                     log.info(
                         "started from %s; %s", file, f"new: {len(new)} entries" if new else "every entry was found"
@@ -93,6 +92,7 @@ class TrainLoop:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+            self.averages.load_state_dict(state["averages"])
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
                 f"{newest / 'training_state.pt'}: does not fit this run ({str(error).splitlines()[0]})"
@@ -101,7 +101,7 @@ class TrainLoop:
 
     def _refuse_other_settings(self, newest: Path) -> None:
         """What the network, the process and the order of the data rest on must not change within a run."""
-        saved = checkpoint.read_config(newest / "model.safetensors") or {}
+        saved = saved_config(newest / "model.safetensors")
         free = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
         fixed = {k: v for k, v in self.config.as_dict(*MODEL_SECTIONS).items() if k not in free}
         fixed |= {"seed": self.config.seed, "schedule_sampler": self.config.schedule_sampler}
@@ -119,19 +119,19 @@ class TrainLoop:
             network = torch.compile(network)
         if self.processes.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            network = DistributedDataParallel(
-                network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # torch 2.15 warns that broadcast_buffers gets another name; this one works in every version we support.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                network = DistributedDataParallel(
+                    network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         return network
 
     # ------------------------------------------------------------ the loop
 
     def run_loop(self) -> None:
         """Train to `total_steps`, saving, reporting and drawing at their intervals; SIGTERM saves and returns."""
-        config = self.config
-        previous_handler = signal.signal(signal.SIGTERM, self._request_stop)
-        columns = self._columns()
-        self.reporter = Reporter(self.run, columns, config.total_steps, self.step) if self.processes.is_main else None
+        config, columns = self.config, self._columns()
         stream = ImageStream(
             self.source,
             config.image_size,
@@ -144,9 +144,11 @@ class TrainLoop:
             random_crop=config.random_crop,
             num_workers=config.data_workers,
         )
+        self.reporter = Reporter(self.run, columns, config.total_steps, self.step) if self.processes.is_main else None
         self.model.train()
         self.clock, self.clock_step = time.monotonic(), self.step
-        saved_at = self.step
+        save_due = False
+        previous_handler = signal.signal(signal.SIGTERM, self._request_stop)
         try:
             with stream:
                 for batch in stream:
@@ -154,15 +156,19 @@ class TrainLoop:
                     last = self.step == config.total_steps
                     if self.step % config.log_interval == 0 or last:
                         self.report()
+                    if self.step % MAX_SKIPPED_IN_ROW == 0 or last:
+                        self.refuse_divergence()
                     if config.sample_interval and self.step % config.sample_interval == 0:
                         self.preview()
                     stop = self._agreed_stop()
-                    if self.step % config.save_interval == 0 or last or stop:
+                    save_due = save_due or self.step % config.save_interval == 0
+                    # After a skipped step a save waits for a good one: a diverged run must not push out its good checkpoints.
+                    if last or stop or (save_due and not self.optimizer.skipped_in_row.item()):
                         self.save()
-                        saved_at = self.step
+                        save_due = False
                     if stop:
                         if self.processes.is_main:
-                            log.info("SIGTERM: saved step %d; run the same command to go on", saved_at)
+                            log.info("SIGTERM: saved step %d; run the same command to go on", self.step)
                         break
         finally:
             signal.signal(signal.SIGTERM, previous_handler)
@@ -233,7 +239,7 @@ class TrainLoop:
             column = 1 + self.terms.index(name)
             self.model.head_variance[name].update(t, values[:, column], kept[:, column])
         self.averages.add(t, values, kept)
-        self.norm_sum += norm
+        self.averages.add_norm(norm)
 
     # ------------------------------------------------------------ now and then
 
@@ -244,28 +250,29 @@ class TrainLoop:
         return ["step", "samples", *names, "grad_norm", "lr", "skipped_steps", *extra, "images_per_second", *quartiles]
 
     def report(self) -> None:
-        """Log the interval since the last report, and stop a run that has stopped learning."""
-        longest, skipped = self.optimizer.longest_row.item(), int(self.optimizer.skipped.item())
+        """Log the interval since the last report."""
         steps = self.step - self.clock_step
         seconds = max(time.monotonic() - self.clock, 1e-9)
         values = self.averages.pop()
-        norm = self.norm_sum.item() / max(1, steps)
-        self.norm_sum.zero_()
         self.clock, self.clock_step = time.monotonic(), self.step
         if self.reporter:
             rate = learning_rate(
                 self.step - 1, self.config.lr, self.config.lr_warmup_steps, self.config.lr_anneal_steps
             )
             row = {"step": self.step, "samples": self.step * self.global_batch, **values}
-            row |= {"grad_norm": norm, "lr": rate, "skipped_steps": skipped}
+            row |= {"lr": rate, "skipped_steps": int(self.optimizer.skipped)}
             row |= {"images_per_second": steps * self.global_batch / seconds}
             if self.optimizer.fp16:
                 row["log2_loss_scale"] = float(self.optimizer.log2_scale)
             self.reporter.row(row)
+
+    def refuse_divergence(self) -> None:
+        """Stop a run that has stopped learning."""
+        longest = int(self.optimizer.longest_row)
         if longest >= MAX_SKIPPED_IN_ROW:
             raise UserError(
-                f"step {self.step}: the loss or its gradient was not finite {int(longest)} steps in a row, so training stopped; "
-                "these steps changed nothing and the last checkpoint is good: lower --lr, or use --precision fp32"
+                f"step {self.step}: the loss or its gradient was not finite {longest} steps in a row, so training stopped; "
+                "these steps changed nothing and the checkpoints are from before: lower --lr, or use --precision fp32"
             )
 
     def save(self) -> None:
@@ -277,6 +284,7 @@ class TrainLoop:
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule_sampler": self.schedule_sampler.state_dict(),
+                "averages": self.averages.state_dict(),
             }
             try:
                 checkpoint.save_checkpoint(
@@ -321,12 +329,15 @@ class TrainLoop:
         settings = SampleConfig(steps=25)
         loaded = load_images(self.source, self.config.image_size, limit=PREVIEW_COUNT)
         x_start = from_uint8(loaded.images.to(self.device))
-        y = loaded.labels.to(self.device) if self.config.class_cond else None
+        labels = None if loaded.labels is None else loaded.labels.to(self.device)
+        y = labels if self.config.class_cond else None
         seeds = range(len(x_start))
         rows = [generator.draw(seeds, settings, labels=y).x_start]
         for name, modality in self.modalities.items():
-            x = modality.from_batch(x_start, y, SampleStreams(torch.tensor(seeds), index=1, device=self.device))
-            rows += [x_start, x, generator.draw(seeds, settings, {name: x}, labels=y).x_start]
+            x = modality.from_batch(x_start, labels, SampleStreams(torch.tensor(seeds), index=1, device=self.device))
+            picture = modality.picture(x)
+            rows += [x_start, *([] if picture is None else [picture])]
+            rows += [generator.draw(seeds, settings, {name: x}, labels=y).x_start]
         return make_grid(to_nhwc(torch.cat(rows)), columns=len(x_start))
 
     def _request_stop(self, *_: object) -> None:

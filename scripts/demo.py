@@ -1,6 +1,6 @@
 """The main job on real images without a download: train on scikit-learn's digits, restore held-out ones, generate new ones.
 
-    python scripts/demo.py [--run runs/demo] [--steps 1600] [--processes 2]
+    python scripts/demo.py [--run runs/demo] [--steps 1400] [--processes 2]
 
 Calls the same scripts that any training does. Interrupted or run again, it goes on where it was.
 """
@@ -26,7 +26,7 @@ IMAGES = 120
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder")
-    parser.add_argument("--steps", type=int, default=1600, help="training steps; more than before trains on")
+    parser.add_argument("--steps", type=int, default=1400, help="training steps; more than before trains on")
     parser.add_argument("--processes", type=int, default=2, help="MPI processes for training")
     arguments = parser.parse_args()
     run, started = arguments.run, time.monotonic()
@@ -92,7 +92,9 @@ def summary(restored: Path) -> None:
     from guided_mt.data import load_images, open_source
 
     with np.load(restored, allow_pickle=False) as file:
-        original, masked, ours = (file[name].astype(np.float64) / 127.5 - 1 for name in ("original", "masked", "restored"))
+        original, masked, ours = (
+            file[name].astype(np.float64) / 127.5 - 1 for name in ("original", "masked", "restored")
+        )
         hidden = np.broadcast_to(file["mask"][..., None] > 127, original.shape)
     images = load_images(open_source("builtin:digits"), original.shape[1]).images.numpy()
     mean = images.mean(axis=0).transpose(1, 2, 0) / 127.5 - 1

@@ -73,7 +73,9 @@ class JointGaussian:
         """The best form-X network: given x, it sees y_t = a z_0 + s eps."""
         gain, cov = self.given_x()
         gain, eye = torch.from_numpy(gain), np.eye(len(cov))
-        inverses = [np.sqrt(1 - abar) * np.linalg.inv(abar * cov + (1 - abar) * eye) for abar in diffusion.alphas_cumprod]
+        inverses = [
+            np.sqrt(1 - abar) * np.linalg.inv(abar * cov + (1 - abar) * eye) for abar in diffusion.alphas_cumprod
+        ]
         inverses = torch.from_numpy(np.stack(inverses))
 
         def network(y_t, t, modalities):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from guided_mt.aggregation import WEIGHTS, Aggregation, aggregation_coefficients
 from guided_mt.errors import UserError
 from guided_mt.gaussian_diffusion import SCHEDULES, ModelOutput, get_named_beta_schedule, takes_modalities
 from guided_mt.respacing import create_gaussian_diffusion, frame_timesteps, respace, space_timesteps
+from guided_mt.unet import create_model
 
 ORACLES = {"adm_diffusion_cosine_learned": 11, "adm_diffusion_linear_fixed": 12}  # name: torch seed of its bits/dim run
 
@@ -31,9 +33,8 @@ def oracle(request, golden):
 
 def test_schedules_are_adms(oracle):
     diffusion, _, values, _ = oracle
-    for name in (
-        "betas alphas_cumprod posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2"
-    ).split():
+    posterior = ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
+    for name in ("betas", "alphas_cumprod", *posterior):
         np.testing.assert_allclose(getattr(diffusion, name), values[name], rtol=1e-12, atol=0)
     assert diffusion.timestep_map.tolist() == values["timestep_map"].tolist()
 
@@ -86,6 +87,15 @@ def test_models_are_told_apart():
     assert not takes_modalities(lambda x, t: x)
     assert not takes_modalities(lambda x, t, y=None: x)
     assert not takes_modalities(lambda x, t, **kwargs: x)
+    plain = create_model(8, 32, 1, channel_mult="1", attention_resolutions="8")
+    for wrap in (lambda m: m, lambda m: functools.partial(m, y=None), torch.compile, torch.nn.DataParallel):
+        assert not takes_modalities(wrap(plain))
+        assert takes_modalities(wrap(WithModalities()))
+
+
+class WithModalities(torch.nn.Module):
+    def forward(self, z_t, t, modalities=None, y=None):
+        return z_t
 
 
 # ---------------------------------------------------------------- the frame against the paper
@@ -185,9 +195,7 @@ def test_respacing_keeps_marginals_and_nothing_else():
     kept = [0, 7, 50, 99]
     few = respace(full, kept)
     np.testing.assert_allclose(few.alphas_cumprod, full.alphas_cumprod[kept], rtol=1e-9)
-    np.testing.assert_array_equal(
-        few.aggregation.coefficients["x"], full.aggregation.coefficients["x"][kept]
-    )
+    np.testing.assert_array_equal(few.aggregation.coefficients["x"], full.aggregation.coefficients["x"][kept])
     assert few.timestep_map.tolist() == kept
     again = respace(few, [1, 3])
     assert again.timestep_map.tolist() == [7, 99]
@@ -241,7 +249,9 @@ def test_unknown_names_are_named():
 def test_losses_with_a_frame_equal_those_without_for_a_network_that_removes_it(options):
     """z_t is y_t + s_t and nothing else changes: subtracting s_t inside the network gives plain DDPM's losses (DESIGN 2.2)."""
     diffusion = create_gaussian_diffusion(steps=50, noise_schedule="cosine", mt_weights={"x": "paper"}, **options)
-    x_start, noise, encoding = torch.randn(3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x_start, noise, encoding = torch.randn(
+        3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     t = torch.tensor([0, 1, 30, 49])
     channels = 2 if options.get("learn_sigma") else 1
 
@@ -255,3 +265,28 @@ def test_losses_with_a_frame_equal_those_without_for_a_network_that_removes_it(o
     a = diffusion.training_losses(plain, x_start, t, noise=noise)["loss"]
     b = diffusion.training_losses(framed, x_start, t, noise=noise, encodings={"x": encoding})["loss"]
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_guidance_moves_the_mean_of_gaussian_data_to_the_posterior():
+    """ADM's two guidance rules: with the exact score of p(c | y_t) for Gaussian z_0 the law of z_0 | c comes out."""
+    variance, observed, seen = 0.3, 0.5, 0.2  # c = z_0 + noise of variance `seen`
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine", sigma_small=True, timestep_respacing="200")
+    abar = torch.from_numpy(create_gaussian_diffusion(noise_schedule="cosine").alphas_cumprod).float()
+
+    def model(x, t):
+        a = abar[t].view(-1, 1, 1, 1)
+        return torch.sqrt(1 - a) * x / (a * variance + 1 - a)
+
+    def cond_fn(x, t):
+        a = abar[t].view(-1, 1, 1, 1)
+        gain = torch.sqrt(a) * variance / (a * variance + 1 - a)  # E[z_0 | y_t] = gain y_t
+        spread = variance - gain * torch.sqrt(a) * variance + seen  # Var[c | y_t]
+        return gain * (observed - gain * x) / spread
+
+    mean, var = observed * variance / (variance + seen), variance * seen / (variance + seen)
+    torch.manual_seed(0)
+    noise = torch.randn(4000, 3, 2, 2)
+    for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
+        drawn = loop(model, noise.shape, noise, False, cond_fn=cond_fn)
+        assert float(drawn.mean()) == pytest.approx(mean, abs=0.02)
+        assert float(drawn.var()) == pytest.approx(var, rel=0.06)

@@ -63,7 +63,14 @@ def test_literal_weights_fail_as_documented():
     errors = {}
     for weights in ("paper", "paper-literal"):
         full = full_process(weights)
-        drawn = sample(data.network_u(full), full, {"x": ImageModality("x")}, (1000, *SHAPE), seeds=range(1000), clip_denoised=False)
+        drawn = sample(
+            data.network_u(full),
+            full,
+            {"x": ImageModality("x")},
+            (1000, *SHAPE),
+            seeds=range(1000),
+            clip_denoised=False,
+        )
         errors[weights] = frechet(covariance(drawn.x_start), data.cov_z)
     assert errors["paper"] < 0.05 * np.trace(data.cov_z)
     assert errors["paper-literal"] > 0.1 * np.trace(data.cov_z)
@@ -127,7 +134,9 @@ def test_the_printed_rule_for_a_known_modality_fails_as_documented(schedule):
     gain, cov = data.given_x()
     assert printed > np.trace(cov) and own < 0.05
     ignored, _ = draw_given(data, data.network_u, "none", "ddpm", "own-head", schedule, n=1000, scale=0.0)
-    assert ignored == pytest.approx(np.trace(gain @ data.cov_x @ gain.T), rel=0.1)  # scale 0 without a frame: x is ignored
+    assert ignored == pytest.approx(
+        np.trace(gain @ data.cov_x @ gain.T), rel=0.1
+    )  # scale 0 without a frame: x is ignored
 
 
 def test_given_to_the_network_the_weights_do_not_matter():
@@ -138,7 +147,13 @@ def test_given_to_the_network_the_weights_do_not_matter():
         full = full_process(weights)
         process = respace(full, space_timesteps(1000, "20"))
         result = sample(
-            data.network_x(full), process, {"x": ImageModality("x")}, x.shape, known={"x": x}, conditioning="network", seeds=range(4)
+            data.network_x(full),
+            process,
+            {"x": ImageModality("x")},
+            x.shape,
+            known={"x": x},
+            conditioning="network",
+            seeds=range(4),
         )
         drawn.append(result.x_start)
     assert all(torch.equal(drawn[0], other) for other in drawn)
@@ -153,7 +168,9 @@ def test_without_modalities(sampler, learn_sigma):
     drawn = sample(model, diffusion, {}, (2, *SHAPE), sampler=sampler, seeds=[5, 6], eta=0.0).x_start
     noise = SampleStreams(torch.tensor([5, 6])).normal(*SHAPE)  # z_T, as `sample` draws it
     if sampler == "ddim":
-        torch.testing.assert_close(drawn, diffusion.ddim_sample_loop(model, noise.shape, noise=noise), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            drawn, diffusion.ddim_sample_loop(model, noise.shape, noise=noise), rtol=1e-5, atol=1e-6
+        )
     assert drawn.abs().max() < 5 and not torch.equal(drawn, noise)
 
 

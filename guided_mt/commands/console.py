@@ -7,19 +7,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ..checkpoint import differing_keys, find_weights, read_config
+from ..checkpoint import differing_keys, find_weights
 from ..config import Config, parse
 from ..distributed import Processes
 from ..errors import UserError
-from ..tasks import MODEL_SECTIONS
+from ..tasks import MODEL_SECTIONS, saved_config
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run `main` as a program: UserError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run `main` as a program: UserError, or the system's refusal of a file, is one line on stderr and exit code 2, Ctrl-C 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
     except KeyboardInterrupt:
@@ -53,7 +53,7 @@ def with_saved_config(argv: Sequence[str], sections: Sequence[type], description
     if "--help" in argv or "-h" in argv:
         return parse(argv, sections, description=description)
     first = parse(argv, sections, description=description)
-    saved = read_config(find_weights(first.model_path, first.ema)) or {}
+    saved = saved_config(find_weights(first.model_path, first.ema))
     # What a run was trained with is no default for where and how to sample.
     own = {field for section in sections if section not in MODEL_SECTIONS for field in section.__dataclass_fields__}
     base = {key: value for key, value in saved.items() if key not in own and key != "timestep_respacing"}

@@ -32,10 +32,13 @@ def main(argv: Sequence[str]) -> None:
     state = read_weights(weights)
     exported = adm_state_dict(state)
     out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".tmp_{out.name}")
-    torch.save(exported, temporary)
-    os.replace(temporary, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(exported, temporary)
+        os.replace(temporary, out)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+        raise UserError(f"--out {out}: can't be written ({error})") from None
     left = sorted({key.split(".")[0] for key in state} - {key.split(".")[0] for key in exported})
     print(f"{out}: {len(exported)} tensors from {weights}; left out: {', '.join(left) or 'nothing'}")
 

@@ -28,7 +28,7 @@ class NllConfig:
     """What to evaluate"""
 
     data_dir: str = option("", "images: folder, .tar or .zip, .npz, or builtin:digits-test")
-    num_samples: int = option(1000, "how many images, from the first")
+    num_samples: int = option(1000, "how many images, from the first", least=1)
     mask: str = option(
         "", "masked images to give or to put into the frame (patches:M, half, full); empty: as in training"
     )

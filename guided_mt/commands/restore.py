@@ -30,11 +30,11 @@ class RestoreConfig:
     """What to restore, and how"""
 
     data_dir: str = option("", "images to mask and restore: folder, .tar or .zip, .npz, or builtin:digits-test")
-    num_samples: int = option(100, "how many images, from the first")
+    num_samples: int = option(100, "how many images, from the first", least=1)
     mask: str = option("patches:10", "patches:M, half, full, or image FILE (white is masked)")
     method: str = option("mt", "mt: MT-Diffusion; the others are Table 1's", METHODS)
     strength: float = option(0.5, "sdedit: how far to noise the masked image, 0 to 1")
-    repaint_resamples: int = option(10, "repaint: passes over every stretch of ten steps")
+    repaint_resamples: int = option(10, "repaint: passes over every stretch of ten steps", least=1)
     exact_known: bool = option(False, "paste the unmasked pixels back; off, since the model is to keep them by itself")
 
 

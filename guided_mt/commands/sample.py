@@ -26,7 +26,7 @@ GRID = 64
 class GenerateConfig:
     """What to draw"""
 
-    num_samples: int = option(10000, "how many images")
+    num_samples: int = option(10000, "how many images", least=1)
     class_name: str = option("", "draw this class only, by name or id (also --class); empty: classes at random")
 
 
@@ -40,8 +40,6 @@ def main(argv: Sequence[str]) -> None:
     out = output_path(config, f"samples_{config.num_samples}x{config.image_size}x{config.image_size}x3.npz")
     if announce(config, processes, f"writing {out}"):
         return
-    if config.num_samples < 1 or config.batch_size < 1:
-        raise UserError("--num_samples and --batch_size must be at least 1")
     seeds = parse_seeds(config.seeds, config.num_samples)
     generator = Generator.load(config, processes.device)
     settings = config[SampleConfig]
@@ -53,8 +51,10 @@ def main(argv: Sequence[str]) -> None:
         arrays = {"arr_0": to_nhwc(drawn.x_start)}
         if labels is not None:
             arrays["arr_1"] = labels.cpu().numpy()
-        unknown = {name: x for name, x in drawn.modalities.items() if name not in generator.model.condition_names}
-        return arrays | {name: to_nhwc(x) for name, x in unknown.items()}
+        for name, x in drawn.modalities.items():
+            if name not in generator.model.condition_names:  # those were given, and said nothing
+                arrays |= generator.modalities[name].arrays(x)
+        return arrays
 
     signature = {**config.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
     arrays = run_sharded(out, config.num_samples, config.batch_size, processes, signature, make)

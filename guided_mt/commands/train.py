@@ -6,37 +6,42 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .. import distributed
 from ..checkpoint import checkpoints, read_classes
-from ..config import Config, TrainConfig, parse
+from ..config import Config, parse
 from ..data import open_source
 from ..errors import UserError
-from ..tasks import MODEL_SECTIONS, TRAIN_DATA_SECTIONS, task_names
+from ..tasks import RUN_SECTIONS, build_diffusion, build_model, task_names
 from ..train_loop import TrainLoop, batch_sizes
 from .console import announce, run
 
-SECTIONS = (*MODEL_SECTIONS, *TRAIN_DATA_SECTIONS, TrainConfig)
-
 
 def main(argv: Sequence[str]) -> None:
-    config = parse(argv, SECTIONS, description=__doc__, presets=True)
+    config = parse(argv, RUN_SECTIONS, description=__doc__, presets=True)
     validate(config)
     processes = distributed.setup(config.device)
     global_batch, local_batch, microbatch = batch_sizes(config, processes.world_size)
     folder = run_folder(config)
     where = f"{processes.world_size} process(es) by {processes.launcher}, first on {processes.device}"
     sizes = f"{global_batch} images per step: {local_batch} per process, {microbatch} per pass"
-    if announce(config, processes, f"run folder {folder}", where, sizes):
+    # Built without memory, to refuse flags that don't fit together before anything is read.
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(config).parameters()) / 1e6
+    build_diffusion(config)
+    if announce(config, processes, f"run folder {folder}", where, sizes, f"{parameters:.2f} M parameters"):
         return
     source = open_source(config.data_dir, class_names=_saved_classes(folder))
     _check_classes(config, source)
     loop = TrainLoop(config, processes, source, folder)
     if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(loop.resolved_yaml())
-        parameters = sum(p.numel() for p in loop.model.parameters()) / 1e6
-        start = f"resuming after step {loop.step}" if loop.step else "starting"
-        print(f"# {len(source)} images, {parameters:.2f} M parameters, {start}", flush=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(loop.resolved_yaml())
+        except OSError as error:
+            raise UserError(f"--log_dir {folder}: can't be written ({error.strerror}); name another folder") from None
+        print(f"# {len(source)} images, {f'resuming after step {loop.step}' if loop.step else 'starting'}", flush=True)
     loop.run_loop()
     processes.close()
 
@@ -44,13 +49,6 @@ def main(argv: Sequence[str]) -> None:
 def validate(config: Config) -> None:
     """What can be said of the settings before anything is built. Raises UserError."""
     task_names(config)
-    positive = ("image_size", "total_steps", "log_interval", "save_interval", "diffusion_steps", "num_channels")
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("mt_drop_prob", "mask_full_prob", "dropout"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name} must be between 0 and 1, not {getattr(config, name)}")
     if config.timestep_respacing:
         raise UserError("--timestep_respacing is for sampling; training uses all of --diffusion_steps")
     for rate in config.ema_rate.split(","):

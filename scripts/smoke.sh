@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Every script on tiny data: two steps, save, resume, sample. Fails at the first that fails.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+tiny=(--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1 --attention_resolutions 4 --diffusion_steps 50
+      --noise_schedule cosine --learn_sigma True --global_batch_size 4 --save_interval 2 --log_interval 1 --lr 1e-3
+      --ema_rate 0.9)
+run() { echo "+ python scripts/$*"; python "scripts/$@" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }
+
+run prepare_images.py builtin:digits "$work/digits.zip" --size 8 --limit 40
+for variant in U X; do
+  one=(--mt_task masked --mt_variant $variant --data_dir "$work/digits.zip" --log_dir "$work/$variant" "${tiny[@]}")
+  run image_train.py "${one[@]}" --total_steps 2 --sample_interval 2
+  run image_train.py "${one[@]}" --total_steps 4
+  grep -q '^4,' "$work/$variant/progress.csv"
+  run image_sample.py --model_path "$work/$variant" --num_samples 3 --steps 3
+  run image_restore.py --model_path "$work/$variant" --data_dir builtin:digits-test --num_samples 3 --steps 3 --mask patches:2
+  run image_nll.py --model_path "$work/$variant" --data_dir builtin:digits-test --num_samples 2 --timestep_respacing 5
+done
+run image_train.py --mt_task none --class_cond True --num_classes 10 --data_dir builtin:digits --log_dir "$work/none" \
+  "${tiny[@]}" --total_steps 2
+run image_sample.py --model_path "$work/none" --num_samples 2 --steps 3 --class 7
+run image_restore.py --model_path "$work/none" --data_dir builtin:digits-test --num_samples 2 --steps 3 --mask half --method sdedit
+run image_restore.py --model_path "$work/none" --data_dir builtin:digits-test --num_samples 2 --mask half --method repaint \
+  --repaint_resamples 2
+run export_adm.py --model_path "$work/X" --out "$work/adm.pt"
+run image_train.py --mt_task masked --mt_variant X --resume_checkpoint "$work/adm.pt" --data_dir "$work/digits.zip" \
+  --log_dir "$work/from_adm" "${tiny[@]}" --total_steps 2
+run demo.py --run "$work/demo" --steps 2 --processes 1
+if command -v mpiexec > /dev/null; then
+  if [ "$(id -u)" = 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+  echo "+ mpiexec -n 2 python scripts/image_train.py"
+  mpiexec -n 2 --oversubscribe python scripts/image_train.py --mt_task masked --data_dir builtin:digits \
+    --log_dir "$work/mpi" "${tiny[@]}" --total_steps 2 > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+fi
+echo "smoke: every script ran"
