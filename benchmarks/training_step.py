@@ -28,7 +28,7 @@ from guided_mt.config import parse
 from guided_mt.data import Batch, open_source
 from guided_mt.distributed import Processes
 from guided_mt.optim import learning_rate
-from guided_mt.tasks import RUN_SECTIONS
+from guided_mt.tasks import run_sections
 from guided_mt.train_loop import TrainLoop
 
 STAGES = ("forward", "backward", "optimiser", "EMA and log")
@@ -73,7 +73,7 @@ class Step:
         flags += ["--num_head_channels", "64", "--resblock_updown", "True", "--use_new_attention_order", "True"]
         flags += ["--attention_resolutions", "32,16,8", "--learn_sigma", "True", "--noise_schedule", "cosine"]
         flags += ["--compile", str(args.compile)] if not row.adm else []
-        config = parse([*flags, *row.flags], RUN_SECTIONS, description="")
+        config = parse([*flags, *row.flags], run_sections(), description="")
         self.loop = TrainLoop(config, Processes(device=device), open_source(str(images)), folder)
         for p in self.loop.model.parameters():  # zero weights would let the convolutions multiply by zeros
             if p.ndim > 1:

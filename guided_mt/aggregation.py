@@ -103,7 +103,7 @@ class Aggregation:
         for name, encoding in encodings.items():
             term = self._at(name, t, encoding) * encoding
             total = term if total is None else total + term
-        return torch.zeros((len(t), 1, 1, 1), device=t.device) if total is None else total
+        return torch.zeros((), device=t.device) if total is None else total
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         if name not in self.coefficients:

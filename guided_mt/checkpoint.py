@@ -119,7 +119,8 @@ def find_weights(path: str | Path, ema: str = "") -> Path:
         path = found[-1]
     if ema == "none":
         return path / "model.safetensors"
-    averages = sorted(path.glob("ema_*.safetensors"), key=lambda file: float(file.stem[4:]))
+    averages = [file for file in path.glob("ema_*.safetensors") if re.fullmatch(r"ema_[0-9.]+", file.stem)]
+    averages.sort(key=lambda file: float(file.stem[4:]))
     rates = [file.stem[4:] for file in averages]
     if ema and ema not in rates:
         raise UserError(f"{path}: has no averaged weights '{ema}'; there are {', '.join(rates) or 'none'}")
@@ -225,7 +226,11 @@ def _network_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of a configuration, what decides the shapes of the weights."""
     free = ("dropout", "use_checkpoint", "use_fp16", "precision", "compile")
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
-    return {key: settings[key] for key in (*names, "learn_sigma", "mt_task", "mt_variant") if key in settings}
+    return {
+        key: settings[key]
+        for key in (*names, "learn_sigma", "diffusion_steps", "mt_task", "mt_variant")
+        if key in settings
+    }
 
 
 def differing_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

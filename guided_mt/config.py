@@ -17,7 +17,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .aggregation import WEIGHTS
 from .errors import UserError, nearest
 from .gaussian_diffusion import SCHEDULES
 from .resample import SCHEDULE_SAMPLERS
@@ -60,7 +59,7 @@ class ModelConfig:
     precision: str = option(
         "fp32", "network arithmetic; norms, output and losses stay float32", ("fp32", "bf16", "fp16")
     )
-    compile: bool = option(False, "run the network through torch.compile")
+    compile: bool = option(False, "train through torch.compile; sampling ignores it")
 
 
 @dataclass
@@ -81,17 +80,6 @@ class DiffusionConfig:
 
 
 @dataclass
-class MTConfig:
-    """Multi-modal diffusion"""
-
-    mt_task: str = option("none", "second kind of data: none, masked")
-    mt_variant: str = option("X", "U: the network sees z_t alone; X: it is also given the second modality", ("U", "X"))
-    mt_weights: str = option("paper", "aggregation weights w_t", WEIGHTS)
-    mt_loss_weight: float = option(0.1, "lambda of eq. 6; 0 trains the purely conditional twin", least=0)
-    mt_drop_prob: float = option(0.0, "share of samples trained as pure generation", least=0, most=1)
-
-
-@dataclass
 class DataConfig:
     """Data"""
 
@@ -108,7 +96,11 @@ class TrainConfig:
     log_dir: str = option(
         "", "folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/TASK-SIZE"
     )
-    total_steps: int = option(1_000_000, "optimiser steps of the whole run", least=1)
+    total_steps: int = option(
+        1_000_000,
+        "optimiser steps of the whole run; where only lr_anneal_steps is given, that many, as in ADM",
+        least=1,
+    )
     batch_size: int = option(-1, "images per process and pass; -1: global_batch_size / processes", least=1)
     global_batch_size: int = option(-1, "images per step over all processes; -1: batch_size * processes", least=1)
     microbatch: int = option(-1, "images per forward pass, accumulating gradients; -1: batch_size", least=1)
@@ -160,7 +152,7 @@ class SampleConfig:
 
 
 class Config:
-    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `given` are the keys named by the user."""
+    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `given` are the keys that the user set."""
 
     def __init__(self, sections: Sequence[Any], given: frozenset[str] = frozenset()):
         self._sections = {type(section): section for section in sections}
@@ -233,13 +225,19 @@ def parse(
             )
         raise UserError(f"don't know what to do with '{word}'; flags are written --name value")
     values = {key: value for key, value in (base or {}).items() if key in fields}
+    given: dict[str, Any] = {}
     if presets:
         for source, content in ((typed.preset, load_preset), (typed.config, _load_yaml)):
             if source:
-                values.update(check_keys(content(source), fields, source))
-    given = {name: getattr(typed, name) for name in seen if getattr(typed, name) is not None}
+                given.update(check_keys(content(source), fields, source))
+    typed_values = {name: getattr(typed, name) for name in seen if getattr(typed, name) is not None}
+    given.update(typed_values)
     values.update(given)
     resolved = {name: _convert(fields[name], value) for name, value in values.items()}
+    if resolved.get("use_fp16"):  # another name for a precision: from here on there is only one
+        if "precision" in typed_values and resolved["precision"] != "fp16":
+            raise UserError(f"--use_fp16 True contradicts --precision {resolved['precision']}; give one of them")
+        resolved |= {"precision": "fp16", "use_fp16": False}
     made = [
         section(**{f.name: resolved[f.name] for f in dataclasses.fields(section) if f.name in resolved})
         for section in sections

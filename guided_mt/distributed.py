@@ -69,7 +69,13 @@ def setup(device: str = "") -> Processes:
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
+        if local_size > torch.cuda.device_count() or (local_size > 1 and ":" in device):
+            raise UserError(
+                f"{local_size} processes on this machine need a GPU each, and there are {torch.cuda.device_count()}; "
+                "start fewer, without --device cuda:N, or use --device cpu"
+            )
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same: let cuDNN choose its kernels by trial
     elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if world_size > 1:
@@ -121,6 +127,11 @@ def _detect(env) -> tuple[str, int, int, int, int]:
         local = int(env.get("MPI_LOCALRANKID", 0)), int(env.get("MPI_LOCALNRANKS", 1))
         return "mpi", int(env["PMI_RANK"]), int(env["PMI_SIZE"]), *local
     return "python", 0, 1, 0, 1
+
+
+def rank_of_launcher() -> int:
+    """The rank that the launcher gave this process, before any `setup`."""
+    return _detect(os.environ)[1]
 
 
 def _rendezvous_over_mpi() -> None:

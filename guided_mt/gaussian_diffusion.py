@@ -127,7 +127,7 @@ def call_model(
 def takes_modalities(model: Callable) -> bool:
     """True for (z_t, t, modalities, ...), False for ADM's (x, timesteps, y=None, ...) whose third argument has a default."""
     while True:  # partial, DistributedDataParallel and torch.compile hide the signature
-        if isinstance(model, functools.partial):
+        if isinstance(model, functools.partial) and isinstance(model.func, torch.nn.Module):
             model = model.func
         elif isinstance(model, torch.nn.Module) and ("module" in model._modules or "_orig_mod" in model._modules):
             model = model._modules.get("module", model._modules.get("_orig_mod"))
@@ -139,7 +139,7 @@ def takes_modalities(model: Callable) -> bool:
     positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
         return True
-    return len(positional) > 2 and positional[2].default is inspect.Parameter.empty
+    return len(positional) > 2 and positional[2].default is inspect.Parameter.empty and positional[2].name != "y"
 
 
 # ---------------------------------------------------------------- the process
@@ -340,10 +340,9 @@ class GaussianDiffusion:
         x: Tensor,
         t: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
-    ) -> dict[str, Tensor]:
-        """Shift the mean by variance * grad log p(y | x_t) (ADM algorithm 1)."""
-        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
-        return {**p, "mean": p["mean"] + p["variance"] * gradient}
+    ) -> Tensor:
+        """The mean of p shifted by variance * grad log p(y | x_t) (ADM algorithm 1)."""
+        return p["mean"] + p["variance"] * cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
 
     def condition_score(
         self,
@@ -380,7 +379,7 @@ class GaussianDiffusion:
         p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = torch.randn_like(x)
         if cond_fn is not None:
-            p = self.condition_mean(cond_fn, p, x, t, model_kwargs)
+            p = {**p, "mean": self.condition_mean(cond_fn, p, x, t, model_kwargs)}
         return {"sample": self.p_sample_step(p, t, noise), "pred_xstart": p["pred_xstart"]}
 
     def ddim_sample(

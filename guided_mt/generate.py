@@ -40,6 +40,11 @@ class Generator:
         return cls(config, model, build_modalities(config, model), read_classes(weights.parent))
 
     @property
+    def known_classes(self) -> list[str] | None:
+        """The class names that data must have: those of training for a class-conditional model, any for others."""
+        return self.classes if self.config.class_cond else None
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -67,6 +72,12 @@ class Generator:
         """One sample per seed. In form X a modality that is not known is given as uninformative: the complete mask."""
         known = dict(known or {})
         form_x = self.model.variant == "X"
+        for name in known:
+            if not form_x and settings.mt_condition == "own-head" and self.modalities[name].variance is None:
+                raise UserError(
+                    f"this model's '{name}' head was never trained, so own-head conditioning has no variance for it; "
+                    "train it with this --mt_task, or use --mt_condition algorithm1"
+                )
         if form_x:
             for name, modality in self.modalities.items():
                 known.setdefault(name, modality.uninformative(self.shape, len(seeds), self.device))

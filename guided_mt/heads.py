@@ -16,7 +16,10 @@ class ImageHead(nn.Module):
         self.out = make_output_block(unet.feature_channels, unet.input_channels, channels)
 
     def forward(self, features: UNetFeatures) -> Tensor:
-        return self.out(features.last.float())
+        with torch.autocast(
+            features.last.device.type, enabled=False
+        ):  # float32 whatever the caller's precision, as ADM's output
+            return self.out(features.last)
 
 
 class HeadVariance(nn.Module):

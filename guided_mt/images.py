@@ -18,8 +18,8 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> uint8, as ADM rounds (down)."""
-    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    """[-1, 1] -> uint8, rounded down as in ADM, but 1e-4 later, so that float32 gives back the uint8 it came from."""
+    return ((x + 1) * 127.5 + 1e-4).clamp(0, 255).to(torch.uint8)
 
 
 def to_nhwc(x: Tensor) -> np.ndarray:

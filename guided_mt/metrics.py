@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import os
 import sys
 import time
@@ -99,7 +100,7 @@ class Reporter:
     def _line(self, values: dict[str, float]) -> None:
         step = int(values["step"])
         per_step = (time.monotonic() - self._started) / max(1, step - self._start_step)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total_steps - step)))
+        left = datetime.timedelta(seconds=round(per_step * (self.total_steps - step)))
         shown = [k for k in self.columns if "_q" not in k and k not in ("step", "samples", "images_per_second", "lr")]
         parts = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
         line = f"step {step}/{self.total_steps}  {parts}  {values['images_per_second']:.1f} images/s  {left} left"

@@ -48,14 +48,15 @@ class Optimizer:
         # The fused kernel divides by grad_scale and does nothing where found_inf is 1: clipping, unscaling and skipping in
         # the one pass over the weights that the update makes anyway.
         too_long = (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0 else torch.ones_like(norm)
-        self.adamw.grad_scale = scale * torch.where(bad > 0, 1.0, too_long)
+        self.adamw.grad_scale = scale * too_long
         self.adamw.found_inf = bad
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self.skipped += bad
-        self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        # In fp16 a bad step first lowers the scale; only at its floor does it speak of the model.
+        self.skipped_in_row = (self.skipped_in_row + (self.log2_scale <= 0)) * bad
         self.longest_row = torch.maximum(self.longest_row, self.skipped_in_row)
         if self.fp16:
             self.log2_scale = torch.where(bad > 0, self.log2_scale - 1, self.log2_scale + self.scale_growth).clamp(
@@ -67,7 +68,9 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        weight_decay = self.adamw.param_groups[0]["weight_decay"]
         self.adamw.load_state_dict(state["adamw"])
+        self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
         self.log2_scale = state["log2_scale"].to(self.log2_scale)
         self.skipped = state["skipped"].to(self.skipped)
 

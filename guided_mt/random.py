@@ -14,6 +14,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+POOL = 64  # uniform numbers drawn at once
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -33,6 +34,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+def _vector(values: Tensor | int, device: torch.device | str) -> Tensor:
+    """int64 [B], or [1] for a number, which is filled in on the device: copying it there would wait for the host."""
+    if isinstance(values, int):
+        return torch.full((1,), values, dtype=torch.int64, device=device)
+    return torch.atleast_1d(torch.as_tensor(values, dtype=torch.int64, device=device))
+
+
 class SampleStreams:
     """One random stream per sample of a batch.
 
@@ -41,12 +49,11 @@ class SampleStreams:
     """
 
     def __init__(self, seeds: Tensor | int, index: Tensor | int = 0, *, device: torch.device | str = "cpu"):
-        seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
-        index = torch.as_tensor(index, dtype=torch.int64, device=device)
-        seeds, index = torch.broadcast_tensors(torch.atleast_1d(seeds), torch.atleast_1d(index))
+        seeds, index = torch.broadcast_tensors(_vector(seeds, device), _vector(index, device))
         self._key = ((seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None])
         self._index = ((index & _MASK)[:, None], ((index >> 32) & _MASK)[:, None])
         self._draw = 0
+        self._pool = torch.empty(len(self), 0, device=seeds.device)
         self.device = seeds.device
 
     def __len__(self) -> int:
@@ -64,8 +71,11 @@ class SampleStreams:
     def uniform(self, *shape: int) -> Tensor:
         """float32 [B, *shape] in [0, 1)."""
         count = math.prod(shape)
-        u = torch.stack(self.words(count), dim=-1).flatten(1)[:, :count] >> 8
-        return (u.float() * 2.0**-24).view(len(self), *shape)
+        if self._pool.shape[1] < count:  # small draws share one pass of the generator, which is many kernels long
+            u = torch.stack(self.words(max(count, POOL)), dim=-1).flatten(1) >> 8
+            self._pool = u.float() * 2.0**-24
+        taken, self._pool = self._pool[:, :count], self._pool[:, count:]
+        return taken.reshape(len(self), *shape)
 
     def integers(self, bound: int, *shape: int) -> Tensor:
         """int64 [B, *shape] in 0..bound-1 (bound well below 2^24)."""

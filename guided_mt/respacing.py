@@ -32,7 +32,10 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
         if not 0 < count <= length:
             raise UserError(f"timestep_respacing: can't take {count} steps from a section of {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        kept += [start + round(stride * j) for j in range(count)]
+        position = 0.0
+        for _ in range(count):  # summed up as in ADM, whose rounding of the sum decides between neighbours
+            kept.append(start + round(position))
+            position += stride
         start += length
     return sorted(set(kept))
 

@@ -14,7 +14,9 @@ from .generate import Generator
 from .random import SampleStreams
 from .samplers import sample
 
-REPAINT_STEPS = 250  # of RePaint's published setting, with jumps of 10 repeated 10 times
+REPAINT_STEPS = (
+    250  # of RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply
+)
 METHODS = ("mt", "sdedit", "repaint", "none")
 
 

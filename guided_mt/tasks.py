@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .aggregation import WEIGHTS
 from .checkpoint import read_config
-from .config import Config, DataConfig, DiffusionConfig, ModelConfig, MTConfig, TrainConfig, check_keys, option
+from .config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, check_keys, option
 from .errors import UserError, nearest
 from .gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from .heads import ImageHead
 from .modalities import MaskedImage, Modality
-from .model import MTModel
+from .model import VARIANTS, MTModel
 from .respacing import create_gaussian_diffusion
 from .unet import UNetModel, create_model
 
@@ -45,10 +46,17 @@ class Task:
     head: Callable[[Config, UNetModel], nn.Module]
 
 
+def mask_patch(config: Config) -> int:
+    """The side of a masked patch in pixels: a quarter of the image (16 at the paper's 64) unless given."""
+    return config.mask_patch if config.mask_patch > 0 else max(1, config.image_size // 4)
+
+
 def _masked_image(config: Config, variance: Tensor | None) -> Modality:
-    patch = config.mask_patch if config.mask_patch > 0 else max(1, config.image_size // 4)
     return MaskedImage(
-        patch=patch, max_patches=config.mask_max_patches, full_prob=config.mask_full_prob, variance=variance
+        patch=mask_patch(config),
+        max_patches=config.mask_max_patches,
+        full_prob=config.mask_full_prob,
+        variance=variance,
     )
 
 
@@ -56,15 +64,45 @@ TASKS: dict[str, Task] = {
     "masked": Task(MaskConfig, _masked_image, lambda config, unet: ImageHead(unet)),
 }
 
-# What a checkpoint has to carry so that the same network, process and modalities can be built again.
-MODEL_SECTIONS = (ModelConfig, DiffusionConfig, MTConfig, *(task.options for task in TASKS.values()))
-TRAIN_DATA_SECTIONS = (DataConfig,)
-RUN_SECTIONS = (*MODEL_SECTIONS, *TRAIN_DATA_SECTIONS, TrainConfig)  # what a run's config.yaml holds
+
+@dataclass
+class MTConfig:
+    """Multi-modal diffusion"""
+
+    mt_task: str = option("none", f"second kind of data: none or {', '.join(TASKS)}")
+    mt_variant: str = option("X", "U: the network sees z_t alone; X: it is also given the second modality", VARIANTS)
+    mt_weights: str = option("paper", "aggregation weights w_t", WEIGHTS)
+    mt_loss_weight: float = option(0.1, "lambda of eq. 6; 0 trains the purely conditional twin", least=0)
+    mt_drop_prob: float = option(0.0, "share of samples trained as pure generation", least=0, most=1)
+
+
+def model_sections() -> tuple[type, ...]:
+    """What a checkpoint has to carry so that the same network, process and modalities can be built again."""
+    return (ModelConfig, DiffusionConfig, MTConfig, *(task.options for task in TASKS.values()))
+
+
+def run_sections() -> tuple[type, ...]:
+    """What a training run's config.yaml holds."""
+    return (*model_sections(), DataConfig, TrainConfig)
+
+
+def sampling_may_change() -> set[str]:
+    """Keys of `model_sections` that another value than in training makes sense for: they change no weight's meaning."""
+    options = {field for task in TASKS.values() for field in task.options.__dataclass_fields__}
+    return options | {
+        "precision",
+        "use_fp16",
+        "use_checkpoint",
+        "compile",
+        "timestep_respacing",
+        "dropout",
+        "sigma_small",
+    }
 
 
 def saved_config(weights: Path) -> dict[str, Any]:
     """The configuration beside a weights file; empty for a foreign file. Raises UserError for a key that no run has."""
-    known = [field for section in RUN_SECTIONS for field in section.__dataclass_fields__]
+    known = [field for section in run_sections() for field in section.__dataclass_fields__]
     return check_keys(read_config(weights) or {}, known, weights.parent / "config.yaml")
 
 
@@ -82,8 +120,7 @@ def build_model(config: Config) -> MTModel:
     names = task_names(config)
     model_options = config.as_dict(ModelConfig)
     del model_options["compile"]
-    if model_options.pop("use_fp16"):
-        model_options["precision"] = "fp16"
+    del model_options["use_fp16"]  # parsing has turned it into the precision
     conditions = build_modalities(config) if config.mt_variant == "X" else {}
     factory = partial(
         MTModel,

@@ -25,10 +25,10 @@ from .objective import multi_task_losses
 from .optim import Ema, Optimizer, learning_rate
 from .random import SampleStreams
 from .resample import create_named_schedule_sampler
-from .tasks import MODEL_SECTIONS, build_diffusion, build_modalities, build_model, saved_config
+from .tasks import build_diffusion, build_modalities, build_model, model_sections, saved_config
 
 MAX_SKIPPED_IN_ROW = 10
-SIGNAL_INTERVAL = 10  # steps between the processes' agreeing on a SIGTERM
+SIGNAL_INTERVAL = 10  # steps between GPU processes' agreeing on a SIGTERM
 PREVIEW_COUNT = 16
 log = logging.getLogger("guided_mt")
 
@@ -60,6 +60,11 @@ class TrainLoop:
         self.terms = [*terms, *self.modalities]
         self.averages = Averages(["loss", *self.terms], self.diffusion.num_timesteps, self.device)
         self.step = self._restore()  # before the averaged weights, which start as copies of the weights
+        reached = self.processes.all_gather(torch.tensor([self.step], device=self.device)).tolist()
+        if len(set(reached)) > 1:
+            raise UserError(
+                f"{run}: the processes see different checkpoints (steps {reached}); is the folder shared by all?"
+            )
         self.network = self._wrap()
         self.stop_requested = False
 
@@ -103,7 +108,7 @@ class TrainLoop:
         """What the network, the process and the order of the data rest on must not change within a run."""
         saved = saved_config(newest / "model.safetensors")
         free = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
-        fixed = {k: v for k, v in self.config.as_dict(*MODEL_SECTIONS).items() if k not in free}
+        fixed = {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
         fixed |= {"seed": self.config.seed, "schedule_sampler": self.config.schedule_sampler}
         fixed |= {"global_batch_size": self.global_batch}
         different = checkpoint.differing_keys(saved, fixed)
@@ -185,7 +190,7 @@ class TrainLoop:
         self.step += 1
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Gradients of the global mean loss; returns what `track` needs, [local batch, 2 + 2 K] (see `_record`)."""
+        """Gradients of the global mean loss; returns what `track` needs, [local batch, 2 + 2 K] (see `_losses`)."""
         records = []
         if self.config.dropout > 0:  # the only draw that is torch's own: tied to the step, so that resuming repeats it
             torch.manual_seed((self.seed * 1_000_003 + self.step) * 4096 + self.processes.rank)
@@ -346,7 +351,8 @@ class TrainLoop:
     def _agreed_stop(self) -> bool:
         if self.processes.world_size == 1:
             return self.stop_requested
-        return self.step % SIGNAL_INTERVAL == 0 and self.processes.any(self.stop_requested)
+        often = self.device.type == "cpu"  # on a GPU asking would wait for it
+        return (often or self.step % SIGNAL_INTERVAL == 0) and self.processes.any(self.stop_requested)
 
 
 def _with_batch(section, global_batch: int):

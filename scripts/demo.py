@@ -57,7 +57,7 @@ def call(script: str, *options: object, processes: int = 1) -> None:
     launcher = Path(sys.executable).with_name("mpiexec")
     found = str(launcher) if launcher.exists() else shutil.which("mpiexec")
     if processes > 1 and found:
-        command = [found, "-n", str(processes), "--oversubscribe", *command]
+        command = [found, "-n", str(processes), "--oversubscribe", "--bind-to", "none", *command]
         if os.geteuid() == 0:  # Open MPI asks root to say so
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     elif processes > 1:

@@ -391,7 +391,10 @@ def test_damaged_saved_configuration(content, expected, copied):
 
 def test_damaged_class_names(copied):
     (step_folder(copied, 2) / "classes.json").write_text("[")
-    for command, argv in ((sample, words(model_path=copied)), (train, flags(log_dir=copied, total_steps=3))):
+    for command, argv in (
+        (sample, words(model_path=copied)),
+        (train, flags(log_dir=copied, total_steps=3, class_cond=True)),
+    ):
         assert "classes.json: is damaged" in complaint(command, argv)
 
 

@@ -355,3 +355,13 @@ def test_installed_commands(command):
         pytest.skip("the package is not installed beside this Python")
     done = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0 and "--image_size" in done.stdout, done.stderr
+
+
+def test_a_model_without_classes_takes_images_of_any_name(runs, tmp_path):
+    """Class names of the training set bind class-conditional models alone."""
+    pictures = tmp_path / "photos"
+    pictures.mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((8, 8, 3), 50 * i, np.uint8)).save(pictures / f"IMG_{i:04d}.png")
+    restore.main(words(model_path=runs["X"], data_dir=pictures, out=tmp_path / "r.npz", steps=2, num_samples=2))
+    assert (tmp_path / "r.npz").exists()

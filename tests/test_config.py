@@ -13,14 +13,14 @@ from guided_mt.commands import sample, train
 from guided_mt.commands.console import with_saved_config
 from guided_mt.config import Config, SampleConfig, TrainConfig, load_preset, parse, preset_names
 from guided_mt.errors import UserError
-from guided_mt.tasks import MODEL_SECTIONS, RUN_SECTIONS, TASKS, build_diffusion, build_model
+from guided_mt.tasks import TASKS, build_diffusion, build_model, model_sections, run_sections
 from guided_mt.train_loop import batch_sizes
 
 PAPER_PRESETS = {"masked-imagenet32": 32, "masked-imagenet64": 64, "masked-imagenet128": 128}
 
 
 def resolved(*argv: str, **kwargs) -> Config:
-    return parse(argv, RUN_SECTIONS, description="", presets=True, **kwargs)
+    return parse(argv, run_sections(), description="", presets=True, **kwargs)
 
 
 def test_later_sources_win(tmp_path):
@@ -38,13 +38,13 @@ def test_later_sources_win(tmp_path):
     assert config.grad_clip == 3.0  # the checkpoint, over the dataclass
     assert config.keep_checkpoints == preset.get("keep_checkpoints", 0)
     assert config.seed == TrainConfig().seed
-    assert config.given == {"weight_decay"}
+    assert config.given == {*preset, "lr", "weight_decay"}  # what the user set, the checkpoint not
     assert resolved("--config", str(file), "--preset", "masked-digits").lr == 0.5  # the order of typing does not matter
 
 
 def test_defaults_are_the_dataclasses():
     config = resolved()
-    for section in RUN_SECTIONS:
+    for section in run_sections():
         assert config[section] == section()
 
 
@@ -62,7 +62,7 @@ def test_numbers():
 
 
 def test_a_key_of_the_checkpoint_that_a_command_lacks_is_no_flag():
-    config = parse([], (SampleConfig, *MODEL_SECTIONS), description="", base={"lr": 0.1, "image_size": 8})
+    config = parse([], (SampleConfig, *model_sections()), description="", base={"lr": 0.1, "image_size": 8})
     assert config.image_size == 8
     with pytest.raises(AttributeError):
         _ = config.lr
@@ -71,14 +71,14 @@ def test_a_key_of_the_checkpoint_that_a_command_lacks_is_no_flag():
 def test_every_flag_has_a_help_text_and_one_meaning():
     """Flags that two sections share must agree, since they are one flag."""
     seen: dict[str, type] = {}
-    for section in (SampleConfig, *RUN_SECTIONS):
+    for section in (SampleConfig, *run_sections()):
         for field in dataclasses.fields(section):
             assert len(field.metadata["help"]) > 0, field.name
             if field.name in seen and section is not SampleConfig:
                 assert field.name in ("batch_size", "device", "dry_run"), f"{field.name} is in two sections"
             seen[field.name] = section
     for task in TASKS.values():
-        assert task.options in RUN_SECTIONS and task.options in MODEL_SECTIONS
+        assert task.options in run_sections() and task.options in model_sections()
 
 
 # ---------------------------------------------------------------- presets
@@ -116,7 +116,7 @@ def test_a_runs_configuration_can_be_fed_back(tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     train.main(flags(log_dir=first, total_steps=2, mt_variant="U", batch_size=4, global_batch_size=8))
     saved = OmegaConf.to_container(OmegaConf.load(first / "config.yaml"))
-    known = {field.name for section in RUN_SECTIONS for field in dataclasses.fields(section)}
+    known = {field.name for section in run_sections() for field in dataclasses.fields(section)}
     assert saved.keys() == known
     assert (saved["global_batch_size"], saved["mt_variant"], saved["diffusion_steps"]) == (8, "U", 40)
     train.main(words(config=first / "config.yaml", log_dir=again))

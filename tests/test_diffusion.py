@@ -290,3 +290,20 @@ def test_guidance_moves_the_mean_of_gaussian_data_to_the_posterior():
         drawn = loop(model, noise.shape, noise, False, cond_fn=cond_fn)
         assert float(drawn.mean()) == pytest.approx(mean, abs=0.02)
         assert float(drawn.var()) == pytest.approx(var, rel=0.06)
+
+
+def test_space_timesteps_rounds_as_adm_does():
+    """ADM adds the stride up; 499.49999... and 500 differ for a quarter of all counts."""
+    for count in range(2, 400):
+        position, expected = 0.0, []
+        for _ in range(count):
+            expected.append(round(position))
+            position += 999 / (count - 1)
+        assert space_timesteps(1000, str(count)) == expected
+    assert space_timesteps(1000, "21")[10] == 499
+
+
+def test_the_empty_shift_fits_any_shape():
+    diffusion = create_gaussian_diffusion(steps=10, noise_schedule="cosine")
+    t = torch.arange(5)
+    assert (torch.zeros(5, 7) + diffusion.aggregation.shift({}, t)).shape == (5, 7)

@@ -9,7 +9,7 @@ from guided_mt.config import parse
 from guided_mt.gaussian_diffusion import call_model
 from guided_mt.model import VARIANTS, MTModel
 from guided_mt.random import SampleStreams
-from guided_mt.tasks import MODEL_SECTIONS, TASKS, build_diffusion, build_modalities, build_model
+from guided_mt.tasks import TASKS, build_diffusion, build_modalities, build_model, model_sections
 from guided_mt.unet import create_model
 
 TINY = [
@@ -30,7 +30,7 @@ TINY = [
 
 def tiny(*flags: str):
     torch.manual_seed(0)
-    config = parse([*TINY, "--noise_schedule", "cosine", *flags], MODEL_SECTIONS, description="")
+    config = parse([*TINY, "--noise_schedule", "cosine", *flags], model_sections(), description="")
     return config, build_model(config)
 
 

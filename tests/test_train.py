@@ -37,7 +37,7 @@ from guided_mt.commands.console import run as run_command
 from guided_mt.commands.train import main
 from guided_mt.config import parse
 from guided_mt.errors import UserError
-from guided_mt.tasks import RUN_SECTIONS, TASKS, build_model
+from guided_mt.tasks import TASKS, build_model, run_sections
 
 # Everything that has a state: two averages, the importance sampler, dropout; a picture at step 3, long enough to be killed in.
 STATEFUL = {
@@ -234,7 +234,7 @@ def test_every_task_trains(tmp_path):
 def test_without_the_modality_loss_its_head_stays_as_it_was(tmp_path):
     """--mt_loss_weight 0: the head is not trained, the rest is; otherwise both are."""
     torch.manual_seed(0)
-    fresh = build_model(parse(flags(), RUN_SECTIONS, description="")).state_dict()
+    fresh = build_model(parse(flags(), run_sections(), description="")).state_dict()
     for weight in (0, 0.1):
         state = contents(step_folder(few_steps(tmp_path / str(weight), 2, mt_loss_weight=weight), 2))[
             "model.safetensors"
@@ -354,7 +354,7 @@ def test_starts_exactly_as_the_loaded_adm_model(variant, half, tmp_path, capsys)
     torch.save(state, tmp_path / "adm.pt")
     unet.load_state_dict({key: value.float() for key, value in state.items()})
 
-    config = parse(flags(mt_variant=variant), RUN_SECTIONS, description="")
+    config = parse(flags(mt_variant=variant), run_sections(), description="")
     model = build_model(config).eval()
     new = checkpoint.load_weights(model, tmp_path / "adm.pt", allow_new=True)
     assert any(key.startswith("heads.") for key in new) and ("condition_in.weight" in new) == (variant == "X")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
 
 from ..checkpoint import differing_keys, find_weights
 from ..config import Config, parse
-from ..distributed import Processes
+from ..distributed import Processes, rank_of_launcher
 from ..errors import UserError
-from ..tasks import MODEL_SECTIONS, saved_config
+from ..tasks import model_sections, sampling_may_change, saved_config
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -20,17 +23,26 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # What is wrong with the flags is wrong on every process: one line is enough until they know of each other.
+        if _among_others() or rank_of_launcher() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
+    except Exception:
+        if not _among_others():
+            raise
+        traceback.print_exc()
+        _leave(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         _leave(130)
 
 
-def _leave(code: int) -> None:
-    import torch.distributed as dist
+def _among_others() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
-    if dist.is_available() and dist.is_initialized():
+
+def _leave(code: int) -> None:
+    if _among_others():
         # The others may wait in a collective that this process never joins: leave at once, so that the launcher ends them.
         os._exit(code)
     sys.exit(code)
@@ -46,20 +58,21 @@ def announce(config: Config, processes: Processes, *lines: str) -> bool:
 
 
 def with_saved_config(argv: Sequence[str], sections: Sequence[type], description: str) -> Config:
-    """Parse over the configuration saved beside `--model_path`; a flag that contradicts the saved network is an error.
+    """Parse `sections` and the model's own over the configuration saved beside `--model_path`.
+
+    A flag that contradicts the saved network is an error (UserError).
 
     A foreign file (ADM's .pt) has none, so its flags have to be given, as in ADM.
     """
-    if "--help" in argv or "-h" in argv:
-        return parse(argv, sections, description=description)
+    own = {field for section in sections for field in section.__dataclass_fields__}
+    sections = (*sections, *model_sections())
     first = parse(argv, sections, description=description)
     saved = saved_config(find_weights(first.model_path, first.ema))
     # What a run was trained with is no default for where and how to sample.
-    own = {field for section in sections if section not in MODEL_SECTIONS for field in section.__dataclass_fields__}
     base = {key: value for key, value in saved.items() if key not in own and key != "timestep_respacing"}
     config = parse(argv, sections, description=description, base=base)
-    free = ("precision", "use_fp16", "use_checkpoint", "compile", "timestep_respacing", "dropout", "sigma_small")
-    model = {k: v for k, v in config.as_dict(*MODEL_SECTIONS).items() if k in config.given and k not in free}
+    fixed = config.given - sampling_may_change()
+    model = {key: value for key, value in config.as_dict(*model_sections()).items() if key in fixed}
     different = differing_keys(base, model)
     if different:
         raise UserError(

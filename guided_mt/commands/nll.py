@@ -18,8 +18,9 @@ from ..errors import UserError
 from ..generate import Generator, output_path
 from ..images import from_uint8, save_npz
 from ..masks import make_mask
+from ..modalities import MaskedImage
 from ..random import SampleStreams
-from ..tasks import MODEL_SECTIONS, build_diffusion
+from ..tasks import build_diffusion, mask_patch
 from .console import announce, run, with_saved_config
 
 
@@ -34,7 +35,7 @@ class NllConfig:
     )
 
 
-SECTIONS = (SampleConfig, NllConfig, *MODEL_SECTIONS)
+SECTIONS = (SampleConfig, NllConfig)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--data_dir is missing: the images to evaluate")
     generator = Generator.load(config, processes.device)
     loaded = load_images(
-        open_source(config.data_dir, class_names=generator.classes), config.image_size, config.num_samples
+        open_source(config.data_dir, class_names=generator.known_classes), config.image_size, config.num_samples
     )
     if config.class_cond and loaded.labels is None:
         raise UserError(f"{config.data_dir}: has no classes, which this class-conditional model needs")
@@ -83,8 +84,8 @@ def bound_terms(
     modalities, form_x = generator.modalities, generator.model.variant == "X"
     data = {}
     for name, modality in modalities.items():
-        if config.mask:
-            keep = make_mask(config.mask, config.image_size, modality.patch, streams)
+        if config.mask and isinstance(modality, MaskedImage):
+            keep = make_mask(config.mask, config.image_size, mask_patch(config), streams)
             data[name] = images * keep
         else:
             data[name] = modality.from_batch(images, labels, streams)

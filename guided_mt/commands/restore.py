@@ -14,12 +14,12 @@ from ..config import SampleConfig, option
 from ..data import load_images, open_source
 from ..errors import UserError
 from ..generate import Generator, output_path, parse_seeds
-from ..images import from_uint8, make_grid, save_png, to_nhwc, to_uint8
+from ..images import from_uint8, make_grid, save_png, to_nhwc
 from ..masks import make_mask
 from ..random import SampleStreams
 from ..restoration import METHODS, restore
 from ..sharded import content_hash, run_sharded
-from ..tasks import MODEL_SECTIONS
+from ..tasks import mask_patch
 from .console import announce, run, with_saved_config
 
 SHOWN = 10
@@ -32,13 +32,17 @@ class RestoreConfig:
     data_dir: str = option("", "images to mask and restore: folder, .tar or .zip, .npz, or builtin:digits-test")
     num_samples: int = option(100, "how many images, from the first", least=1)
     mask: str = option("patches:10", "patches:M, half, full, or image FILE (white is masked)")
-    method: str = option("mt", "mt: MT-Diffusion; the others are Table 1's", METHODS)
+    method: str = option(
+        "mt",
+        "mt: MT-Diffusion; the others are Table 1's (repaint always takes its published 250 ancestral steps)",
+        METHODS,
+    )
     strength: float = option(0.5, "sdedit: how far to noise the masked image, 0 to 1")
     repaint_resamples: int = option(10, "repaint: passes over every stretch of ten steps", least=1)
     exact_known: bool = option(False, "paste the unmasked pixels back; off, since the model is to keep them by itself")
 
 
-SECTIONS = (SampleConfig, RestoreConfig, *MODEL_SECTIONS)
+SECTIONS = (SampleConfig, RestoreConfig)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,17 +59,18 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--strength must be above 0 and at most 1, not {config.strength}")
     generator = Generator.load(config, processes.device)
     loaded = load_images(
-        open_source(config.data_dir, class_names=generator.classes), config.image_size, config.num_samples
+        open_source(config.data_dir, class_names=generator.known_classes), config.image_size, config.num_samples
     )
     count = len(loaded.images)
     if config.class_cond and loaded.labels is None:
         raise UserError(f"{config.data_dir}: has no classes, which this class-conditional model needs")
     seeds = parse_seeds(config.seeds, count)
-    patch = config.mask_patch if config.mask_patch > 0 else max(1, config.image_size // 4)
+    patch = mask_patch(config)
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = torch.tensor([seeds[i] for i in batch])
-        x_start = from_uint8(loaded.images[batch].to(processes.device))
+        pixels = loaded.images[batch]
+        x_start = from_uint8(pixels.to(processes.device))
         labels = loaded.labels[batch].to(processes.device) if config.class_cond else None
         # The mask's numbers are a stream of their own (index 3): the same masks for every method and sampler.
         keep = make_mask(config.mask, config.image_size, patch, SampleStreams(own, index=3, device=processes.device))
@@ -81,11 +86,14 @@ def main(argv: Sequence[str]) -> None:
             strength=config.strength,
             repaint_resamples=config.repaint_resamples,
         )
+        # The given pixels are written as they were read: a way through floats would be off by one here and there.
+        original, kept = pixels.permute(0, 2, 3, 1).numpy(), keep.permute(0, 2, 3, 1).cpu().numpy() > 0
+        result = to_nhwc(restored)
         if config.exact_known:
-            restored = torch.where(keep > 0, x_start, restored)
-        arrays = {"arr_0": to_nhwc(restored), "original": to_nhwc(x_start), "masked": to_nhwc(masked)}
-        arrays["restored"] = arrays["arr_0"]
-        return arrays | {"mask": to_uint8(1 - 2 * keep)[:, 0].cpu().numpy()}  # 255 where masked
+            result = np.where(kept, original, result)
+        grey = np.where(kept, original, np.uint8(127))
+        hidden = np.where(kept[..., 0], 0, 255).astype(np.uint8)
+        return {"arr_0": result, "original": original, "masked": grey, "restored": result, "mask": hidden}
 
     signature = {**config.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
     signature |= {"images": content_hash(loaded.images.numpy())}

@@ -16,7 +16,6 @@ from ..generate import Generator, output_path, parse_seeds
 from ..images import make_grid, save_png, to_nhwc
 from ..random import SampleStreams
 from ..sharded import run_sharded
-from ..tasks import MODEL_SECTIONS
 from .console import announce, run, with_saved_config
 
 GRID = 64
@@ -30,7 +29,7 @@ class GenerateConfig:
     class_name: str = option("", "draw this class only, by name or id (also --class); empty: classes at random")
 
 
-SECTIONS = (SampleConfig, GenerateConfig, *MODEL_SECTIONS)
+SECTIONS = (SampleConfig, GenerateConfig)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,16 +10,18 @@ import torch
 
 from .. import distributed
 from ..checkpoint import checkpoints, read_classes
-from ..config import Config, parse
+from ..config import Config, TrainConfig, parse
 from ..data import open_source
 from ..errors import UserError
-from ..tasks import RUN_SECTIONS, build_diffusion, build_model, task_names
+from ..tasks import build_diffusion, build_model, run_sections, task_names
 from ..train_loop import TrainLoop, batch_sizes
 from .console import announce, run
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse(argv, RUN_SECTIONS, description=__doc__, presets=True)
+    config = parse(argv, run_sections(), description=__doc__, presets=True)
+    if config.lr_anneal_steps and "total_steps" not in config.given:
+        config[TrainConfig].total_steps = config.lr_anneal_steps  # where ADM's loop stops
     validate(config)
     processes = distributed.setup(config.device)
     global_batch, local_batch, microbatch = batch_sizes(config, processes.world_size)
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     build_diffusion(config)
     if announce(config, processes, f"run folder {folder}", where, sizes, f"{parameters:.2f} M parameters"):
         return
-    source = open_source(config.data_dir, class_names=_saved_classes(folder))
+    source = open_source(config.data_dir, class_names=_saved_classes(folder) if config.class_cond else None)
     _check_classes(config, source)
     loop = TrainLoop(config, processes, source, folder)
     if processes.is_main:
