@@ -114,7 +114,9 @@ def sample(
     model: (z_t, t, modalities) -> ModelOutput, see `gaussian_diffusion.call_model`. modalities: {name: modality}; known:
     {name: x}, any subset. With conditioning "network" the known ones leave the frame and are handed to the model (forms X
     and any); with "own-head" they stay in the frame and eps is corrected by the gradient of the heads' log probability,
-    times `conditioning_scale` (form U); "algorithm1" is the paper's printed rule, which only puts them into the frame.
+    times `conditioning_scale` (form U); "algorithm1" is the paper's printed rule, which only puts them into the frame. With
+    "own-head" and further, unknown modalities these are estimated from z_t alone, not from the known ones: separate heads don't
+    hold their dependence; "network" is exact for any mix.
     The number of steps is that of `diffusion`. seeds: one integer per sample (default: drawn from torch's generator); a
     sample depends on its own seed and conditions alone. eta is DDIM's.
     start: (y_t [B, C, H, W], t) begins there instead of with noise at the last timestep (SDEdit).

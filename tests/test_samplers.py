@@ -125,6 +125,39 @@ def test_known_modality_by_own_head(sampler, weights):
     assert of_mean < 0.02 and of_cov < 0.02
 
 
+@pytest.mark.parametrize("weights", SOUND_WEIGHTS)
+def test_one_known_and_one_unknown_modality(weights):
+    """x given to the network, a second one u in the frame: with E[eps | z_t, x] and E[u | z_t, x] the law of z_0 | x comes out."""
+    full = create_gaussian_diffusion(noise_schedule="cosine", sigma_small=True, mt_weights={"x": "paper", "u": weights})
+    b = torch.from_numpy(full.aggregation.coefficients["u"])
+    abar = torch.from_numpy(full.alphas_cumprod)
+    # Scalars per pixel: z_0 = 0.8 x + 0.5 n, u = 0.6 z_0 + 0.3 n', so Var[z_0 | x] = 0.25 and u given (z_0, x) depends on z_0 alone.
+    var_z, slope, var_u = 0.25, 0.6, 0.09
+
+    def network(z_t, t, modalities):
+        x, a, frame = modalities["x"], abar[t].view(-1, 1, 1, 1).sqrt(), b[t].view(-1, 1, 1, 1)
+        signal, s2 = a + frame * slope, 1 - a**2
+        total = signal**2 * var_z + frame**2 * var_u + s2
+        rest = (z_t - signal * 0.8 * x) / total
+        u = slope * (0.8 * x + signal * var_z * rest) + frame * var_u * rest
+        return ModelOutput(s2.sqrt() * rest, {"u": u, "x": x})
+
+    x = torch.randn(N, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = sample(
+        network,
+        respace(full, space_timesteps(1000, "250")),
+        {"x": ImageModality("x"), "u": ImageModality("u")},
+        x.shape,
+        known={"x": x},
+        conditioning="network",
+        seeds=range(N),
+        clip_denoised=False,
+    )
+    residual = drawn.x_start - 0.8 * x
+    assert abs(float((residual * x).mean())) < 0.02 and abs(float(residual.var()) / var_z - 1) < 0.05
+    assert drawn.modalities["u"].shape == x.shape and torch.equal(drawn.modalities["x"], x)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_printed_rule_for_a_known_modality_fails_as_documented(schedule):
     """Algorithm 1 with E[eps | z_t] is off by more than the size of z_0 | x; own head is not (DESIGN 2.5)."""
