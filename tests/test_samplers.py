@@ -131,7 +131,7 @@ def test_one_known_and_one_unknown_modality(weights):
     full = create_gaussian_diffusion(noise_schedule="cosine", sigma_small=True, mt_weights={"x": "paper", "u": weights})
     b = torch.from_numpy(full.aggregation.coefficients["u"])
     abar = torch.from_numpy(full.alphas_cumprod)
-    # Scalars per pixel: z_0 = 0.8 x + 0.5 n, u = 0.6 z_0 + 0.3 n', so Var[z_0 | x] = 0.25 and u given (z_0, x) depends on z_0 alone.
+    # Scalars per pixel: z_0 = 0.8 x + 0.5 n, u = 0.6 z_0 + 0.3 n', so Var[z_0 | x] = 0.25; u depends on z_0 alone.
     var_z, slope, var_u = 0.25, 0.6, 0.09
 
     def network(z_t, t, modalities):
