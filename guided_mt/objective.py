@@ -16,8 +16,8 @@ from .random import SampleStreams
 
 @dataclass
 class Losses:
-    """All [B]. `loss` is what is minimised; `terms` {name: values} are its parts, unweighted; `kept` {modality: 0 or 1} says for
-    which samples a modality took part (`mt_drop_prob`)."""
+    """All [B]. `loss` is what is minimised; `terms` {name: values} are its parts, unweighted; `kept` is 0 for the samples that were
+    trained as pure generation (`mt_drop_prob`), else 1."""
 
     loss: Tensor
     terms: dict[str, Tensor]
