@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -36,15 +37,24 @@ Encoded = tuple[int, bytes | None, str]  # image number, PNG or None where broke
 
 def console() -> NoReturn:
     """Run as a command: bad input is one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished file is removed
+    signal.signal(signal.SIGTERM, _raise_terminated)  # so that the unfinished file is removed
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, Terminated) as signalled:
+        # Not sys.exit: nothing is left to do, and Python would wait for the workers.
+        os._exit(143 if isinstance(signalled, Terminated) else 130)
     sys.exit(0)
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _raise_terminated(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,8 +116,12 @@ def _write(source: ImageSource, file: Path, count: int, size: int, workers: int)
     """The first `count` images of `source` into a stored zip; returns how many are not broken."""
     tally = BrokenTally(source)
     taken: set[str] = set()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        encoded = _encode_all(source, count, size, workers)
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        contextlib.closing(
+            _encode_all(source, count, size, workers)
+        ) as encoded,  # ends the workers whatever happens here
+    ):
         for index, png, reason in tqdm(encoded, total=count, unit="image", disable=None):
             if png is None:
                 tally.add(index, reason)
@@ -143,7 +157,8 @@ def _encode_all(source: ImageSource, count: int, size: int, workers: int) -> Ite
     waiting: deque[Future[list[Encoded]]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
+            with _signals_held():
+                waiting.append(pool.submit(_encode_in_worker, chunk))
             if len(waiting) >= workers * _AHEAD:
                 yield from waiting.popleft().result()
         while waiting:
@@ -153,6 +168,16 @@ def _encode_all(source: ImageSource, count: int, size: int, workers: int) -> Ite
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is left: in the middle of starting a worker they would leave it half known."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 _worker_task: tuple[ImageSource, int, Event] | None = None  # source, size and "stop now", set once in each worker
