@@ -85,7 +85,13 @@ def test_broken_images_are_left_out_up_to_one_percent(folder, tmp_path, caplog):
 def test_an_interrupted_run_leaves_nothing(how, folder, tmp_path):
     out = tmp_path / "out.zip"
     command = [sys.executable, str(SCRIPT), str(folder), str(out), "--size", "3000", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run in the background has it ignored
+    )
     unfinished = tmp_path / "out.zip.unfinished"
     for _ in range(300):
         if unfinished.exists():
