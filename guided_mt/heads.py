@@ -16,9 +16,8 @@ class ImageHead(nn.Module):
         self.out = make_output_block(unet.feature_channels, unet.input_channels, channels)
 
     def forward(self, features: UNetFeatures) -> Tensor:
-        with torch.autocast(
-            features.last.device.type, enabled=False
-        ):  # float32 whatever the caller's precision, as ADM's output
+        # float32 whatever the caller's autocast, as ADM's output
+        with torch.autocast(features.last.device.type, enabled=False):
             return self.out(features.last)
 
 
