@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[mpi,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[mpi,eval,tensorflow,parquet,dev]"
 	touch $@
 
 lint: $(STAMP)
@@ -27,6 +27,7 @@ smoke: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/samplers.py --samples 5000
+	$(BIN)/python benchmarks/evaluator.py
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))

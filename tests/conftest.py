@@ -18,3 +18,11 @@ GOLDEN = ROOT / "tests" / "golden"
 @pytest.fixture
 def golden() -> Path:
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def inception_pb(tmp_path_factory) -> Path:
+    """A frozen Inception graph with random weights."""
+    from inception_graph import write_graph
+
+    return write_graph(tmp_path_factory.mktemp("inception") / "random_graph.pb")
