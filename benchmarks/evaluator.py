@@ -43,7 +43,8 @@ def seconds(f: Callable[[], object]) -> tuple[float, object]:
 
 
 def ours(pools: list[np.ndarray], maps: list[np.ndarray]) -> dict[str, tuple[float, object]]:
-    from evaluations.metrics import frechet_distance, precision_recall
+    from evaluations.manifolds import precision_recall
+    from evaluations.metrics import frechet_distance
     from evaluations.moments import statistics
 
     return {
@@ -110,7 +111,7 @@ def compare_statistics(images: int) -> None:
 
 def large_precision_recall(images: int = 50000) -> None:
     """In a process of its own, for the peak."""
-    from evaluations.metrics import precision_recall
+    from evaluations.manifolds import precision_recall
 
     pools = [synthetic_features(images, POOL, i) for i in (0, 1)]
     took, found = seconds(lambda: precision_recall(*pools))

@@ -25,7 +25,8 @@ from evaluations.feature_cache import cached_features
 from evaluations.features import POOL, Features
 from evaluations.images import ImageSet, open_images
 from evaluations.kid import kernel_distance
-from evaluations.metrics import frechet_distance, inception_score, precision_recall
+from evaluations.manifolds import precision_recall
+from evaluations.metrics import frechet_distance, inception_score
 from evaluations.moments import Statistics
 from evaluations.reference import stored_weights
 

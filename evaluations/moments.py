@@ -25,31 +25,35 @@ class Moments:
     """
 
     def __init__(self, chunk: int = CHUNK) -> None:
-        self.chunk, self.count, self._waiting = chunk, 0, []
-        self._mean = self._scatter = None
+        self.chunk, self.count = chunk, 0
+        self._rows, self._waiting = np.empty((0, 0)), 0
+        self._mean = self._scatter = np.zeros(0)
 
     def update(self, x: np.ndarray) -> None:
         """Add rows [B, D]."""
+        if not self.count and not self._waiting:
+            width = x.shape[1]
+            self._rows = np.empty((self.chunk + 1, width))
+            self._mean, self._scatter = np.zeros(width), np.zeros((width, width))
         while len(x):
-            free = self.chunk - sum(map(len, self._waiting))
-            self._waiting.append(np.array(x[:free], dtype=np.float64))
-            x = x[free:]
-            if sum(map(len, self._waiting)) == self.chunk:
+            taken = min(len(x), self.chunk - self._waiting)
+            self._rows[self._waiting : self._waiting + taken] = x[:taken]
+            self._waiting += taken
+            x = x[taken:]
+            if self._waiting == self.chunk:
                 self._merge()
 
     def _merge(self) -> None:
-        x, self._waiting = np.concatenate(self._waiting), []
-        mean = x.mean(axis=0)
-        centred = x - mean
-        scatter = centred.T @ centred
-        if self.count:
-            delta, total = mean - self._mean, self.count + len(x)
-            scatter += np.outer(delta, delta) * (self.count * len(x) / total)
-            self._mean += delta * (len(x) / total)
-            self._scatter += scatter
-        else:
-            self._mean, self._scatter = mean, scatter
-        self.count += len(x)
+        n, total = self._waiting, self.count + self._waiting
+        rows = self._rows[: n + 1]
+        mean = rows[:n].mean(axis=0)
+        rows[:n] -= mean
+        # The means differ by delta, which adds count n / total delta delta' to the scatter: one more row of the product.
+        delta = mean - self._mean
+        rows[n] = delta * np.sqrt(self.count * n / total)
+        self._scatter += rows.T @ rows
+        self._mean += delta * (n / total)
+        self.count, self._waiting = total, 0
 
     def statistics(self) -> Statistics:
         """Of all rows so far. Raises EvaluationError for fewer than two."""

@@ -65,6 +65,17 @@ def test_frechet_distance_equals_the_matrix_root():
     assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("decades", [0, 2, 4, 6, 9, 14])
+def test_frechet_distance_keeps_its_digits_whatever_the_condition(decades):
+    """Covariances in one basis, so the distance is known, with eigenvalues over many powers of ten."""
+    rng = np.random.default_rng(decades)
+    basis = np.linalg.qr(rng.standard_normal((150, 150)))[0]
+    a, b = (np.logspace(0, -decades, 150) * rng.uniform(0.5, 2, 150) for _ in range(2))
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    found = frechet_distance(np.zeros(150), basis * a @ basis.T, np.zeros(150), basis * b @ basis.T)
+    assert found == pytest.approx(expected, abs=1e-8 * (a.sum() + b.sum()))
+
+
 @pytest.mark.parametrize("count", [20, 400])  # fewer and more images than features
 def test_frechet_distance_is_a_distance(count):
     a, b = features(count, 40, 2), features(count + 7, 40, 3, shift=0.2)
@@ -127,6 +138,26 @@ def test_copies_of_one_image_are_at_distance_zero():
     copies, others = np.repeat(points[:30], 5, axis=0), np.repeat(points[20:], 5, axis=0)
     for block in (7, 64, 4096):
         assert tuple(precision_recall(copies, others, block=block)) == (0.5, pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize("size", [2, 12, 60])
+def test_points_too_close_for_float32_are_told_apart(size):
+    """Tight clusters far from each other, of more members than there are candidates: float32 products see only noise."""
+    rng = np.random.default_rng(size)
+    centres = 100 * rng.standard_normal((240 // size, 32))
+    a, b = (np.repeat(centres, size, axis=0) + 1e-3 * rng.standard_normal((240, 32)) for _ in range(2))
+    found = precision_recall(a, b, k=2, block=50)
+    assert tuple(found) == slow_precision_recall(a, b, 2)
+    assert size == 2 or 0 < found.recall < 1
+
+
+def test_a_sample_that_is_a_neighbour_lies_on_the_sphere_itself():
+    """The radius of x is the distance to its neighbour; a sample equal to that neighbour is within it, exactly."""
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal((400, 64)).astype(np.float32)
+    distances = np.linalg.norm(reference[:, None] - reference[None], axis=-1)
+    third = np.argsort(distances, axis=1)[:, 3]
+    assert precision_recall(reference, reference[third], block=100).precision == 1
 
 
 def test_moments_are_numpys_whatever_the_batches():
