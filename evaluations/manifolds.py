@@ -18,7 +18,8 @@ from .errors import EvaluationError
 from .metrics import finite_array
 
 BLOCK = 2048  # rows and columns of the distances that exist at a time
-PAIRS = 1 << 14  # pairs whose differences exist at a time
+PAIRS = 1 << 14  # whose differences exist at a time
+CACHED_PAIRS = 128  # on a CPU, whose cache holds so many
 SPARE = 5  # candidates beyond the k-th neighbour
 
 
@@ -54,7 +55,7 @@ def precision_recall(
             f"precision and recall with k = {k} need at least {k + 1} images on both sides, found {least}"
         )
     # Distances don't change, and the squares that cancel in them get small.
-    centre = (reference.double().mean(0) + samples.double().mean(0)) / 2
+    centre = (reference.mean(0, dtype=torch.float64) + samples.mean(0, dtype=torch.float64)) / 2
     real, fake = (Points(x, centre, torch.device(device), block) for x in (reference, samples))
     covered_fake, covered_real = coverage(real, real.radii(k), fake, fake.radii(k))
     return PrecisionRecall(float(covered_fake.double().mean()), float(covered_real.double().mean()))
@@ -67,14 +68,15 @@ class Points:
     def __init__(self, x: Tensor, centre: Tensor, device: torch.device, block: int) -> None:
         self.x, self.centre, self.device, self.block = x, centre, device, block
         width = x.shape[1]
-        self.left = torch.ones((len(x), width + 2), device=device)
-        self.right = torch.ones((len(x), width + 2), device=device)
+        self.left, self.right = torch.empty((2, len(x), width + 2), device=device)
         self.norms = torch.empty(len(x), dtype=torch.float64, device=device)
         for rows in self.slices():
             centred = (x[rows].double() - centre).to(device)
-            self.norms[rows] = norms = centred.square().sum(1)
-            self.right[rows, :width], self.right[rows, -1] = centred.float(), norms.float()
-            self.left[rows, :width], self.left[rows, -2] = self.right[rows, :width] * -2, norms.float()
+            self.right[rows, :width] = centred
+            torch.mul(self.right[rows, :width], -2, out=self.left[rows, :width])
+            self.norms[rows] = torch.linalg.vecdot(centred, centred)
+        self.left[:, -2], self.right[:, -1] = self.norms, self.norms
+        self.left[:, -1], self.right[:, -2] = 1, 1
         # How far float32 is off, in units of |x|^2 + |y|^2: a dot product of D + 2 terms by so many roundings of the sum of
         # their sizes (Higham 2002, eq. 3.5), which is at most twice that unit; the terms themselves by fewer than 14.
         self.error = 2 * (width + 16) * torch.finfo(torch.float32).eps / 2
@@ -89,9 +91,10 @@ class Points:
     def exact(self, i: Tensor, other: Points, j: Tensor) -> Tensor:
         """Squared distances [P] in float64 of own points `i` to `other`'s points `j`, from their differences: 0 for copies."""
         parts = [torch.empty(0, dtype=torch.float64, device=self.device)]
-        for a, b in zip(i.cpu().split(PAIRS), j.cpu().split(PAIRS), strict=True):
-            x, y = (points.x[rows].to(self.device).double() for points, rows in ((self, a), (other, b)))
-            parts.append(x.sub_(y).square_().sum(1))
+        size = CACHED_PAIRS if self.device.type == "cpu" else PAIRS
+        for a, b in zip(i.cpu().split(size), j.cpu().split(size), strict=True):
+            x, y = (points.x.index_select(0, rows).to(self.device) for points, rows in ((self, a), (other, b)))
+            parts.append((x.double() - y).square_().sum(1))
         return torch.cat(parts)
 
     def subset(self, rows: Tensor) -> Points:
@@ -129,10 +132,10 @@ class Points:
     def _candidates(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` nearest others of every point by float32 distances, ascending, and their indices. Each pair of blocks is
         visited once, for both."""
-        nearest = _Nearest(len(self), count, self.device)
+        nearest, product = _Nearest(len(self), count, self.device), _Product()
         for rows in self.slices():
             for columns in self.slices(rows.start):
-                distances = _product(self.left[rows], self.right[columns])
+                distances = product(self.left[rows], self.right[columns])
                 if rows == columns:
                     distances.fill_diagonal_(torch.inf)
                 else:
@@ -143,10 +146,10 @@ class Points:
     def _candidates_of(self, these: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The same for points `these` alone."""
         own = self.subset(these)
-        nearest = _Nearest(len(own), count, self.device)
+        nearest, product = _Nearest(len(own), count, self.device), _Product()
         for rows in own.slices():
             for columns in self.slices():
-                distances = _product(own.left[rows], self.right[columns])
+                distances = product(own.left[rows], self.right[columns])
                 itself = these[rows, None] == torch.arange(columns.start, columns.stop, device=self.device)
                 nearest.keep(rows, columns.start, distances.masked_fill_(itself, torch.inf))
         return nearest.values, nearest.indices
@@ -168,19 +171,30 @@ class _Nearest:
         self.indices[rows] = indices.gather(1, best)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x y' in float32. On CPUs by numpy, whose OpenBLAS is a third faster on AMD's than torch's MKL, and as fast on Intel's."""
-    if x.device.type == "cpu":
-        return torch.from_numpy(np.matmul(x.numpy(), y.numpy().T))
-    return x @ y.T
+class _Product:
+    """x y' in float32, always into the same memory: the last result is gone with the next."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        size = len(x) * len(y)
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, device=x.device)
+        out = self.memory[:size].view(len(x), len(y))
+        if x.device.type == "cpu":  # numpy's OpenBLAS is a third faster on AMD than torch's MKL, and as fast on Intel
+            np.matmul(x.numpy(), y.numpy().T, out=out.numpy())
+            return out
+        return torch.mm(x, y.T, out=out)
 
 
 def coverage(a: Points, a_radii: Tensor, b: Points, b_radii: Tensor) -> tuple[Tensor, Tensor]:
     """Which points of `b` lie within the radius of some point of `a`, and the other way round: bool [M], [N]."""
     in_a, in_b = (torch.zeros(len(points), dtype=torch.bool, device=a.device) for points in (b, a))
+    product = _Product()
     for rows in b.slices():
         for columns in a.slices():
-            distances = _product(b.left[rows], a.right[columns])
+            distances = product(b.left[rows], a.right[columns])
             margin = a.error * (b.norms[rows].max() + a.norms[columns].max())
             i, j = (distances <= _above(a_radii[columns] + margin)).nonzero(as_tuple=True)
             _cover(in_a, b, i + rows.start, a, j + columns.start, a_radii, distances[i, j])

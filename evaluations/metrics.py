@@ -27,8 +27,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
-    """A [D, R] with A A' = sigma, of the rank R that float64 can tell from zero."""
-    sigma = (sigma + sigma.T) / 2
+    """A [D, R] with A A' = sigma, of the rank R that float64 can tell from zero. Reads sigma's lower half alone."""
     try:
         return np.linalg.cholesky(sigma)
     except np.linalg.LinAlgError:

@@ -19,49 +19,49 @@ class Statistics(NamedTuple):
 
 
 class Moments:
-    """Mean and covariance of rows that come in batches, none of which is kept (Chan, Golub and LeVeque 1983).
+    """Mean and covariance of rows that come in batches, none of which is kept.
 
-    Rows are merged in chunks of fixed size, so the result doesn't depend on the size of the batches.
+    Sums of x - shift and of its products, where shift is the mean of the first chunk, so that nothing large cancels (Chan, Golub
+    and LeVeque 1983). Rows are added in chunks of fixed size, so the result doesn't depend on the size of the batches.
     """
 
     def __init__(self, chunk: int = CHUNK) -> None:
         self.chunk, self.count = chunk, 0
         self._rows, self._waiting = np.empty((0, 0)), 0
-        self._mean = self._scatter = np.zeros(0)
+        self._shift = self._sum = self._products = np.zeros(0)
 
     def update(self, x: np.ndarray) -> None:
         """Add rows [B, D]."""
         if not self.count and not self._waiting:
             width = x.shape[1]
-            self._rows = np.empty((self.chunk + 1, width))
-            self._mean, self._scatter = np.zeros(width), np.zeros((width, width))
+            self._rows = np.empty((self.chunk, width))
+            self._shift, self._sum, self._products = np.zeros(width), np.zeros(width), np.zeros((width, width))
         while len(x):
             taken = min(len(x), self.chunk - self._waiting)
-            self._rows[self._waiting : self._waiting + taken] = x[:taken]
+            # The first chunk's shift is not known yet: `_add` moves it.
+            np.subtract(x[:taken], self._shift, out=self._rows[self._waiting : self._waiting + taken])
             self._waiting += taken
             x = x[taken:]
             if self._waiting == self.chunk:
-                self._merge()
+                self._add()
 
-    def _merge(self) -> None:
-        n, total = self._waiting, self.count + self._waiting
-        rows = self._rows[: n + 1]
-        mean = rows[:n].mean(axis=0)
-        rows[:n] -= mean
-        # The means differ by delta, which adds count n / total delta delta' to the scatter: one more row of the product.
-        delta = mean - self._mean
-        rows[n] = delta * np.sqrt(self.count * n / total)
-        self._scatter += rows.T @ rows
-        self._mean += delta * (n / total)
-        self.count, self._waiting = total, 0
+    def _add(self) -> None:
+        rows = self._rows[: self._waiting]
+        if not self.count:
+            self._shift = rows.mean(axis=0)
+            rows -= self._shift
+        self._sum += rows.sum(axis=0)
+        self._products += rows.T @ rows
+        self.count, self._waiting = self.count + len(rows), 0
 
     def statistics(self) -> Statistics:
         """Of all rows so far. Raises EvaluationError for fewer than two."""
         if self._waiting:
-            self._merge()
+            self._add()
         if self.count < 2:
             raise EvaluationError(f"a covariance needs at least two images, found {self.count}")
-        return Statistics(self._mean.copy(), self._scatter / (self.count - 1))
+        mean = self._sum / self.count
+        return Statistics(self._shift + mean, (self._products - np.outer(self._sum, mean)) / (self.count - 1))
 
 
 def statistics(features: np.ndarray) -> Statistics:
