@@ -47,7 +47,10 @@ class TorchInception:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise EvaluationError(f"{path}: not the weights of torch-fidelity's Inception network ({first})") from error
-        self.module.to(self.device)
+        # Images arrive with channels last, and on a CPU the whole network is then 1.4 times as fast.
+        self.module.to(
+            self.device, memory_format=torch.channels_last if self.device.type == "cpu" else torch.preserve_format
+        )
         self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep)
         self.softmax_weight = self.module.fc.weight.detach().T.contiguous().cpu().numpy()  # [2048, 1008]
 

@@ -68,21 +68,23 @@ class Points:
     def __init__(self, x: Tensor, centre: Tensor, device: torch.device, block: int) -> None:
         self.x, self.centre, self.device, self.block = x, centre, device, block
         width = x.shape[1]
-        self.left, self.right = torch.empty((2, len(x), width + 2), device=device)
+        self.right = torch.empty((len(x), width + 2), device=device)
         self.norms = torch.empty(len(x), dtype=torch.float64, device=device)
         for rows in self.slices():
             centred = (x[rows].double() - centre).to(device)
             self.right[rows, :width] = centred
-            torch.mul(self.right[rows, :width], -2, out=self.left[rows, :width])
             self.norms[rows] = torch.linalg.vecdot(centred, centred)
-        self.left[:, -2], self.right[:, -1] = self.norms, self.norms
-        self.left[:, -1], self.right[:, -2] = 1, 1
+        self.right[:, -2], self.right[:, -1] = 1, self.norms
         # How far float32 is off, in units of |x|^2 + |y|^2: a dot product of D + 2 terms by so many roundings of the sum of
         # their sizes (Higham 2002, eq. 3.5), which is at most twice that unit; the terms themselves by fewer than 14.
         self.error = 2 * (width + 16) * torch.finfo(torch.float32).eps / 2
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def left(self, rows: slice) -> Tensor:
+        right = self.right[rows]
+        return torch.cat([right[:, :-2] * -2, right[:, -1:], right[:, -2:-1]], dim=1)
 
     def slices(self, start: int = 0) -> Iterator[slice]:
         for first in range(start, len(self), self.block):
@@ -134,8 +136,9 @@ class Points:
         visited once, for both."""
         nearest, product = _Nearest(len(self), count, self.device), _Product()
         for rows in self.slices():
+            left = self.left(rows)
             for columns in self.slices(rows.start):
-                distances = product(self.left[rows], self.right[columns])
+                distances = product(left, self.right[columns])
                 if rows == columns:
                     distances.fill_diagonal_(torch.inf)
                 else:
@@ -148,8 +151,9 @@ class Points:
         own = self.subset(these)
         nearest, product = _Nearest(len(own), count, self.device), _Product()
         for rows in own.slices():
+            left = own.left(rows)
             for columns in self.slices():
-                distances = product(own.left[rows], self.right[columns])
+                distances = product(left, self.right[columns])
                 itself = these[rows, None] == torch.arange(columns.start, columns.stop, device=self.device)
                 nearest.keep(rows, columns.start, distances.masked_fill_(itself, torch.inf))
         return nearest.values, nearest.indices
@@ -193,8 +197,9 @@ def coverage(a: Points, a_radii: Tensor, b: Points, b_radii: Tensor) -> tuple[Te
     in_a, in_b = (torch.zeros(len(points), dtype=torch.bool, device=a.device) for points in (b, a))
     product = _Product()
     for rows in b.slices():
+        left = b.left(rows)
         for columns in a.slices():
-            distances = product(b.left[rows], a.right[columns])
+            distances = product(left, a.right[columns])
             margin = a.error * (b.norms[rows].max() + a.norms[columns].max())
             i, j = (distances <= _above(a_radii[columns] + margin)).nonzero(as_tuple=True)
             _cover(in_a, b, i + rows.start, a, j + columns.start, a_radii, distances[i, j])

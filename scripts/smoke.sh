@@ -36,4 +36,26 @@ if command -v mpiexec > /dev/null; then
   mpiexec -n 2 --oversubscribe python scripts/image_train.py --mt_task masked --data_dir builtin:digits \
     --log_dir "$work/mpi" "${tiny[@]}" --total_steps 2 > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 fi
+
+score() { echo "+ python evaluations/$*"; python "evaluations/$@" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }
+export MT_DIFFUSION_CACHE=$work/cache
+python - "$work" << 'END'
+import sys
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, "tests")
+from inception_graph import write_graph
+work, rng = Path(sys.argv[1]), np.random.default_rng(0)
+write_graph(work / "graph.pb")
+maps = rng.integers(0, 19, (2, 8, 8), dtype=np.uint8)
+np.savez(work / "maps.npz", arr_0=maps)
+for step in (1, 2):
+    np.savez(work / f"step_{step}.npz", probabilities=rng.dirichlet(np.ones(10), 20), labels=rng.integers(0, 10, 20))
+END
+score make_reference.py "$work/demo/samples/samples_2.npz" "$work/reference.npz" --inception "$work/graph.pb" --images 8
+score evaluator.py "$work/reference.npz" "$work/X/samples/samples_3x8x8x3.npz" --inception "$work/graph.pb" --metrics is,fid --json "$work/s.json"
+grep -q '"fid"' "$work/s.json"
+score restoration.py "$work/X/samples/restored_mt_patches2.npz" --metrics psnr,ssim,mse,mae
+score segmentation.py "$work/maps.npz" "$work/maps.npz" --out_dir "$work/maps"
+score classification.py "$work/step_1.npz" "$work/step_2.npz" --csv "$work/figure6.csv" --plot "$work/figure6.png"
 echo "smoke: every script ran"
