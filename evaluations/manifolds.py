@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkaanniemi et al. 2019), exact at the speed of float32.
 
-All pairs of distances come from float32 matrix products, whose error is bounded; the few comparisons that lie within the bound
-are decided by float64 differences of the two points.
+All distances come from float32 matrix products, whose error is bounded; the few comparisons that lie within the bound are decided
+by float64 differences of the two points. Where they are not few (samples that are all alike), float64 products come first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .errors import EvaluationError
 from .metrics import finite_array
 
 BLOCK = 2048  # rows and columns of the distances that exist at a time
+MOST_OPEN = 1 << 15  # pairs of a block that float32 may leave open before float64 takes it
 PAIRS = 1 << 14  # whose differences exist at a time
 CACHED_PAIRS = 128  # on a CPU, whose cache holds so many
 SPARE = 5  # candidates beyond the k-th neighbour
@@ -62,33 +63,42 @@ def precision_recall(
 
 
 class Points:
-    """A set of points [N, D]: as given, and around `centre` in float32 as the two sides of a product that is the squared distance:
+    """A set of points [N, D]: as given, and around `centre`, as one side of a product that is the squared distance:
     (-2 x, |x|^2, 1) . (y, 1, |y|^2) = |x - y|^2."""
 
     def __init__(self, x: Tensor, centre: Tensor, device: torch.device, block: int) -> None:
         self.x, self.centre, self.device, self.block = x, centre, device, block
-        width = x.shape[1]
-        self.right = torch.empty((len(x), width + 2), device=device)
         self.norms = torch.empty(len(x), dtype=torch.float64, device=device)
+        self._right = torch.empty((len(x), x.shape[1] + 2), device=device)
         for rows in self.slices():
-            centred = (x[rows].double() - centre).to(device)
-            self.right[rows, :width] = centred
-            self.norms[rows] = torch.linalg.vecdot(centred, centred)
-        self.right[:, -2], self.right[:, -1] = 1, self.norms
-        # How far float32 is off, in units of |x|^2 + |y|^2: a dot product of D + 2 terms by so many roundings of the sum of
-        # their sizes (Higham 2002, eq. 3.5), which is at most twice that unit; the terms themselves by fewer than 14.
-        self.error = 2 * (width + 16) * torch.finfo(torch.float32).eps / 2
+            right = self._make_right(rows)
+            self._right[rows], self.norms[rows] = right, right[:, -1]
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def left(self, rows: slice) -> Tensor:
-        right = self.right[rows]
-        return torch.cat([right[:, :-2] * -2, right[:, -1:], right[:, -2:-1]], dim=1)
-
-    def slices(self, start: int = 0) -> Iterator[slice]:
-        for first in range(start, len(self), self.block):
+    def slices(self) -> Iterator[slice]:
+        for first in range(0, len(self), self.block):
             yield slice(first, min(first + self.block, len(self)))
+
+    def error(self, dtype: torch.dtype) -> float:
+        """How far a product in `dtype` may be off, in units of |x|^2 + |y|^2.
+
+        A dot product of D + 2 terms, by so many roundings of the sum of their sizes (Higham 2002, eq. 3.5), which is at most
+        twice that unit; the terms themselves, by fewer than 14.
+        """
+        return (self.x.shape[1] + 16) * torch.finfo(dtype).eps
+
+    def _make_right(self, rows: slice) -> Tensor:
+        x = (self.x[rows].double() - self.centre).to(self.device)
+        return torch.cat([x, torch.ones_like(x[:, :1]), torch.linalg.vecdot(x, x)[:, None]], dim=1)
+
+    def right(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self._right[rows] if dtype == torch.float32 else self._make_right(rows)
+
+    def left(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        right = self.right(rows, dtype)
+        return torch.cat([right[:, :-2] * -2, right[:, -1:], right[:, -2:-1]], dim=1)
 
     def exact(self, i: Tensor, other: Points, j: Tensor) -> Tensor:
         """Squared distances [P] in float64 of own points `i` to `other`'s points `j`, from their differences: 0 for copies."""
@@ -99,29 +109,21 @@ class Points:
             parts.append((x.double() - y).square_().sum(1))
         return torch.cat(parts)
 
-    def subset(self, rows: Tensor) -> Points:
-        return Points(self.x[rows.cpu()], self.centre, self.device, self.block)
-
     def radii(self, k: int) -> Tensor:
         """[N] float64: squared distance of each point to its k-th nearest other one."""
-        radii = torch.empty(len(self), dtype=torch.float64, device=self.device)
         count = min(k + SPARE, len(self) - 1)
-        near, indices = self._candidates(count)
-        left = torch.arange(len(self), device=self.device)
-        while True:
-            found, complete = self._kth(left, near, indices, k)
-            radii[left[complete]] = found[complete]
-            left = left[~complete]
-            if not len(left):
-                return radii
-            count = min(4 * count, len(self) - 1)  # many points at nearly the same distance
-            near, indices = self._candidates_of(left, count)
+        everyone = torch.arange(len(self), device=self.device)
+        radii, complete = self._kth(everyone, *self._candidates(count), k, torch.float32)
+        left = everyone[~complete]
+        if len(left):  # too many at nearly the same distance for float32
+            radii[left], _ = self._kth(left, *self._candidates_of(left, count), k, torch.float64)
+        return radii
 
-    def _kth(self, rows: Tensor, near: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Of points `rows` with their nearest candidates [n, count], in float32: the k-th squared distance, and whether it is
-        that of all points."""
+    def _kth(self, rows: Tensor, near: Tensor, indices: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of points `rows` with their nearest candidates [n, count] by products in `dtype`: the k-th squared distance, and whether
+        it is certain to be that of all points."""
         near = near.double()
-        margin = 2 * self.error * (self.norms[rows, None] + self.norms.max())
+        margin = 2 * self.error(dtype) * (self.norms[rows, None] + self.norms.max())
         kth = near[:, k - 1 : k]
         open_ = (near - kth).abs() <= margin  # the true k-th is among these, behind all that are nearer by more
         distances = torch.full_like(near, torch.inf).masked_fill_(near < kth, -1)
@@ -132,13 +134,15 @@ class Points:
         return found, complete | (near.shape[1] == len(self) - 1)
 
     def _candidates(self, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` nearest others of every point by float32 distances, ascending, and their indices. Each pair of blocks is
+        """The `count` nearest others of every point by float32 products, ascending, and their indices. Each pair of blocks is
         visited once, for both."""
-        nearest, product = _Nearest(len(self), count, self.device), _Product()
+        nearest, product = _Nearest(len(self), count, torch.float32, self.device), _Product()
         for rows in self.slices():
-            left = self.left(rows)
-            for columns in self.slices(rows.start):
-                distances = product(left, self.right[columns])
+            left = self.left(rows, torch.float32)
+            for columns in self.slices():
+                if columns.start < rows.start:
+                    continue
+                distances = product(left, self.right(columns, torch.float32))
                 if rows == columns:
                     distances.fill_diagonal_(torch.inf)
                 else:
@@ -147,13 +151,13 @@ class Points:
         return nearest.values, nearest.indices
 
     def _candidates_of(self, these: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The same for points `these` alone."""
-        own = self.subset(these)
-        nearest, product = _Nearest(len(own), count, self.device), _Product()
+        """The same for points `these` alone, by float64 products."""
+        own = Points(self.x[these.cpu()], self.centre, self.device, self.block)
+        nearest, product = _Nearest(len(own), count, torch.float64, self.device), _Product()
         for rows in own.slices():
-            left = own.left(rows)
+            left = own.left(rows, torch.float64)
             for columns in self.slices():
-                distances = product(left, self.right[columns])
+                distances = product(left, self.right(columns, torch.float64))
                 itself = these[rows, None] == torch.arange(columns.start, columns.stop, device=self.device)
                 nearest.keep(rows, columns.start, distances.masked_fill_(itself, torch.inf))
         return nearest.values, nearest.indices
@@ -162,8 +166,8 @@ class Points:
 class _Nearest:
     """The nearest columns of each row, over blocks of columns."""
 
-    def __init__(self, rows: int, count: int, device: torch.device) -> None:
-        self.values = torch.full((rows, count), torch.inf, device=device)
+    def __init__(self, rows: int, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.values = torch.full((rows, count), torch.inf, dtype=dtype, device=device)
         self.indices = torch.zeros((rows, count), dtype=torch.long, device=device)
 
     def keep(self, rows: slice, first: int, distances: Tensor) -> None:
@@ -176,15 +180,15 @@ class _Nearest:
 
 
 class _Product:
-    """x y' in float32, always into the same memory: the last result is gone with the next."""
+    """x y', always into the same memory: the last result is gone with the next."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         size = len(x) * len(y)
-        if self.memory.numel() < size:
-            self.memory = torch.empty(size, device=x.device)
+        if self.memory.numel() < size or self.memory.dtype != x.dtype:
+            self.memory = torch.empty(size, dtype=x.dtype, device=x.device)
         out = self.memory[:size].view(len(x), len(y))
         if x.device.type == "cpu":  # numpy's OpenBLAS is a third faster on AMD than torch's MKL, and as fast on Intel
             np.matmul(x.numpy(), y.numpy().T, out=out.numpy())
@@ -195,30 +199,46 @@ class _Product:
 def coverage(a: Points, a_radii: Tensor, b: Points, b_radii: Tensor) -> tuple[Tensor, Tensor]:
     """Which points of `b` lie within the radius of some point of `a`, and the other way round: bool [M], [N]."""
     in_a, in_b = (torch.zeros(len(points), dtype=torch.bool, device=a.device) for points in (b, a))
-    product = _Product()
+    products = {torch.float32: _Product(), torch.float64: _Product()}
     for rows in b.slices():
-        left = b.left(rows)
+        left = b.left(rows, torch.float32)
         for columns in a.slices():
-            distances = product(left, a.right[columns])
-            margin = a.error * (b.norms[rows].max() + a.norms[columns].max())
-            i, j = (distances <= _above(a_radii[columns] + margin)).nonzero(as_tuple=True)
-            _cover(in_a, b, i + rows.start, a, j + columns.start, a_radii, distances[i, j])
-            i, j = (distances <= _above(b_radii[rows] + margin)[:, None]).nonzero(as_tuple=True)
-            _cover(in_b, a, j + columns.start, b, i + rows.start, b_radii, distances[i, j])
+            # Where float32 leaves too much open, float64 sees the same block.
+            for dtype, product in products.items():
+                x = left if dtype == torch.float32 else b.left(rows, dtype)
+                distances = product(x, a.right(columns, dtype))
+                last = dtype == torch.float64
+                i, j = _within(distances, a_radii[columns], a, b, rows, columns)
+                done = _cover(in_a, b, i + rows.start, a, j + columns.start, a_radii, distances[i, j], last)
+                j, i = _within(distances.T, b_radii[rows], b, a, columns, rows)
+                done &= _cover(in_b, a, j + columns.start, b, i + rows.start, b_radii, distances[i, j], last)
+                if done:
+                    break
     return in_a, in_b
 
 
-def _above(x: Tensor) -> Tensor:
-    """The float32 numbers next above."""
-    x = x.float()
-    return torch.nextafter(x, torch.full_like(x, torch.inf))
+def _within(
+    distances: Tensor, radii: Tensor, members: Points, points: Points, rows: slice, columns: slice
+) -> tuple[Tensor, ...]:
+    """Where `distances` [points, members] may be within the radius of the member, for all that rounding can do."""
+    margin = points.error(distances.dtype) * (points.norms[rows].max() + members.norms[columns].max())
+    limit = (radii + margin).to(distances.dtype)
+    return (distances <= torch.nextafter(limit, torch.full_like(limit, torch.inf))).nonzero(as_tuple=True)
 
 
-def _cover(covered: Tensor, points: Points, i: Tensor, members: Points, j: Tensor, radii: Tensor, near: Tensor) -> None:
-    """Set `covered` [N] at those of points `i` [P] that are within the radius of member `j` [P]; `near`: float32 distances."""
-    error = points.error * (points.norms[i] + members.norms[j])
+def _cover(
+    covered: Tensor, points: Points, i: Tensor, members: Points, j: Tensor, radii: Tensor, near: Tensor, last: bool
+) -> bool:
+    """Set `covered` [N] at those of points `i` [P] that are within the radius of member `j` [P]; `near`: their products.
+
+    False, with some not set, where that would take too many exact distances and the products are not the `last` ones.
+    """
+    error = points.error(near.dtype) * (points.norms[i] + members.norms[j])
     surely = near.double() + error <= radii[j]
     covered[i[surely]] = True
     open_ = ~surely & ~covered[i]
     i, j = i[open_], j[open_]
+    if len(i) > MOST_OPEN and not last:
+        return False
     covered[i[points.exact(i, members, j) <= radii[j]]] = True
+    return True

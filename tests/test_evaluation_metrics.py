@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from evaluations import manifolds
 from evaluations.errors import EvaluationError
 from evaluations.evaluator import frechet_distance, inception_score, precision_recall
 from evaluations.moments import Moments, statistics
@@ -149,6 +150,22 @@ def test_points_too_close_for_float32_are_told_apart(size):
     found = precision_recall(a, b, k=2, block=50)
     assert tuple(found) == slow_precision_recall(a, b, 2)
     assert size == 2 or 0 < found.recall < 1
+
+
+@pytest.mark.parametrize("against", ["others", "themselves"])
+def test_samples_that_are_all_alike(against, monkeypatch):
+    """A collapsed model: float32 leaves all pairs open, so the work must go to float64 products, not to pairs of differences."""
+    rng = np.random.default_rng(0)
+    alike = (5 * rng.standard_normal(64) + 0.002 * rng.standard_normal((500, 64))).astype(np.float32)
+    other = alike[::-1] + 0.0005 * rng.standard_normal((500, 64)).astype(np.float32)
+    reference = rng.standard_normal((300, 64)).astype(np.float32) if against == "others" else other
+    pairs = []
+    exact = manifolds.Points.exact
+    monkeypatch.setattr(manifolds.Points, "exact", lambda *args: pairs.append(len(args[1])) or exact(*args))
+    monkeypatch.setattr(manifolds, "MOST_OPEN", 1000)
+    found = precision_recall(reference, alike, block=200)
+    assert tuple(found) == slow_precision_recall(reference, alike, 3)
+    assert sum(pairs) < 60 * 500  # of 250,000
 
 
 def test_a_sample_that_is_a_neighbour_lies_on_the_sphere_itself():
