@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ class Backend(Protocol):
     path: Path
     sha256: str
     softmax_weight: np.ndarray  # [2048, 1008]
+    network_sha256: str  # of the numbers, the same for every file and backend that holds them
 
     def features(self, images: ImageSet, what: str) -> Features: ...
 
@@ -44,6 +46,7 @@ class TorchBackend:
         self.network = inception.load(given, device)
         self.path, self.sha256, self.software = self.network.path, self.network.sha256, self.network.software
         self.softmax_weight = self.network.softmax_weight
+        self.network_sha256 = digest(self.softmax_weight)
 
     def features(self, images: ImageSet, what: str) -> Features:
         return extract(images, self.network, self.batch_size, self.workers, what)
@@ -64,13 +67,17 @@ class TensorFlowBackend:
     def softmax_weight(self) -> np.ndarray:
         return frozen_graph.read_state_dict(self.path)["fc.weight"].T.contiguous().numpy()
 
+    @cached_property
+    def network_sha256(self) -> str:
+        return digest(self.softmax_weight)
+
     def features(self, images: ImageSet, what: str) -> Features:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "features.npz"
             command = [sys.executable, "-m", "evaluations.tensorflow_worker"]
             command += [Path(images.path).resolve(), self.path.resolve(), out]
             command += ["--batch_size", self.batch_size, "--workers", self.workers, "--what", what]
-            command += ["--device", "cpu" if self.device == "cpu" else "auto"]
+            command += ["--device", self.device]
             root = Path(__file__).resolve().parents[1]  # where -m finds the package, installed or not
             code = subprocess.run(list(map(str, command)), cwd=root, check=False).returncode
             if code == 2:  # it has said why
@@ -80,6 +87,11 @@ class TensorFlowBackend:
                     f"{images.path}: the TensorFlow process ended with code {code}; --backend torch needs none"
                 )
             return Features.load(out)
+
+
+def digest(softmax_weight: np.ndarray) -> str:
+    """The last layer stands for the network."""
+    return hashlib.sha256(np.ascontiguousarray(softmax_weight, dtype="<f4")).hexdigest()
 
 
 def installed_tensorflow() -> str:

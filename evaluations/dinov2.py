@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .device import without_tf32
 from .errors import EvaluationError
+from .hashing import sha256
 from .images import ImageSet
 from .moments import Moments, Statistics
 
-MODEL, SIZE = "dinov2-vit-l-14", 224
+MODEL, WEIGHTS, SIZE = "dinov2-vit-l-14", "dinov2_vitl14_pretrain.pth", 224
 
 
 class DinoV2:
@@ -29,16 +32,18 @@ class DinoV2:
             from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
         except ImportError as error:
             raise EvaluationError(f"fd_dinov2 needs torch-fidelity ({error}): pip install '.[eval]'") from error
-        self.device = torch.device(device)
+        self.device, self.software = torch.device(device), f"{MODEL} (torch-fidelity {version('torch-fidelity')})"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.module = FeatureExtractorDinoV2(MODEL, ["dinov2"]).to(self.device)
+            weights = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+            self.sha256 = sha256(weights) if weights.is_file() else "unknown"
         except (OSError, RuntimeError, ValueError) as error:
             hub = Path(torch.hub.get_dir())
             raise EvaluationError(
                 f"fd_dinov2: torch.hub cannot get DINOv2 ({str(error).splitlines()[0]}); put its repository into "
-                f"{hub / 'facebookresearch_dinov2_main'} and dinov2_vitl14_pretrain.pth into {hub / 'checkpoints'}"
+                f"{hub / 'facebookresearch_dinov2_main'} and {WEIGHTS} into {hub / 'checkpoints'}"
             ) from error
 
     @torch.inference_mode()
@@ -48,7 +53,10 @@ class DinoV2:
         with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(total=images.count, unit="img", desc=what) as bar:
             for batch in images.batches(batch_size, workers):
                 x = torch.from_numpy(np.stack(list(pool.map(resize, batch)))).permute(0, 3, 1, 2)
-                (features,) = self.module(x.to(self.device))
+                with without_tf32():
+                    (features,) = self.module(x.to(self.device))
+                if not features.isfinite().all():
+                    raise EvaluationError(f"{images.path}: DINOv2's features are not finite; are its weights damaged?")
                 moments.update(features.cpu().numpy())
                 bar.update(len(batch))
         return moments.statistics()

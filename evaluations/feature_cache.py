@@ -1,38 +1,42 @@
-"""Features of references on disk, keyed by what was in the files, so that the next evaluation starts with them."""
+"""What was made of references, on disk, keyed by what was in the files, so that the next evaluation starts with it."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-from .backends import Backend
 from .errors import warn
-from .features import Features
+from .files import replacing
 from .images import ImageSet
 from .weights import cache_folder
 
 FORMAT = 1  # of the files, and of how features are made
+T = TypeVar("T", bound="Kept")
 
 
-def cached_features(images: ImageSet, backend: Backend, what: str) -> Features:
-    """`backend.features(images)`, from the cache where the same pixels went through the same weights before."""
-    key = hashlib.sha256(f"{FORMAT} {backend.name} {backend.sha256} {images.content_hash()}".encode()).hexdigest()
+class Kept(Protocol):
+    """What writes itself to a file."""
+
+    def save(self, path: Path) -> None: ...
+
+
+def cached(images: ImageSet, network: str, make: Callable[[], T], load: Callable[[Path], T]) -> T:
+    """`make()`, or what it made before of the same files; `network` says with what: software and weights."""
+    key = hashlib.sha256(f"{FORMAT} {network} {images.content_hash()}".encode()).hexdigest()
     path = cache_folder() / "features" / f"{key[:32]}.npz"
     if path.is_file():
         try:
-            return Features.load(path)
+            return load(path)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             warn(f"{path}: cannot be read; made anew")
-    features = backend.features(images, what)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    made = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        features.save(temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            made.save(temporary)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         warn(f"{path.parent}: the reference's features are not kept ({error})")
-    return features
+    return made

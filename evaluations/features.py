@@ -15,6 +15,7 @@ from .moments import Moments, Statistics, statistics
 
 POOL = 2048
 SPATIAL_CHANNELS = 7
+SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 
 
 class Network(Protocol):
@@ -43,24 +44,21 @@ class Features:
             return cls(file["pool"], Statistics(file["mu"], file["sigma"]), Statistics(file["mu_s"], file["sigma_s"]))
 
 
-def extract(
-    images: ImageSet, network: Network, batch_size: int, workers: int, what: str, limit: int | None = None
-) -> Features:
+def extract(images: ImageSet, network: Network, batch_size: int, workers: int, what: str) -> Features:
     """Run `network` over `images`, in order. `what` names them in the progress bar.
 
     Raises EvaluationError where a feature is not finite.
     """
-    count = min(images.count, limit or images.count)
     pool, spatial, done = np.empty((0, 0)), Moments(), 0
-    with tqdm(total=count, unit="img", desc=what) as bar:
-        for batch in images.batches(batch_size, workers, limit):
+    with tqdm(total=images.count, unit="img", desc=what) as bar:
+        for batch in images.batches(batch_size, workers):
             pooled, mapped = network(batch)
             if not (np.isfinite(pooled).all() and np.isfinite(mapped).all()):
                 raise EvaluationError(
                     f"{images.path}: features of images {done} to {done + len(batch) - 1} are not finite; are the weights right?"
                 )
             if not done:
-                pool = np.empty((count, pooled.shape[1]), dtype=np.float32)
+                pool = np.empty((images.count, pooled.shape[1]), dtype=np.float32)
             pool[done : done + len(batch)] = pooled
             spatial.update(mapped)
             done += len(batch)

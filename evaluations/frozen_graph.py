@@ -125,5 +125,9 @@ def read_constants(path: Path) -> dict[str, np.ndarray]:
                 np.frombuffer(tensor.tensor_content, "<f4") if tensor.tensor_content else np.array(tensor.float_val)
             )
             # One stored value stands for all of them (TensorProto.float_val).
+            if content.size not in (1, int(np.prod(shape))):
+                raise EvaluationError(
+                    f"{path}: constant '{node.name}' has {content.size} values for shape {list(shape)}"
+                )
             constants[node.name] = content.reshape(shape) if content.size != 1 else np.full(shape, content.item())
     return constants

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from .device import without_tf32
 from .errors import EvaluationError
 from .features import SPATIAL_CHANNELS
 from .hashing import sha256
-from .weights import INCEPTION_TORCH, find
+from .weights import INCEPTION_TORCH, find, read_tensors
 
 
 class TorchInception:
@@ -30,12 +29,7 @@ class TorchInception:
     name = "torch"
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torchvision's loading
-                from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise EvaluationError(f"the torch backend needs torch-fidelity ({error}): pip install '.[eval]'") from error
+        extractor = extractor_class()
         self.path, self.sha256, self.device = path, sha256(path), torch.device(device)
         self.software = f"torch-fidelity {version('torch-fidelity')}"
         # Its constructor unpickles the file that it is given, so it is given one in memory that we wrote.
@@ -43,7 +37,7 @@ class TorchInception:
         torch.save(read_weights(path), checked)
         checked.seek(0)
         try:
-            self.module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], checked)
+            self.module = extractor("inception-v3-compat", ["2048"], checked)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise EvaluationError(f"{path}: not the weights of torch-fidelity's Inception network ({first})") from error
@@ -67,21 +61,25 @@ class TorchInception:
         return pool.cpu().numpy(), self._mapped.permute(0, 2, 3, 1).flatten(1).cpu().numpy()
 
 
+def extractor_class() -> type:
+    """torch-fidelity's class. Raises EvaluationError where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torchvision's loading
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise EvaluationError(f"the torch backend needs torch-fidelity ({error}): pip install '.[eval]'") from error
+    return FeatureExtractorInceptionV3
+
+
 def load(given: str | None, device: torch.device | str) -> TorchInception:
     """The network with the weights at `given`, in a cache folder, or downloaded (see `weights.find`)."""
+    extractor_class()  # before a download
     return TorchInception(find(INCEPTION_TORCH, given), device)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from `.pb` or `.pth`, of tensors only. Raises EvaluationError for what is neither, or holds other objects."""
-    if Path(path).suffix == ".pb":
+    if Path(path).suffix.lower() == ".pb":
         return frozen_graph.read_state_dict(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise EvaluationError(
-            f"{path}: not a PyTorch file of tensors, or a truncated one; --inception takes {INCEPTION_TORCH.name} or a frozen .pb"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise EvaluationError(f"{path}: holds no state dict; --inception takes {INCEPTION_TORCH.name} or a frozen .pb")
-    return state
+    return read_tensors(path, f"--inception takes {INCEPTION_TORCH.name} or a frozen .pb")

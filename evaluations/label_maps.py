@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import EvaluationError
-from .images import ImageFile, image_files
+from .image_files import ImageFile, image_files
 from .npz import open_npz, read_array
 from .palettes import Palette, nearest_class, training_ids
 
@@ -47,7 +47,7 @@ def open_label_maps(path: Path, key: str, palette: Palette, label_ids: Callable[
 
     Raises EvaluationError for a container or array that holds no label maps.
     """
-    if path.suffix == ".npz" and not path.is_dir():
+    if path.suffix.lower() == ".npz" and not path.is_dir():
         return _of_npz(path, key, label_ids(path.stem))
     files = image_files(path)
     stems = [PurePosixPath(file.name).with_suffix("").as_posix() for file in files]

@@ -17,6 +17,7 @@ if __package__ in (None, ""):  # run as a file: import from the folder above
 
 from evaluations.backends import add_backend_flags, check_backend_flags, load_backend
 from evaluations.errors import EvaluationError, run
+from evaluations.files import prepare_output
 from evaluations.images import open_images
 from evaluations.reference import write_reference
 
@@ -35,10 +36,15 @@ def main(argv: Sequence[str]) -> None:
         raise EvaluationError(f"{args.out}: a reference is an .npz file")
     if args.images < 0:
         raise EvaluationError(f"--images must be 0 or more, not {args.images}")
+    prepare_output(args.out)
+    if args.out.exists() and args.out.samefile(args.src):
+        raise EvaluationError(f"{args.out}: is the source itself; give the reference another name")
     images = open_images(args.src)
     backend = load_backend(args)
     features = backend.features(images, "images")
-    kept = write_reference(args.out, images, features, backend.sha256, args.images, args.batch_size, args.workers)
+    kept = write_reference(
+        args.out, images, features, backend.network_sha256, args.images, args.batch_size, args.workers
+    )
     print(f"{args.out}: statistics of {images.count} images of {images.height}x{images.width}, {kept} of them stored")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,16 @@ class Statistics(NamedTuple):
 
     mu: np.ndarray
     sigma: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write an .npz; what `load` reads."""
+        with open(path, "wb") as file:
+            np.savez(file, mu=self.mu, sigma=self.sigma)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        with np.load(path, allow_pickle=False) as file:
+            return cls(file["mu"], file["sigma"])
 
 
 class Moments:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .device import without_tf32
 from .errors import EvaluationError
+from .weights import ALEXNET, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +26,9 @@ class Lpips:
     """
 
     def __init__(self, weights_path: str | Path, device: str | torch.device = "cpu") -> None:
-        try:
-            import lpips
-        except ImportError as error:
-            raise EvaluationError(f"package lpips cannot be imported ({error}): pip install lpips==0.1.4") from error
+        lpips = load_package()
         self.path = Path(weights_path)
-        trunk = _read_trunk(self.path)
+        trunk = read_tensors(self.path, f"--lpips_weights takes {ALEXNET.name}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision in a deprecated way
             self.model = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
@@ -67,23 +66,10 @@ class Lpips:
         return distance
 
 
-def _read_trunk(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, by name; nothing in the file is run."""
-    import torch
-
+def load_package() -> ModuleType:
+    """Package lpips. Raises EvaluationError where it is not installed."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols: whether it's AlexNet is found out here
-                found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is something else fails in as many ways as there are files
-        raise EvaluationError(
-            f"{path}: not a file of weights ({type(error).__name__}): give alexnet-owt-7be5be79.pth with --lpips_weights"
-        ) from error
-    if not isinstance(found, dict):
-        raise EvaluationError(f"{path}: a {type(found).__name__}, not weights by name: give torchvision's AlexNet")
-    return found
+        import lpips
+    except ImportError as error:
+        raise EvaluationError(f"LPIPS needs package lpips ({error}): pip install '.[eval]'") from error
+    return lpips

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from .features import Features
+from .files import replacing
 from .images import ImageSet
 
-WEIGHTS = "inception_sha256"
+WEIGHTS = "network_sha256"
 
 
 def write_reference(
-    out: Path, images: ImageSet, features: Features, weights_sha256: str, kept: int, batch_size: int, workers: int
+    out: Path, images: ImageSet, features: Features, network_sha256: str, kept: int, batch_size: int, workers: int
 ) -> int:
     """Write mu, sigma, mu_s, sigma_s of all `images` and arr_0 of `kept` of them, evenly spaced. Returns how many those are.
 
@@ -25,10 +25,8 @@ def write_reference(
     chosen = np.zeros(images.count, dtype=bool)
     chosen[np.arange(kept) * images.count // max(kept, 1)] = True
     (mu, sigma), (mu_s, sigma_s) = features.pool_statistics, features.spatial_statistics
-    small = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, WEIGHTS: np.array(weights_sha256)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".tmp_{out.name}")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    small = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, WEIGHTS: np.array(network_sha256)}
+    with replacing(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in small.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
@@ -40,12 +38,11 @@ def write_reference(
                 for batch in images.batches(batch_size, workers):
                     file.write(batch[chosen[start : start + len(batch)]].tobytes())
                     start += len(batch)
-    os.replace(temporary, out)
     return kept
 
 
 def stored_weights(path: Path) -> str | None:
-    """sha256 of the weights that a reference's statistics were made with, where the file says so."""
+    """`Backend.network_sha256` of the statistics in a file of `write_reference`; None for others."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return str(file[WEIGHTS]) if WEIGHTS in file else None

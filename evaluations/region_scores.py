@@ -51,7 +51,7 @@ def ssim(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise EvaluationError(
-            f"package torchmetrics cannot be imported ({error}): pip install torchmetrics, or leave out ssim with --metrics"
+            f"package torchmetrics cannot be imported ({error}): pip install '.[eval]', or leave out ssim with --metrics"
         ) from error
     import torch
 

@@ -24,8 +24,9 @@ if __package__ in (None, ""):  # run as a file: import from the folder above
 from evaluations import table1, weights
 from evaluations.device import choose_device
 from evaluations.errors import EvaluationError, run, warn
+from evaluations.files import prepare_output
 from evaluations.hashing import sha256
-from evaluations.perceptual import Lpips
+from evaluations.perceptual import Lpips, load_package
 from evaluations.region_scores import METRICS, Score, mae, mse, psnr, ssim
 from evaluations.restored_files import Restoration, read
 
@@ -206,18 +207,12 @@ def fits(metric: str, files: Sequence[table1.Given], sizes: Sequence[tuple[int, 
     return len(small) < len(sizes)
 
 
-def prepare_output(path: Path) -> None:
-    """Make the folder of a file that is to be written later."""
-    if path.is_dir():
-        raise EvaluationError(f"{path}: is a folder, not a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
 def load_lpips(args: argparse.Namespace, metrics: Sequence[str], device: str) -> Lpips:
     """Raises EvaluationError with the way to do without, where the weights can't be had."""
     others = [name for name in (metrics if len(metrics) > 1 else METRICS) if name != "lpips"]
     without = f"--table_metric {others[0]}" if args.table else f"--metrics {','.join(others)}"
     try:
+        load_package()  # before a download
         path = weights.find(weights.ALEXNET, args.lpips_weights)
         model = Lpips(path, device)
     except EvaluationError as error:

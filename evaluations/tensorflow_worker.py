@@ -12,6 +12,8 @@ import contextlib
 import os
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,13 +29,14 @@ INPUT, POOL, MAPPED, SOFTMAX = "ExpandDims:0", "pool_3:0", "mixed_6/conv:0", "so
 class TensorFlowInception:
     """The graph, fed with images in the place of its single decoded JPEG."""
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
+    def __init__(self, path: Path, device: str = "cpu") -> None:
         try:
             with quiet():
                 import tensorflow as tf
 
-                if device == "cpu":
-                    tf.config.set_visible_devices([], "GPU")
+                gpus = tf.config.list_physical_devices("GPU")
+                index = int(device.partition(":")[2] or 0)
+                tf.config.set_visible_devices([] if device == "cpu" else gpus[index : index + 1], "GPU")
         except ImportError as error:
             raise EvaluationError(
                 f"the tensorflow backend needs TensorFlow ({error}): pip install '.[tensorflow]'"
@@ -88,6 +91,17 @@ def quiet() -> Iterator[None]:
             os.close(stderr)
 
 
+def end_with(parent: int) -> None:
+    """Leave when the process that started this one is gone, however it went: nobody waits for the features then."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images")
@@ -95,12 +109,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--limit", type=int)
     parser.add_argument("--what", default="images")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
+    end_with(os.getppid())
     network = TensorFlowInception(args.graph, args.device)
-    features = extract(open_images(args.images), network, args.batch_size, args.workers, args.what, args.limit)
+    features = extract(open_images(args.images), network, args.batch_size, args.workers, args.what)
     features.save(args.out)
 
 

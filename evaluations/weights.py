@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from .errors import EvaluationError
 from .hashing import sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,11 @@ def find(weights: Weights, given: str | Path | None = None) -> Path:
 
 def download(weights: Weights, folder: Path) -> Path:
     """Fetch `weights` into `folder`: a stopped download goes on where it was, and only a checked file gets its name."""
-    import requests
-
+    try:
+        import requests
+    except ImportError as error:
+        by_hand = f"or put {weights.name} into {folder}, or give its path with {weights.flag}"
+        raise EvaluationError(f"a download needs requests ({error}): pip install '.[eval]', {by_hand}") from error
     target, part = folder / weights.name, folder / f"{weights.name}.part"
     by_hand = f"put {weights.name} into {folder}, or give its path with {weights.flag}"
     try:
@@ -93,6 +101,11 @@ def download(weights: Weights, folder: Path) -> Path:
     except requests.RequestException as error:
         reason = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
         raise EvaluationError(f"{weights.url}: cannot be downloaded ({reason}); {by_hand}") from error
+    except OSError as error:
+        where = f"with {weights.flag}, or another folder with MT_DIFFUSION_CACHE"
+        raise EvaluationError(
+            f"{folder}: cannot be written ({error}); give the path of {weights.name} {where}"
+        ) from error
     return target
 
 
@@ -108,17 +121,19 @@ def _fetch(requests, weights: Weights, part: Path) -> None:
         response.raise_for_status()
         if response.status_code != 206:
             have = 0
-        total = have + int(response.headers.get("Content-Length") or 0)
+        if "Content-Length" not in response.headers:
+            raise requests.ConnectionError("without a length, nobody knows whether it is complete")
+        total = have + int(response.headers["Content-Length"])
         with (
             open(part, "r+b") as file,
-            tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=weights.name) as bar,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=weights.name) as bar,
         ):
             file.truncate(have)
             file.seek(have)
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if total > have and part.stat().st_size != total:
+    if part.stat().st_size != total:
         raise requests.ConnectionError(f"{part.stat().st_size} of {total} bytes")
 
 
@@ -135,3 +150,27 @@ def _alone(part: Path) -> Iterator[None]:
         finally:
             if part.is_file() and not part.stat().st_size:
                 part.unlink()
+
+
+def read_tensors(path: Path, takes: str) -> dict[str, Tensor]:
+    """A state dict from .pth or .safetensors; nothing in the file is run. `takes` says in an error what the flag takes.
+
+    Raises EvaluationError for any other file, or one that holds other objects than tensors.
+    """
+    import torch
+
+    try:
+        if Path(path).suffix.lower() == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a file that is something else fails in as many ways as there are files
+        raise EvaluationError(f"{path}: not a PyTorch file of tensors, or a damaged one; {takes}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise EvaluationError(f"{path}: holds no state dict of tensors; {takes}")
+    return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from evaluations import dinov2, errors, evaluator, features, make_reference, moments, reference
+from evaluations import comparison, dinov2, errors, evaluator, features, make_reference, moments, reference
 from evaluations.errors import EvaluationError
 from evaluations.images import open_images
 from evaluations.kid import kernel_distance
@@ -27,6 +28,7 @@ class SmallBackend:
     """Random features of 8x8 images: linear maps and a ReLU, in the place of Inception."""
 
     name, software, path, sha256 = "small", "no software", Path("no.pth"), "0" * 64
+    network_sha256 = "2" * 64
     calls = 0
 
     def __init__(self, args):
@@ -47,9 +49,10 @@ class SmallBackend:
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """The evaluator on SmallBackend, with a cache folder of its own."""
-    monkeypatch.setattr(evaluator, "load_backend", SmallBackend)
+    monkeypatch.setattr(comparison, "load_backend", SmallBackend)
     monkeypatch.setattr(make_reference, "load_backend", SmallBackend)
-    monkeypatch.setattr(evaluator, "POOL", WIDTH)
+    monkeypatch.setattr(comparison, "POOL", WIDTH)
+    monkeypatch.setattr(comparison, "SPATIAL", WIDTH)
     monkeypatch.setenv("MT_DIFFUSION_CACHE", str(tmp_path / "cache"))
     SmallBackend.calls = 0
 
@@ -153,7 +156,7 @@ def test_the_references_features_are_kept(small, files):
 
 def test_a_damaged_cache_is_made_anew(small, files, capsys):
     first = scores(files.ref, files.samples)
-    for kept in (files.folder / "cache" / "features").iterdir():
+    for kept in list((files.folder / "cache" / "features").iterdir()):
         kept.write_bytes(kept.read_bytes()[:100])
     assert scores(files.ref, files.samples) == first
     assert "made anew" in capsys.readouterr().err
@@ -176,7 +179,7 @@ def test_a_reference_lends_its_statistics(small, files, capsys):
         np.testing.assert_array_equal(made["arr_0"], pixels(60, 0)[::3])
         assert made["mu"].shape == (WIDTH,)
         assert made["sigma_s"].shape == (WIDTH, WIDTH)
-    assert reference.stored_weights(out) == SmallBackend.sha256
+    assert reference.stored_weights(out) == SmallBackend.network_sha256
     direct, lent = scores(files.ref, files.samples), scores(out, files.samples)
     assert {key: lent[key] for key in ("fid", "sfid")} == pytest.approx({key: direct[key] for key in ("fid", "sfid")})
     assert lent["recall"] != direct["recall"]  # of the images that are stored
@@ -184,9 +187,68 @@ def test_a_reference_lends_its_statistics(small, files, capsys):
 
 def test_statistics_made_with_other_weights_are_noticed(small, files, monkeypatch, capsys):
     make_reference.main([str(files.ref), str(files.folder / "r.npz")])
-    monkeypatch.setattr(SmallBackend, "sha256", "1" * 64)
     scores(files.folder / "r.npz", files.samples)
-    assert "made with other weights (sha256 0000000000000000...)" in capsys.readouterr().err
+    assert "other weights" not in capsys.readouterr().err
+    monkeypatch.setattr(SmallBackend, "network_sha256", "1" * 64)
+    scores(files.folder / "r.npz", files.samples, "--metrics", "is")
+    assert "other weights" not in capsys.readouterr().err
+    scores(files.folder / "r.npz", files.samples)
+    assert "r.npz: its statistics were made with other weights than no.pth" in capsys.readouterr().err
+
+
+def test_samples_lend_their_statistics_too(small, files, capsys):
+    """As in ADM: a file against itself has distance 0 also where few of its images are stored."""
+    made = files.folder / "made.npz"
+    make_reference.main([str(files.ref), str(made), "--images", "5"])
+    assert scores(made, made, "--metrics", "fid,sfid") == pytest.approx({"fid": 0, "sfid": 0}, abs=1e-8)
+    assert "singular" not in capsys.readouterr().err
+
+
+def test_statistics_of_another_network_are_refused(small, files):
+    np.savez(files.ref, arr_0=pixels(60, 0), mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(EvaluationError, match=r"ref\.npz: mu has 5 values, Inception's has 12"):
+        scores(files.ref, files.samples)
+
+
+def test_a_reference_is_not_written_over_its_source(small, files):
+    with pytest.raises(EvaluationError, match=r"ref\.npz: is the source itself"):
+        make_reference.main([str(files.ref), str(files.ref)])
+    (files.folder / "d.npz").mkdir()
+    with pytest.raises(EvaluationError, match=r"d\.npz: is a folder"):
+        make_reference.main([str(files.ref), str(files.folder / "d.npz")])
+    assert SmallBackend.calls == 0
+
+
+def test_an_interrupt_leaves_no_half_files(small, files, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference.np.lib.format, "write_array_header_1_0", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_reference.main([str(files.ref), str(files.folder / "out" / "r.npz")])
+    assert list((files.folder / "out").iterdir()) == []
+
+
+def test_what_was_computed_is_kept_when_a_later_score_fails(small, files, monkeypatch):
+    def fails(self):
+        raise EvaluationError("no")
+
+    monkeypatch.setitem(comparison.METRICS, "pr", comparison.Metric(fails))
+    out = files.folder / "new" / "s.json"
+    with pytest.raises(EvaluationError):
+        evaluator.main([str(files.ref), str(files.samples), "--json", str(out)])
+    assert set(json.loads(out.read_text())["scores"]) == {"inception_score", "fid", "sfid"}
+    with pytest.raises(EvaluationError, match="is a folder"):
+        evaluator.main([str(files.ref), str(files.samples), "--json", str(out.parent)])
+
+
+def test_without_torch_fidelity_kid_is_left_out_or_refused(small, files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    np.savez(files.samples, arr_0=pixels(WIDTH, 1))
+    assert "kid" not in scores(files.ref, files.samples)
+    assert "KID needs torch-fidelity" in capsys.readouterr().err
+    with pytest.raises(EvaluationError, match=r"pip install '\.\[eval\]'"):
+        scores(files.ref, files.samples, "--metrics", "kid")
 
 
 def test_statistics_alone_give_the_frechet_distances(small, files, capsys):
@@ -337,6 +399,49 @@ def test_fd_dinov2_resizes_as_published(files, monkeypatch):
     x = (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(mu[:3], x.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(mu[6:], x[:, 0, 0].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "package"),
+    [
+        ("requests", [], "requests"),
+        ("torch_fidelity", [], "torch-fidelity"),
+        ("torch_fidelity", ["--metrics", "fd_dinov2"], "torch-fidelity"),
+    ],
+)
+def test_a_missing_package_is_one_line_with_the_way_to_it(files, missing, flags, package):
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom evaluations.evaluator import console\nconsole()\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(files.ref), str(files.samples), *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"MT_DIFFUSION_CACHE": str(files.folder / "c"), "TORCH_HOME": str(files.folder), "PATH": "/usr/bin:/bin"},
+        timeout=120,
+    )
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert package in line
+    assert "pip install '.[eval]'" in line
+    assert "Traceback" not in result.stderr
+
+
+def test_the_tensorflow_process_leaves_with_its_parent(tmp_path):
+    """A parent that is killed leaves nobody behind."""
+    child = (
+        "import os, time; from evaluations.tensorflow_worker import end_with; end_with(os.getppid()); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    pid = int(process.stdout.readline())
+    time.sleep(3)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("still there")
 
 
 def test_formulas_need_no_extra():
