@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import csv
 import glob
-import json
 import re
 import sys
 from collections import defaultdict
@@ -33,6 +32,7 @@ if __package__ in (None, ""):  # run as a file: import from the folder above
 from evaluations.classification_scores import BINS, LEAST_PROBABILITY, ClassificationScores, classification_scores
 from evaluations.errors import EvaluationError, run, warn
 from evaluations.figures import new_figure, save_figure
+from evaluations.files import prepare_output, write_json
 from evaluations.npz import open_npz, read_array
 
 PROBABILITIES = ("probabilities", "probs", "label_probabilities", "arr_0")
@@ -201,7 +201,6 @@ def as_json(results: Sequence[Result], bins: int) -> dict:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["series", "step", "top1", "top5", "ece", "nll", "count"])
@@ -271,6 +270,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
+    for path in (args.json, args.csv, args.plot, args.reliability):
+        if path:
+            prepare_output(path)
     results = [score_file(series, path, args.bins) for series, path in files_of(args.files)]
     single = len(results) == 1
     if args.reliability and not single:
@@ -280,10 +282,7 @@ def main(argv: Sequence[str]) -> None:
         results = [result for group in series.values() for result in group]
     print(report_one(results[0], args.bins) if single else report_steps(series, args.bins))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps(as_json(results, args.bins), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        write_json(args.json, as_json(results, args.bins))
     if args.csv:
         write_csv(results, args.csv)
     if args.plot:

@@ -9,9 +9,8 @@ mu, sigma, mu_s and sigma_s lends these to FID and sFID, as in ADM.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: import from the folder above
@@ -20,7 +19,7 @@ if __package__ in (None, ""):  # run as a file: import from the folder above
 from evaluations.backends import add_backend_flags, check_backend_flags
 from evaluations.comparison import METRICS, Comparison, Score, choose_metrics, describe
 from evaluations.errors import EvaluationError, run, warn
-from evaluations.files import prepare_output, replacing
+from evaluations.files import prepare_output, write_json
 from evaluations.images import open_images
 from evaluations.manifolds import precision_recall
 from evaluations.metrics import frechet_distance, inception_score
@@ -72,14 +71,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"{score.label}: {score.value:.6g}", flush=True)
             scores.append(score)
         if args.json:  # after each, so that nothing that was computed is lost
-            write_json(args.json, scores, protocol)
+            write_json(args.json, {"scores": {score.key: score.value for score in scores}, "protocol": protocol})
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
-
-
-def write_json(path: Path, scores: Sequence[Score], protocol: Mapping[str, str | int]) -> None:
-    content = {"scores": {score.key: score.value for score in scores}, "protocol": protocol}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def console() -> None:

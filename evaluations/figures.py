@@ -26,5 +26,4 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whatever the name's suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)

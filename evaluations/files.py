@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ def prepare_output(path: Path) -> None:
     if path.is_dir():
         raise EvaluationError(f"{path}: is a folder, not a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write valid JSON: a number that is not finite is a ValueError."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -48,15 +48,15 @@ class ImageSet(ABC):
     width: int
     statistics: dict[str, np.ndarray] = field(repr=False)
 
-    def batches(self, batch_size: int, workers: int = 0, limit: int | None = None) -> Iterator[np.ndarray]:
-        """uint8 [B, H, W, 3], all images in order or the first `limit`; the last batch may be smaller.
+    def batches(self, batch_size: int, workers: int = 0) -> Iterator[np.ndarray]:
+        """uint8 [B, H, W, 3], all images in order; the last batch may be smaller.
 
         Memory: a few batches. Threads, `workers` at most, end with the iterator, also where it is closed early. The
         images are the same for any `batch_size` and `workers`. Raises EvaluationError where the input is damaged.
         """
-        if batch_size < 1 or workers < 0 or (limit is not None and limit < 0):
-            raise ValueError(f"batch_size {batch_size}, workers {workers}, limit {limit}: out of range")
-        return self._batches(self.count if limit is None else min(limit, self.count), batch_size, workers)
+        if batch_size < 1 or workers < 0:
+            raise ValueError(f"batch_size {batch_size}, workers {workers}: out of range")
+        return self._batches(batch_size, workers)
 
     def content_hash(self) -> str:
         """sha256 in hex of the file, or of a folder's images, their names and bytes in order."""
@@ -68,7 +68,7 @@ class ImageSet(ABC):
         return digest.hexdigest()
 
     @abstractmethod
-    def _batches(self, count: int, batch_size: int, workers: int) -> Iterator[np.ndarray]: ...
+    def _batches(self, batch_size: int, workers: int) -> Iterator[np.ndarray]: ...
 
     @abstractmethod
     def _names(self) -> list[str]:
@@ -99,16 +99,16 @@ def open_images(path: str | Path, need_images: bool = True) -> ImageSet:
 class ArrayImages(ImageSet):
     """uint8 [N, H, W, 3]: a .npy file, or arr_0 of an .npz. Other arrays in it (labels, masks) are not read."""
 
-    def _batches(self, count: int, batch_size: int, workers: int) -> Iterator[np.ndarray]:
-        batches = self._read(count, batch_size)
+    def _batches(self, batch_size: int, workers: int) -> Iterator[np.ndarray]:
+        batches = self._read(batch_size)
         return _read_ahead(batches) if workers else batches
 
-    def _read(self, count: int, batch_size: int) -> Iterator[np.ndarray]:
-        if count == 0:  # statistics alone have no arr_0
+    def _read(self, batch_size: int) -> Iterator[np.ndarray]:
+        if self.count == 0:  # statistics alone have no arr_0
             return
         with _open_member(self.path, "arr_0") as member:
-            for start in range(0, count, batch_size):
-                batch = np.empty((min(batch_size, count - start), self.height, self.width, 3), np.uint8)
+            for start in range(0, self.count, batch_size):
+                batch = np.empty((min(batch_size, self.count - start), self.height, self.width, 3), np.uint8)
                 _fill(self.path, member.data, batch)
                 yield batch
 
@@ -281,8 +281,8 @@ class FileImages(ImageSet):
     files: Callable[[], Iterator[ImageFile]] = field(repr=False)
     names: list[str] = field(repr=False)
 
-    def _batches(self, count: int, batch_size: int, workers: int) -> Iterator[np.ndarray]:
-        files = itertools.islice(self.files(), count)
+    def _batches(self, batch_size: int, workers: int) -> Iterator[np.ndarray]:
+        files = self.files()
         chunks = iter(lambda: list(itertools.islice(files, batch_size)), [])
         if workers:
             return self._decode_ahead(chunks, batch_size, workers)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ if __package__ in (None, ""):  # run as a file: import from the folder above
 from evaluations import table1, weights
 from evaluations.device import choose_device
 from evaluations.errors import EvaluationError, run, warn
-from evaluations.files import prepare_output
+from evaluations.files import prepare_output, write_json
 from evaluations.hashing import sha256
 from evaluations.perceptual import Lpips, load_package
 from evaluations.region_scores import METRICS, Score, mae, mse, psnr, ssim
@@ -169,7 +168,7 @@ def main(argv: Sequence[str]) -> None:
         table1.write_csv(Path(args.csv), args.table_metric, records)
     if args.json:
         everything = {"files": [asdict(one) for one in scored], "table": records, "protocol": protocol}
-        Path(args.json).write_text(json.dumps(everything, indent=2, allow_nan=False) + "\n")
+        write_json(Path(args.json), everything)
 
 
 def chosen_metrics(args: argparse.Namespace) -> list[str]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ if __package__ in (None, ""):  # run as a file: import from the folder above
 
 from evaluations.errors import EvaluationError, run, warn
 from evaluations.figures import new_figure, save_figure
+from evaluations.files import prepare_output, write_json
 from evaluations.label_maps import (
     Decoded,
     LabelMaps,
@@ -197,7 +197,6 @@ def as_json(found: SegmentationScores, tally: Tally, palette: Palette) -> dict:
 
 def write_confusion(H: np.ndarray, names: Sequence[str], folder: Path) -> None:
     """`confusion.csv`, counts, and `confusion.png`, each row as shares of its true class."""
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["true \\ predicted", *names])
@@ -257,6 +256,10 @@ def load_palette(classes: Path | None, void: Sequence[str] | None) -> Palette:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
+    if args.json:
+        prepare_output(args.json)
+    if args.out_dir:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
     palette = load_palette(args.classes, args.void)
     if args.label_ids and not palette.cityscapes:
         raise EvaluationError("--label_ids are Cityscapes' label ids and do not go with --classes")
@@ -273,11 +276,7 @@ def main(argv: Sequence[str]) -> None:
     if args.table:
         print(f"\n{table(found, palette)}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {"pred": str(args.pred), "ref": str(args.ref), **as_json(found, tally, palette)}, indent=2, allow_nan=False
-        )
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_json(args.json, {"pred": str(args.pred), "ref": str(args.ref), **as_json(found, tally, palette)})
     if args.out_dir:
         write_confusion(tally.confusion, palette.names, args.out_dir)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,14 @@ def inception_pb(tmp_path_factory) -> Path:
     from inception_graph import write_graph
 
     return write_graph(tmp_path_factory.mktemp("inception") / "random_graph.pb")
+
+
+def complaint_of(main: Callable[[Sequence[str]], None], *argv: str | Path) -> str:
+    """The one line that a command of `evaluations` says about bad input."""
+    from evaluations.errors import EvaluationError
+
+    with pytest.raises(EvaluationError) as caught:
+        main([str(word) for word in argv])
+    text = str(caught.value)
+    assert "\n" not in text and 20 < len(text) < 600, text
+    return text

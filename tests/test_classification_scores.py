@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import complaint_of
 from PIL import Image
 
 from evaluations import classification
 from evaluations.classification import classification_scores, step_of
-from evaluations.errors import EvaluationError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "evaluations" / "classification.py"
@@ -42,11 +42,7 @@ def results(tmp_path: Path, *argv: str | Path) -> list[dict]:
 
 
 def complaint(*argv: str | Path) -> str:
-    with pytest.raises(EvaluationError) as caught:
-        classification.main([str(word) for word in argv])
-    text = str(caught.value)
-    assert "\n" not in text and 20 < len(text) < 600, text
-    return text
+    return complaint_of(classification.main, *argv)
 
 
 # ---------------------------------------------------------------- the formulas

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import complaint_of
 from PIL import Image
 
 from evaluations import segmentation
@@ -68,11 +69,7 @@ def score(pred: Path, ref: Path, *more: str | Path) -> dict:
 
 
 def complaint(*argv: str | Path) -> str:
-    with pytest.raises(EvaluationError) as caught:
-        segmentation.main([str(word) for word in argv])
-    text = str(caught.value)
-    assert "\n" not in text and 20 < len(text) < 600, text
-    return text
+    return complaint_of(segmentation.main, *argv)
 
 
 # ---------------------------------------------------------------- the formulas
