@@ -14,9 +14,8 @@ from .generate import Generator
 from .random import SampleStreams
 from .samplers import sample
 
-REPAINT_STEPS = (
-    250  # of RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply
-)
+# RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply.
+REPAINT_STEPS = 250
 METHODS = ("mt", "sdedit", "repaint", "none")
 
 

@@ -118,9 +118,8 @@ def _write(source: ImageSource, file: Path, count: int, size: int, workers: int)
     taken: set[str] = set()
     with (
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-        contextlib.closing(
-            _encode_all(source, count, size, workers)
-        ) as encoded,  # ends the workers whatever happens here
+        # closing: ends the workers whatever happens here
+        contextlib.closing(_encode_all(source, count, size, workers)) as encoded,
     ):
         for index, png, reason in tqdm(encoded, total=count, unit="image", disable=None):
             if png is None:
