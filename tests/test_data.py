@@ -414,7 +414,7 @@ def test_no_worker_outlives_the_process(how, folder):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
     )
-    output, _ = process.communicate(timeout=40)  # ends only when the workers, who hold the pipe too, have ended
+    output, _ = process.communicate(timeout=120)  # ends only when the workers, who hold the pipe too, have ended
     assert process.returncode == (-signal.SIGKILL if how == "kill" else 0), output
     assert ("asked" in output) == (how == "group")
 
