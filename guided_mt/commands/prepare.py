@@ -37,24 +37,27 @@ Encoded = tuple[int, bytes | None, str]  # image number, PNG or None where broke
 
 def console() -> NoReturn:
     """Run as a command: bad input is one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, _raise_terminated)  # so that the unfinished file is removed
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_once)
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, Terminated) as signalled:
-        # Not sys.exit: nothing is left to do, and Python would wait for the workers.
-        os._exit(143 if isinstance(signalled, Terminated) else 130)
     sys.exit(0)
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
+_unfinished: set[Path] = set()  # files to remove when a signal ends the process
 
 
-def _raise_terminated(*_: object) -> NoReturn:
-    raise Terminated
+def _end_at_once(number: int, _: object) -> NoReturn:
+    """Ends within the handler: an exception raised here could be lost in a callback, or leave a lock of the pool held.
+
+    The workers see that their parent is gone.
+    """
+    for file in _unfinished:
+        file.unlink(missing_ok=True)
+    os._exit(128 + number)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -102,6 +105,7 @@ def prepare(path: str, out: Path, size: int, *, workers: int, limit: int | None 
     source = open_source(path)
     count = len(source) if limit is None else min(limit, len(source))
     unfinished = out.with_name(out.name + ".unfinished")
+    _unfinished.add(unfinished)
     try:
         written = _write(source, unfinished, count, size, workers)
         os.replace(unfinished, out)
@@ -109,6 +113,7 @@ def prepare(path: str, out: Path, size: int, *, workers: int, limit: int | None 
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
         unfinished.unlink(missing_ok=True)
+        _unfinished.discard(unfinished)
     return written
 
 
@@ -156,8 +161,7 @@ def _encode_all(source: ImageSource, count: int, size: int, workers: int) -> Ite
     waiting: deque[Future[list[Encoded]]] = deque()
     try:
         for chunk in chunks:
-            with _signals_held():
-                waiting.append(pool.submit(_encode_in_worker, chunk))
+            waiting.append(pool.submit(_encode_in_worker, chunk))
             if len(waiting) >= workers * _AHEAD:
                 yield from waiting.popleft().result()
         while waiting:
@@ -167,16 +171,6 @@ def _encode_all(source: ImageSource, count: int, size: int, workers: int) -> Ite
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is left: in the middle of starting a worker they would leave it half known."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 _worker_task: tuple[ImageSource, int, Event] | None = None  # source, size and "stop now", set once in each worker
