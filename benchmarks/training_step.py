@@ -1,4 +1,4 @@
-"""What a training step costs: single task, forms U and X, in fp32 and bf16, by stage, against guided-diffusion's choices.
+"""What a training step costs: single task, forms U and X, labels, in fp32 and bf16, by stage, against guided-diffusion's choices.
 
     python benchmarks/training_step.py [--image_size 32 --num_channels 64 --batch 16 --rounds 5 --device cuda]
 
@@ -31,7 +31,11 @@ from guided_mt.optim import learning_rate
 from guided_mt.tasks import run_sections
 from guided_mt.train_loop import TrainLoop
 
-STAGES = ("forward", "backward", "optimiser", "EMA and log")
+STAGES = ("table / K", "forward", "backward", "optimiser", "EMA and log")
+
+
+CLASSES_PER_IMAGE = 13  # of the ImageNet presets: 1000 classes, batch 75
+LABEL_E = ("--mt_task", "label", "--mt_variant", "U", "--mt_label_head", "E", "--classifier_width", "64")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ ROWS = (
     Row("single task, fp32", ("--mt_task", "none")),
     Row("form U, fp32", ("--mt_task", "masked", "--mt_variant", "U")),
     Row("form X, fp32", ("--mt_task", "masked", "--mt_variant", "X")),
+    Row("label M, K = 1, fp32", ("--mt_task", "label", "--mt_variant", "U")),
+    Row("label M, K = 100, fp32", ("--mt_task", "label", "--mt_variant", "U", "--mt_encoder_refresh", "100")),
+    Row("label E, K = 100, fp32", (*LABEL_E, "--mt_encoder_refresh", "100")),
     Row("single task, bf16", ("--mt_task", "none", "--precision", "bf16")),
     Row("form U, bf16", ("--mt_task", "masked", "--mt_variant", "U", "--precision", "bf16")),
     Row("form X, bf16", ("--mt_task", "masked", "--mt_variant", "X", "--precision", "bf16")),
@@ -60,7 +67,9 @@ class Step:
         images = folder / "images.npz"
         if not images.exists():
             shape = (2 * args.batch, args.image_size, args.image_size, 3)
-            np.savez(images, arr_0=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+            rng = np.random.default_rng(0)
+            pixels, labels = rng.integers(0, 256, shape, dtype=np.uint8), np.arange(shape[0])
+            np.savez(images, arr_0=pixels, arr_1=labels)
         flags = [
             "--data_dir",
             str(images),
@@ -72,6 +81,7 @@ class Step:
         flags += ["--num_res_blocks", str(args.num_res_blocks), "--global_batch_size", str(args.batch)]
         flags += ["--num_head_channels", "64", "--resblock_updown", "True", "--use_new_attention_order", "True"]
         flags += ["--attention_resolutions", "32,16,8", "--learn_sigma", "True", "--noise_schedule", "cosine"]
+        flags += ["--num_classes", str(CLASSES_PER_IMAGE * args.batch)]
         flags += ["--compile", str(args.compile)] if not row.adm else []
         config = parse([*flags, *row.flags], run_sections(), description="")
         self.loop = TrainLoop(config, Processes(device=device), open_source(str(images)), folder)
@@ -84,13 +94,19 @@ class Step:
         self.loop.model.train()
         shape = (args.batch, 3, args.image_size, args.image_size)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-        self.batch = Batch(pixels, None, torch.arange(args.batch, device=device))
+        numbers = torch.arange(args.batch)
+        self.batch = Batch(pixels, numbers.to(device), numbers.to(device), numbers)
 
     def run(self) -> list[float]:
         """Seconds of each stage."""
-        loop, times = self.loop, [self._now()]
+        loop, encoding = self.loop, 0.0
+        for modality in loop.modalities.values():  # a table of encodings: its share of one step
+            start = self._now()
+            modality.before_step(0, loop.processes)
+            encoding += (self._now() - start) / loop.config.mt_encoder_refresh
+        times = [self._now()]
         with adm_style() if self.row.adm else contextlib.nullcontext():
-            loss, record = loop._losses(self.batch, slice(0, len(self.batch.images)))
+            loss, record = loop.losses(self.batch, slice(0, len(self.batch.images)))
             times.append(self._now())
             loss.backward()
             times.append(self._now())
@@ -111,7 +127,7 @@ class Step:
             loop.ema.update()
         loop.track(record, norm.to(record.device))
         times.append(self._now())
-        return [b - a for a, b in itertools.pairwise(times)]
+        return [encoding, *(b - a for a, b in itertools.pairwise(times))]
 
     def _now(self) -> float:
         if self.loop.device.type == "cuda":
@@ -164,7 +180,7 @@ def main() -> None:
     for i, row in enumerate(ROWS):
         stages = [1000 * median([round_[i][s] for round_ in taken]) for s in range(len(STAGES))]
         total = median([t[i] for t in totals])
-        single = 1 if row.name.endswith("fp32") else 4
+        single = 1 if row.name.endswith("fp32") else [r.name for r in ROWS].index("single task, bf16")
         against_adm = median([t[0] / t[i] for t in totals])
         against_single = median([t[i] / t[single] for t in totals])
         cells = "".join(f"{ms:10.1f} ms" for ms in stages) + f"{1000 * total:7.0f} ms{args.batch / total:9.1f}"

@@ -26,14 +26,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 if __package__ in (None, ""):  # run as a file: import from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.classification_scores import BINS, LEAST_PROBABILITY, ClassificationScores, classification_scores
 from evaluations.errors import EvaluationError, run, warn
-from evaluations.figures import new_figure, save_figure
+from evaluations.figures import new_figure, plot_confusion, save_figure
 from evaluations.files import prepare_output, write_json
 from evaluations.npz import open_npz, read_array
+from evaluations.segmentation_scores import confusion_matrix
 
 PROBABILITIES = ("probabilities", "probs", "label_probabilities", "arr_0")
 LABELS = ("labels", "label", "arr_1")
@@ -250,6 +253,19 @@ def plot_reliability(found: ClassificationScores, path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_confusion(result: Result, path: Path) -> None:
+    """True against predicted class, over the classes that occur; an array `classes` of the file gives their names."""
+    with open_npz(result.path) as file:
+        probabilities, labels = (read_array(file, name, result.path) for name in result.arrays)
+        names = read_array(file, "classes", result.path).astype(str).tolist() if "classes" in file.files else []
+    count = result.scores.classes
+    names = [*names[:count], *map(str, range(len(names), count))]
+    predicted = probabilities.argmax(axis=1)
+    occurring = np.union1d(predicted, labels)
+    H = confusion_matrix(predicted, labels, count)[np.ix_(occurring, occurring)]
+    plot_confusion(H, [names[i] for i in occurring], path, "images")
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -265,18 +281,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--csv", type=Path, metavar="FILE", help="write series,step,top1,top5,ece,nll,count")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against training step")
     p.add_argument("--reliability", type=Path, metavar="FILE.png", help="draw the reliability diagram of a single file")
+    p.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix of a single file")
     return p
 
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
-    for path in (args.json, args.csv, args.plot, args.reliability):
+    for path in (args.json, args.csv, args.plot, args.reliability, args.confusion):
         if path:
             prepare_output(path)
     results = [score_file(series, path, args.bins) for series, path in files_of(args.files)]
     single = len(results) == 1
-    if args.reliability and not single:
-        raise EvaluationError(f"--reliability draws one file, not {len(results)}")
+    for flag in ("reliability", "confusion"):
+        if getattr(args, flag) and not single:
+            raise EvaluationError(f"--{flag} draws one file, not {len(results)}")
     series = {} if single and not args.plot else by_series(results)
     if series:
         results = [result for group in series.values() for result in group]
@@ -289,6 +307,8 @@ def main(argv: Sequence[str]) -> None:
         plot_steps(series, args.plot)
     if args.reliability:
         plot_reliability(results[0].scores, args.reliability)
+    if args.confusion:
+        draw_confusion(results[0], args.confusion)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ if __package__ in (None, ""):  # run as a file: import from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.errors import EvaluationError, run, warn
-from evaluations.figures import new_figure, save_figure
+from evaluations.figures import plot_confusion
 from evaluations.files import prepare_output, write_json
 from evaluations.label_maps import (
     Decoded,
@@ -201,25 +201,7 @@ def write_confusion(H: np.ndarray, names: Sequence[str], folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["true \\ predicted", *names])
         writer.writerows([name, *row] for name, row in zip(names, H.tolist(), strict=True))
-    draw_confusion(H, names, folder / "confusion.png")
-
-
-def draw_confusion(H: np.ndarray, names: Sequence[str], path: Path) -> None:
-    shares = H / np.maximum(H.sum(axis=1, keepdims=True), 1)
-    side = 3.0 + 0.42 * len(names)
-    figure, axes = new_figure(side + 0.8, side)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(names) <= 40:  # more cells than that are too small for numbers
-        for (i, j), share in np.ndenumerate(shares):
-            if share >= 0.005:
-                colour = "white" if share > 0.5 else "black"
-                axes.text(j, i, f"{share:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(picture, ax=axes, label="share of the true class's pixels", shrink=0.8)
-    save_figure(figure, path)
+    plot_confusion(H, names, folder / "confusion.png", "pixels")
 
 
 # ---------------------------------------------------------------- command

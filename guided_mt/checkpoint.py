@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .errors import UserError
 
-OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.")  # what an MT model has beyond ADM's keys
+OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.")
+CLASSIFIER_HEAD = "heads.label.classifier."  # where a run with the E head keeps ADM's classifier
 _STEP = re.compile(r"step_(\d{8,})$")
 
 
@@ -100,14 +101,14 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(_STEP.search(checkpoint.name).group(1))
 
 
-def find_weights(path: str | Path, ema: str = "") -> Path:
-    """The weights file that `--model_path` means: a file, or the chosen file of a checkpoint or of a run's newest checkpoint.
+def find_weights(path: str | Path, ema: str = "", flag: str = "--model_path") -> Path:
+    """The weights file that `--model_path` (or `flag`) means: a file, or the chosen one of a checkpoint, or of a run's newest.
 
     ema: '' takes the slowest average there is, 'none' the raw weights, '0.9999' that rate.
     """
     path = Path(path)
     if not str(path) or str(path) == ".":
-        raise UserError("--model_path is missing: name a run folder, a checkpoint folder or a weights file")
+        raise UserError(f"{flag} is missing: name a run folder, a checkpoint folder or a weights file")
     if path.is_file():
         return path
     if not path.exists():
@@ -195,18 +196,12 @@ def load_weights(
     state = read_weights(path)
     own = model.state_dict()
     missing = [key for key in own if key not in state]
-    new = [key for key in missing if key.startswith(OWN_PREFIXES)]
-    extra = [key for key in state if key not in own and not (allow_new and key.startswith(OWN_PREFIXES))]
+    new = [key for key in missing if is_own(key)]
+    extra = [key for key in state if key not in own and not (allow_new and is_own(key))]
     shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
     absent = [key for key in missing if not (allow_new and key in new)]
     if absent or extra or shapes:
-        if absent:
-            what = f"it lacks {len(absent)} of the model's {len(own)} entries, first '{absent[0]}'"
-        elif extra:
-            what = f"it has {len(extra)} entries that the model lacks, first '{extra[0]}'"
-        else:
-            key = shapes[0]
-            what = f"'{key}' is {list(state[key].shape)} there and {list(own[key].shape)} here"
+        what = _difference(state, own, absent, extra, shapes)
         different = differing_keys(read_config(path) or {}, _network_settings(settings or {}))
         raise UserError(f"{path}: another architecture: {what}; compare {', '.join(different) or 'the model flags'}")
     model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
@@ -217,9 +212,59 @@ def load_weights(
     return new
 
 
+def _difference(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    absent: Sequence[str],
+    extra: Sequence[str],
+    shapes: Sequence[str],
+) -> str:
+    """The first of what keeps `state` from being loaded into a model with the entries `own`."""
+    if absent:
+        return f"it lacks {len(absent)} of the model's {len(own)} entries, first '{absent[0]}'"
+    if extra:
+        return f"it has {len(extra)} entries that the model lacks, first '{extra[0]}'"
+    return f"'{shapes[0]}' is {list(state[shapes[0]].shape)} there and {list(own[shapes[0]].shape)} here"
+
+
+def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """ADM's noisy classifier in a state dict: all of it, or what a run with the E head holds. Raises UserError for neither."""
+    inside = {
+        key.removeprefix(CLASSIFIER_HEAD): value for key, value in state.items() if key.startswith(CLASSIFIER_HEAD)
+    }
+    if not inside and any(key.startswith("output_blocks.") for key in state):
+        raise UserError(
+            f"{path}: a diffusion model without a classifier inside; give a classifier, or a run trained with "
+            "--mt_task label --mt_label_head E"
+        )
+    return inside or dict(state)
+
+
+def load_classifier_weights(model: nn.Module, path: Path, settings: Mapping[str, Any]) -> None:
+    """Load the classifier of a weights file (see `classifier_state`) into `model`; float16 files are widened.
+
+    settings: the model's configuration, to compare with the one saved beside the file. Raises UserError naming what differs.
+    """
+    state, own = classifier_state(read_weights(path), path), model.state_dict()
+    absent, extra = [key for key in own if key not in state], [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
+    if absent or extra or shapes:
+        different = differing_keys(read_config(path) or {}, settings)
+        what = _difference(state, own, absent, extra, shapes)
+        raise UserError(
+            f"{path}: another classifier: {what}; compare {', '.join(different) or 'the classifier flags and --num_classes'}"
+        )
+    model.load_state_dict(state)
+
+
+def is_own(key: str) -> bool:
+    """Whether a key of an MT model's state dict is none of ADM's."""
+    return key.startswith(OWN_PREFIXES) or ".encoder_kv." in key
+
+
 def adm_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a state dict that ADM's own code loads: the U-Net without heads and condition inputs."""
-    return {key: value for key, value in state.items() if not key.startswith(OWN_PREFIXES)}
+    return {key: value for key, value in state.items() if not is_own(key)}
 
 
 def _network_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from guided_mt.unet import (
 )
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+HEAD_CHANNELS = 64  # per attention head, fixed in ADM
 SPATIAL_HIDDEN = 2048  # width of the hidden layer of ADM's two spatial pools
 
 
@@ -160,18 +161,27 @@ def create_classifier(
     num_classes: int = 1000,
     in_channels: int = 3,
 ) -> EncoderUNetModel:
-    """The noisy classifier for ADM's command-line values (ADM, script_util.py: same keywords)."""
+    """The noisy classifier for ADM's command-line values (ADM, script_util.py: same keywords). Raises UserError."""
+    mult = parse_channel_mult("", image_size)
+    attended = parse_attention_resolutions(
+        classifier_attention_resolutions, image_size, "classifier_attention_resolutions"
+    )
+    widths = [int(m * classifier_width) for m in mult]
+    for width in [*(width for level, width in enumerate(widths) if 2**level in attended), widths[-1]]:
+        if width % HEAD_CHANNELS:
+            raise UserError(
+                f"--classifier_width {classifier_width} makes an attention layer of {width} channels; its heads have "
+                f"{HEAD_CHANNELS} each, so take a multiple of {HEAD_CHANNELS}"
+            )
     return EncoderUNetModel(
         image_size=image_size,
         in_channels=in_channels,
         model_channels=classifier_width,
         out_channels=num_classes,
         num_res_blocks=classifier_depth,
-        attention_resolutions=parse_attention_resolutions(
-            classifier_attention_resolutions, image_size, "classifier_attention_resolutions"
-        ),
-        channel_mult=parse_channel_mult("", image_size),
-        num_head_channels=64,
+        attention_resolutions=attended,
+        channel_mult=mult,
+        num_head_channels=HEAD_CHANNELS,
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,
         pool=classifier_pool,

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from .classifier import POOLS
 from .errors import UserError, nearest
 from .gaussian_diffusion import SCHEDULES
 from .resample import SCHEDULE_SAMPLERS
@@ -30,9 +31,13 @@ def option(
     *,
     least: float | None = None,
     most: float | None = None,
+    free: bool = False,
 ) -> Any:
-    """A dataclass field that is a flag of its own name. least, most: its range; where the default is -1, that is valid too."""
-    metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most}
+    """A dataclass field that is a flag of its own name. least, most: its range; where the default is -1, that is valid too.
+
+    free: a trained model may be used with another value, since no weight's meaning depends on it.
+    """
+    metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -48,18 +53,18 @@ class ModelConfig:
     num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads", least=1)
     attention_resolutions: str = option("16,8", "feature map sizes with attention")
     channel_mult: str = option("", "width of each level as multiples of num_channels; empty: by image_size")
-    dropout: float = option(0.0, "dropout rate in the residual blocks", least=0, most=1)
+    dropout: float = option(0.0, "dropout rate in the residual blocks", least=0, most=1, free=True)
     class_cond: bool = option(False, "give the network the class of each image")
     num_classes: int = option(1000, "size of the class embedding with class_cond True", least=1)
-    use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory")
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", free=True)
     use_scale_shift_norm: bool = option(True, "FiLM-like conditioning in the residual blocks")
     resblock_updown: bool = option(False, "residual blocks for up- and downsampling")
-    use_fp16: bool = option(False, "ADM's name for --precision fp16")
+    use_fp16: bool = option(False, "ADM's name for --precision fp16", free=True)
     use_new_attention_order: bool = option(False, "split q, k, v before the heads")
     precision: str = option(
-        "fp32", "network arithmetic; norms, output and losses stay float32", ("fp32", "bf16", "fp16")
+        "fp32", "network arithmetic; norms, output and losses stay float32", ("fp32", "bf16", "fp16"), free=True
     )
-    compile: bool = option(False, "train through torch.compile; sampling ignores it")
+    compile: bool = option(False, "train through torch.compile; sampling ignores it", free=True)
 
 
 @dataclass
@@ -67,16 +72,31 @@ class DiffusionConfig:
     """Diffusion (ADM's flags)"""
 
     learn_sigma: bool = option(False, "learn the reverse variances (hybrid loss)")
-    sigma_small: bool = option(False, "without learn_sigma: the posterior variance instead of beta")
+    sigma_small: bool = option(False, "without learn_sigma: the posterior variance instead of beta", free=True)
     diffusion_steps: int = option(1000, "T", least=2)
     noise_schedule: str = option("linear", "beta schedule", SCHEDULES)
     timestep_respacing: str = option(
-        "", "timesteps to keep: '250', 'ddim25', '10,15,20' or 'frame50'; training uses all"
+        "", "timesteps to keep: '250', 'ddim25', '10,15,20' or 'frame50'; training uses all", free=True
     )
     use_kl: bool = option(False, "train on the variational bound")
     predict_xstart: bool = option(False, "predict z_0 instead of the noise")
     rescale_timesteps: bool = option(False, "tell the network timesteps on the scale 0..1000")
     rescale_learned_sigmas: bool = option(False, "scale the bound of the hybrid loss by T/1000")
+
+
+@dataclass
+class ClassifierConfig:
+    """Classifier (ADM's flags)"""
+
+    classifier_width: int = option(
+        128, "width of the classifier's first level; attention wants multiples of 64", least=1
+    )
+    classifier_depth: int = option(2, "the classifier's residual blocks per level", least=1)
+    classifier_attention_resolutions: str = option("32,16,8", "feature map sizes with attention in the classifier")
+    classifier_use_scale_shift_norm: bool = option(True, "FiLM-like conditioning in the classifier")
+    classifier_resblock_updown: bool = option(True, "residual blocks for the classifier's downsampling")
+    classifier_pool: str = option("attention", "how the classifier pools its features", POOLS)
+    classifier_use_fp16: bool = option(False, "fp16 arithmetic in the classifier")
 
 
 @dataclass
@@ -90,8 +110,8 @@ class DataConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Training"""
+class LoopConfig:
+    """Training of any network"""
 
     log_dir: str = option(
         "", "folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/TASK-SIZE"
@@ -115,11 +135,17 @@ class TrainConfig:
     log_interval: int = option(10, "steps between log lines", least=1)
     save_interval: int = option(10_000, "steps between checkpoints", least=1)
     keep_checkpoints: int = option(0, "how many checkpoints to keep; 0: all", least=0)
-    sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none", least=0)
     resume_checkpoint: str = option("", "weights to start from: an ADM .pt, a run, a checkpoint or a weights file")
     seed: int = option(0, "seed of initialisation, data order, noise and masks", least=0, most=2**32 - 1)
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
     dry_run: bool = option(False, "print the resolved configuration and the model's size, then stop")
+
+
+@dataclass
+class TrainConfig(LoopConfig):
+    """Training"""
+
+    sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none", least=0)
 
 
 @dataclass
@@ -140,6 +166,9 @@ class SampleConfig:
     ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
     mt_condition: str = option(
         "own-head", "how form U uses a known modality", [c for c in CONDITIONINGS if c != "network"]
+    )
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance: eps = eps_pure + scale (eps - eps_pure); 1 is off", least=0
     )
     mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule", least=0)
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")

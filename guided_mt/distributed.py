@@ -42,6 +42,13 @@ class Processes:
         dist.all_gather_into_tensor(gathered, values.contiguous())
         return gathered
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes, the same on all."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
     def any(self, flag: bool) -> bool:
         """True on all processes if true on one (waits for all of them)."""
         if self.world_size == 1:

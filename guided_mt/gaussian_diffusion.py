@@ -245,6 +245,14 @@ class GaussianDiffusion:
         scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
         return (scaled - pred_xstart) / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
+    def xstart_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        """(a, b), each [T], with z_0 = a_t y_t + b_t output[:, :C]: `predict_xstart` as one linear map."""
+        if self.model_mean_type is ModelMeanType.START_X:
+            return np.zeros(self.num_timesteps), np.ones(self.num_timesteps)
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            return self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod
+        return -self.posterior_mean_coef2 / self.posterior_mean_coef1, 1.0 / self.posterior_mean_coef1
+
     def predict_xstart(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """z_0 from the first C channels of a network output."""
         prediction = output[:, : x_t.shape[1]]

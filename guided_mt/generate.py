@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from torch import Tensor
 from .checkpoint import find_weights, load_weights, read_classes, read_config
 from .config import Config, SampleConfig
 from .errors import UserError
-from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion, ModelOutput
 from .modalities import Modality
 from .model import MTModel
+from .random import SampleStreams
 from .samplers import Sample, sample
-from .tasks import build_diffusion, build_modalities, build_model
+from .tasks import build_diffusion, build_modalities, build_model, needs_labels, weights_names
+
+log = logging.getLogger("guided_mt")
 
 
 @dataclass
@@ -41,8 +45,8 @@ class Generator:
 
     @property
     def known_classes(self) -> list[str] | None:
-        """The class names that data must have: those of training for a class-conditional model, any for others."""
-        return self.classes if self.config.class_cond else None
+        """The class names that data must have: those of training where the model knows of classes, any where not."""
+        return self.classes if needs_labels(self.config) else None
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +65,11 @@ class Generator:
             respacing = f"frame{steps}" if unknown and settings.rule != "ddpm" and steps > 1 else str(steps)
         return build_diffusion(self.config, respacing)
 
+    @property
+    def gives(self) -> bool:
+        """Whether a known modality is given to the network (forms X and any) or stands in the frame (U)."""
+        return self.model.variant != "U"
+
     def draw(
         self,
         seeds: Sequence[int],
@@ -69,57 +78,88 @@ class Generator:
         labels: Tensor | None = None,
         progress: bool = False,
     ) -> Sample:
-        """One sample per seed. In form X a modality that is not known is given as uninformative: the complete mask."""
+        """One sample per seed; known {name: x}, labels [B] for a class-conditional model. In form X a modality that is not known
+        takes its default (a label at random) or none (the complete mask), and the sample doesn't tell it.
+
+        Raises UserError for what this model was not trained for.
+        """
         known = dict(known or {})
-        form_x = self.model.variant == "X"
+        modalities = self.modalities
+        if self.model.variant == "X":
+            streams = SampleStreams(torch.as_tensor(seeds), index=2, device=self.device)
+            defaults = {name: modality.default(streams) for name, modality in modalities.items() if name not in known}
+            known |= {name: x for name, x in defaults.items() if x is not None}
+            modalities = {name: modality for name, modality in modalities.items() if name in known}
         for name in known:
-            if not form_x and settings.mt_condition == "own-head" and self.modalities[name].variance is None:
+            if not self.gives and settings.mt_condition == "own-head" and not self.modalities[name].has_log_prob:
                 raise UserError(
                     f"this model's '{name}' head was never trained, so own-head conditioning has no variance for it; "
                     "train it with this --mt_task, or use --mt_condition algorithm1"
                 )
-        if form_x:
-            for name, modality in self.modalities.items():
-                known.setdefault(name, modality.uninformative(self.shape, len(seeds), self.device))
-        unknown = any(name not in known for name in self.modalities)
+        if settings.guidance_scale != 1:
+            self._check_guidance(known)
         return sample(
-            partial(self.model, y=labels),
-            self.diffusion(settings, unknown),
-            self.modalities,
+            _with_classes(self.model, labels),
+            self.diffusion(settings, any(name not in known for name in modalities)),
+            modalities,
             (len(seeds), *self.shape),
             known=known,
             sampler=settings.rule,
-            conditioning="network" if form_x else settings.mt_condition,
+            conditioning="network" if self.gives else settings.mt_condition,
             conditioning_scale=settings.mt_condition_scale,
             seeds=seeds,
             clip_denoised=settings.clip_denoised,
             device=self.device,
             progress=progress,
             eta=settings.eta,
+            guidance_scale=settings.guidance_scale,
+        )
+
+    def _check_guidance(self, known: Mapping[str, Tensor]) -> None:
+        """UserError where --guidance_scale has nothing to scale, or no model of the unconditional half."""
+        if not known and not self.config.class_cond:
+            raise UserError(
+                "--guidance_scale needs a condition to strengthen: a class-conditional model, or --given with a trained modality"
+            )
+        only_masks = self.model.variant == "X" and not self.model.context_in and not self.config.class_cond
+        if self.config.mt_drop_prob > 0 or (only_masks and self.config.mask_full_prob > 0):
+            return
+        if not self.config.class_cond or self.modalities:
+            raise UserError(
+                "--guidance_scale needs a model that also learned without its condition: train with --mt_drop_prob 0.1"
+            )
+        log.warning(
+            "this model was never trained without classes (--mt_drop_prob), so guidance is away from an untrained mode"
         )
 
     def unconditional(self, labels: Tensor | None = None):
         """The model as a plain eps-network (x, t) -> output [B, C or 2C, H, W], for methods that know of no modality.
 
-        Raises UserError for form U trained without pure generation: its input always holds the frame.
+        Raises UserError for one that never saw plain noisy images: its input always holds the frame or a condition.
         """
-        if (
-            self.modalities
-            and self.model.variant == "U"
-            and self.config.mt_drop_prob == 0
-            and self.config.mt_weights != "none"
-        ):
-            raise UserError(
-                "this form-U model never saw plain noisy images; "
-                "use one trained with --mt_task none, --mt_variant X or --mt_drop_prob"
-            )
+        config, model = self.config, self.model
+        if not self.modalities:
+            return lambda x, t: model(x, t, y=labels).output
+        if config.mt_drop_prob > 0:
+            return lambda x, t: model(x, t, y=labels, pure=True).output
+        only_masks = model.variant == "X" and not model.context_in
+        without_frame = model.variant == "U" and all(name == "none" for name in weights_names(config).values())
+        if only_masks or without_frame:
+            return lambda x, t: model(x, t, y=labels).output
+        raise UserError(
+            f"this form-{model.variant} model never saw plain noisy images; use one trained with --mt_task none, or with "
+            "--mt_drop_prob"
+        )
 
-        def plain(x: Tensor, t: Tensor) -> Tensor:
-            names = self.model.condition_names
-            given = {name: self.modalities[name].uninformative(self.shape, len(x), x.device) for name in names}
-            return self.model(x, t, given, y=labels).output
 
-        return plain
+def _with_classes(model: MTModel, labels: Tensor | None) -> Callable:
+    """The model with its classes; guidance doubles the batch, and the classes with it."""
+
+    def network(z_t: Tensor, t: Tensor, modalities: Mapping[str, Tensor], **options: Any) -> ModelOutput:
+        y = labels if labels is None else labels.repeat(len(z_t) // len(labels))
+        return model(z_t, t, modalities, y=y, **options)
+
+    return network
 
 
 def parse_seeds(text: str, count: int) -> list[int]:
@@ -139,6 +179,10 @@ def output_path(config: Config, default_name: str) -> Path:
     """`--out`, or a file of `default_name` in the run folder that the weights came from."""
     if config.out:
         return Path(config.out)
-    weights = find_weights(config.model_path, config.ema)
+    return samples_folder(find_weights(config.model_path, config.ema)) / default_name
+
+
+def samples_folder(weights: Path) -> Path:
+    """Where files made with a weights file go: in its run, or beside it."""
     run = weights.parent.parent.parent if weights.parent.parent.name == "checkpoints" else weights.parent
-    return run / "samples" / default_name
+    return run / "samples"

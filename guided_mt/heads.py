@@ -1,11 +1,25 @@
-"""Decoder heads D_i: what the network says of each modality, from the U-Net's features."""
+"""Decoder heads D_i: what the network says of each modality."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .unet import UNetFeatures, UNetModel, make_output_block
+from .classifier import EncoderUNetModel
+from .gaussian_diffusion import GaussianDiffusion
+from .unet import UNetModel, make_output_block
+
+
+class HeadInputs(NamedTuple):
+    """What a head may read: all that the U-Net knows of one forward pass."""
+
+    last: Tensor  # (B, feature_channels, H, W): input of the output block
+    middle: Tensor  # (B, middle_channels, h, w): output of the middle block
+    z_t: Tensor  # (B, C, H, W)
+    timesteps: Tensor  # (B,), as the network is told them
+    output: Tensor  # (B, C or 2C, H, W)
 
 
 class ImageHead(nn.Module):
@@ -15,10 +29,56 @@ class ImageHead(nn.Module):
         super().__init__()
         self.out = make_output_block(unet.feature_channels, unet.input_channels, channels)
 
-    def forward(self, features: UNetFeatures) -> Tensor:
+    def forward(self, seen: HeadInputs) -> Tensor:
         # float32 whatever the caller's autocast, as ADM's output
-        with torch.autocast(features.last.device.type, enabled=False):
-            return self.out(features.last)
+        with torch.autocast(seen.last.device.type, enabled=False):
+            return self.out(seen.last)
+
+
+class PooledHead(nn.Module):
+    """The paper's M head: the middle block's mean over positions, then one linear layer (DESIGN 2.6.5): [B, size]."""
+
+    def __init__(self, unet: UNetModel, size: int):
+        super().__init__()
+        self.linear = nn.Linear(unet.middle_channels, size)
+
+    def forward(self, seen: HeadInputs) -> Tensor:
+        with torch.autocast(seen.middle.device.type, enabled=False):
+            return self.linear(seen.middle.mean(dim=(2, 3)))
+
+
+class PooledMLPHead(nn.Module):
+    """As `PooledHead` with a hidden layer: for vectors, [B, size]."""
+
+    def __init__(self, unet: UNetModel, size: int, hidden: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(unet.middle_channels, hidden), nn.SiLU(), nn.Linear(hidden, size))
+
+    def forward(self, seen: HeadInputs) -> Tensor:
+        with torch.autocast(seen.middle.device.type, enabled=False):
+            return self.mlp(seen.middle.mean(dim=(2, 3)))
+
+
+class ClassifierHead(nn.Module):
+    """The paper's E head: ADM's noisy classifier on the predicted x_start, with t: logits [B, K].
+
+    The prediction is read off z_t as it stands, frame included: the frame holds the label, which a head must not be told.
+    It is clipped to [-1, 1], since at large t eps errors are blown up without bound.
+    """
+
+    def __init__(self, classifier: EncoderUNetModel, diffusion: GaussianDiffusion):
+        super().__init__()
+        self.classifier = classifier
+        of_state, of_output = diffusion.xstart_coefficients()
+        self.register_buffer("of_state", torch.from_numpy(of_state).float(), persistent=False)
+        self.register_buffer("of_output", torch.from_numpy(of_output).float(), persistent=False)
+        self.per_timestep = 1000.0 / diffusion.original_num_steps if diffusion.rescale_timesteps else 1.0
+
+    def forward(self, seen: HeadInputs) -> Tensor:
+        t = (seen.timesteps / self.per_timestep).round().long()
+        of_state, of_output = (table[t].view(-1, 1, 1, 1) for table in (self.of_state, self.of_output))
+        pred_xstart = of_state * seen.z_t + of_output * seen.output[:, : seen.z_t.shape[1]]
+        return self.classifier(pred_xstart.clamp(-1, 1), seen.timesteps)
 
 
 class HeadVariance(nn.Module):

@@ -7,8 +7,10 @@ import datetime
 import os
 import sys
 import time
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +19,19 @@ QUARTILES = 4  # as ADM's log: q0 has the first quarter of the timesteps
 
 
 class Averages:
-    """Sums on the device of several values per sample and of the gradient's norm; the host sees them only when asked."""
+    """Sums on the device of several values per sample and of `scalars` per step; the host sees them only when asked."""
 
-    def __init__(self, names: Sequence[str], num_timesteps: int, device: torch.device):
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_timesteps: int,
+        device: torch.device,
+        scalars: Sequence[str] = ("grad_norm",),
+    ):
         self.names, self.num_timesteps = list(names), num_timesteps
         self.sums = torch.zeros(1 + QUARTILES, len(names), device=device)
         self.counts = torch.zeros_like(self.sums)
-        self.norms = torch.zeros(2, device=device)  # sum, count
+        self.scalars = {name: torch.zeros(2, device=device) for name in scalars}  # sum, count
 
     def add(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
         """t [B]; values, kept [B, names]: kept 0 leaves a value out."""
@@ -33,33 +41,41 @@ class Averages:
         self.sums += groups @ (torch.nan_to_num(values) * kept)
         self.counts += groups @ kept
 
-    def add_norm(self, norm: Tensor) -> None:
-        """The gradient's norm of one step, 0-dim."""
-        self.norms += torch.stack([norm, torch.ones_like(norm)])
+    def add_scalars(self, values: Mapping[str, Tensor]) -> None:
+        """{name: 0-dim tensor} of this step, for some or all of the scalars."""
+        for name, value in values.items():
+            self.scalars[name] += torch.stack([value, torch.ones_like(value)])
 
     def pop(self) -> dict[str, float]:
-        """{name: mean, name_q0: ..., grad_norm: mean}, nan where nothing was seen; starts anew."""
+        """{name: mean, name_q0: ..., scalar: mean}, nan where nothing was seen; starts anew."""
         means = (self.sums / self.counts).cpu()  # 0 / 0 is nan, on purpose
-        norm = float(self.norms[0] / self.norms[1])
-        for total in self.state_dict().values():
+        measured = {name: float(total[0] / total[1]) for name, total in self.scalars.items()}
+        for total in (self.sums, self.counts, *self.scalars.values()):
             total.zero_()
         suffixes = ["", *(f"_q{q}" for q in range(QUARTILES))]
         values = {name + s: float(means[i, j]) for j, name in enumerate(self.names) for i, s in enumerate(suffixes)}
-        return values | {"grad_norm": norm}
+        return values | measured
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """An unfinished interval, so that a resumed run logs the same line."""
-        return {"sums": self.sums, "counts": self.counts, "norms": self.norms}
+        return {"sums": self.sums, "counts": self.counts, "scalars": dict(self.scalars)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, total in self.state_dict().items():
-            total.copy_(state[name])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self.counts.copy_(state["counts"])
+        saved = state["scalars"] if "scalars" in state else {"grad_norm": state["norms"]}  # checkpoints of version 0.1
+        for name, total in self.scalars.items():
+            if name in saved:  # a scalar that the run did not have yet starts empty
+                total.copy_(saved[name])
 
 
 class Reporter:
     """Writes rows of one run on the main process. A resumed run first drops the rows after the step it resumes from."""
 
     def __init__(self, run: Path, columns: Sequence[str], total_steps: int, start_step: int = 0):
+        # TensorBoard's own switch for its stub in the place of TensorFlow, which, where it is installed, takes seconds to
+        # import and then aborts the process when torch.compile imports Triton.
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
         from torch.utils.tensorboard import SummaryWriter
 
         self.columns, self.total_steps = list(columns), total_steps

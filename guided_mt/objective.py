@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 from .gaussian_diffusion import GaussianDiffusion
-from .modalities import Modality
+from .modalities import Images, Modality
+from .modalities.tokens import rms
 from .random import SampleStreams
 
 
 @dataclass
 class Losses:
-    """All [B]. `loss` is what is minimised; `terms` {name: values} are its parts, unweighted; `kept` is 0 for the samples that were
-    trained as pure generation (`mt_drop_prob`), else 1."""
+    """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities. `terms` {name:
+    values} are its parts, unweighted; `encoding_rms` {name: values} the sizes of the encodings in the frame. `kept` is 0 for the
+    samples that were trained as pure generation (`mt_drop_prob`), else 1."""
 
     loss: Tensor
+    denoising: Tensor
     terms: dict[str, Tensor]
+    encoding_rms: dict[str, Tensor]
     kept: Tensor
 
 
@@ -28,43 +32,50 @@ def multi_task_losses(
     model: Callable,
     diffusion: GaussianDiffusion,
     modalities: Mapping[str, Modality],
-    x_start: Tensor,
-    labels: Tensor | None,
+    images: Images,
     t: Tensor,
     noise: Tensor,
     streams: SampleStreams,
     *,
     variant: str = "U",
-    loss_weight: float = 0.1,
+    loss_weight: float | Mapping[str, float] = 0.1,
     drop_prob: float = 0.0,
+    given_prob: float = 0.5,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Losses:
-    """x_start, noise [B, C, H, W], labels [B] or None, t [B]; streams: the samples' own random numbers, for masks and drops.
+    """images of B samples, t [B], noise [B, C, H, W]; streams: the samples' own random numbers, for masks, drops and choices.
 
-    variant "U": every modality stands in the frame; "X": every modality is given to the network and leaves the frame.
-    drop_prob: the share of samples trained as pure generation: no shift or an uninformative condition, and no modality loss
-    (DESIGN 2.6.6).
+    variant "U": every modality stands in the frame; "X": every modality is given to the network and leaves the frame; "any": each
+    is given to each sample with probability `given_prob`. loss_weight: lambda, or one per modality.
+    drop_prob: the share of samples trained as pure generation: no frame, nothing given, no modality loss (DESIGN 2.6.6). The model
+    is told which by `pure`, and in form any what is given by `given`, as `MTModel.forward` takes them.
     """
-    kept = (streams.uniform() >= drop_prob).to(x_start.dtype)  # (B,)
-    data = {name: modality.from_batch(x_start, labels, streams) for name, modality in modalities.items()}
+    x_start = images.x_start
+    dropped = streams.uniform() < drop_prob  # (B,)
+    kept = (~dropped).to(x_start.dtype)
+    data = {name: modality.from_batch(images, streams) for name, modality in modalities.items()}
     given: dict[str, Tensor] = {}
+    if variant == "any":
+        given = {name: (streams.uniform() < given_prob) & ~dropped for name in modalities}
     encodings: dict[str, Tensor] = {}
-    for name, modality in modalities.items():
-        if variant == "X":
-            nothing = modality.uninformative(x_start.shape[1:], len(x_start), x_start.device)
-            given[name] = torch.where(_column(kept, data[name]) > 0, data[name], nothing)
-        else:
-            with torch.no_grad():  # e_i = stop_gradient(E_i(x_i))
-                encodings[name] = modality.encode(data[name]) * _column(kept, x_start)
-    kwargs = {**(model_kwargs or {}), "modalities": given}
-    terms = diffusion.training_losses(model, x_start, t, kwargs, noise, encodings)
+    if variant != "X":
+        with torch.no_grad():  # e_i = stop_gradient(E_i(x_i))
+            encodings = {name: modality.encode(data[name]) for name, modality in modalities.items()}
+    framed = {}
+    for name, encoding in encodings.items():
+        inside = ~dropped & ~given[name] if name in given else ~dropped
+        framed[name] = encoding * inside.view(-1, 1, 1, 1)
+
+    kwargs: dict[str, Any] = {**(model_kwargs or {}), "modalities": data if variant != "U" else {}}
+    if given:
+        kwargs["given"] = given
+    if drop_prob > 0:
+        kwargs["pure"] = True if drop_prob >= 1 else dropped
+    terms = diffusion.training_losses(model, x_start, t, kwargs, noise, framed)
     predictions = terms.pop("predictions", {})
-    loss = terms.pop("loss")
+    loss = denoising = terms.pop("loss")
     for name, modality in modalities.items():
         terms[name] = modality.loss(predictions[name], data[name])
-        loss = loss + loss_weight * kept * terms[name]
-    return Losses(loss, terms, kept)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
+        weight = loss_weight[name] if isinstance(loss_weight, Mapping) else loss_weight
+        loss = loss + weight * kept * terms[name]
+    return Losses(loss, denoising, terms, {name: rms(encoding) for name, encoding in encodings.items()}, kept)

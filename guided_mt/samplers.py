@@ -34,6 +34,8 @@ class Sample:
 class Sampler:
     """A rule y_t -> y_{t-1} given the predicted z_0. One object per run: rules with memory keep it here."""
 
+    shifts_mean = False  # where an outside gradient enters: the mean of the step, or else eps
+
     def __init__(self, diffusion: GaussianDiffusion, streams: SampleStreams, eta: float):
         self.diffusion, self.streams, self.eta = diffusion, streams, eta
 
@@ -50,6 +52,8 @@ class Sampler:
 
 class Ancestral(Sampler):
     """y_{t-1} ~ p(y_{t-1} | y_t) (DDPM algorithm 2)."""
+
+    shifts_mean = True
 
     def step(self, y: Tensor, pred_xstart: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
         mean, _, _ = self.diffusion.q_posterior_mean_variance(pred_xstart, y, t)
@@ -108,6 +112,8 @@ def sample(
     progress: bool = False,
     eta: float = 0.0,
     start: tuple[Tensor, int] | None = None,
+    guidance_scale: float = 1.0,
+    cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Sample:
     """Draw z_0 of `shape` (B, C, H, W) and every unknown modality (Algorithm 1).
 
@@ -120,6 +126,10 @@ def sample(
     The number of steps is that of `diffusion`. seeds: one integer per sample (default: drawn from torch's generator); a
     sample depends on its own seed and conditions alone. eta is DDIM's.
     start: (y_t [B, C, H, W], t) begins there instead of with noise at the last timestep (SDEdit).
+    guidance_scale: classifier-free guidance, eps = eps_pure + scale (eps - eps_pure) (Ho and Salimans 2022, with scale = 1 + w);
+    other than 1 it needs a model that takes `pure` bool [B], the samples to be seen without any condition: see `MTModel`.
+    cond_fn: (y_t [B, C, H, W], told timesteps [B]) -> scaled gradient of log p(condition | y_t), as an outside classifier gives it:
+    ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
     Raises ValueError for names, shapes and counts that don't fit.
     """
     known = dict(known or {})
@@ -143,21 +153,33 @@ def sample(
         z = y.to(device) + diffusion.aggregation.shift(encodings, t)
         for step in diffusion.reversed_steps(progress, first):
             t = torch.full((shape[0],), step, device=device)
-            output, predictions, gradient = _denoise(model, diffusion, modalities, z, t, given, guiding)
+            bare = z - diffusion.aggregation.shift(encodings, t) if guidance_scale != 1 else None
+            output, predictions, gradient, pure = _denoise(model, diffusion, modalities, z, t, given, guiding, bare)
             unknown = {name: modalities[name].estimate(_head(predictions, name)) for name in unknown}
             encodings = {**fixed, **{name: modalities[name].encode(x) for name, x in unknown.items()}}
             y = z - diffusion.aggregation.shift(encodings, t)
-            _, log_variance = diffusion.p_variance(output, y, t)
+            variance, log_variance = diffusion.p_variance(output, y, t)
             pred_xstart = diffusion.predict_xstart(output, y, t)
-            if gradient is not None:
+            outside = cond_fn(y, diffusion.model_timesteps(t)) if cond_fn is not None else None
+            shifts_eps = outside is not None and not rule.shifts_mean
+            if gradient is not None or pure is not None or shifts_eps:
                 eps = diffusion.predict_eps_from_xstart(y, t, pred_xstart)
-                eps = diffusion.condition_eps(eps, conditioning_scale * gradient, t)
+                if gradient is not None:
+                    eps = diffusion.condition_eps(eps, conditioning_scale * gradient, t)
+                if pure is not None:
+                    eps_pure = diffusion.predict_eps_from_xstart(y, t, diffusion.predict_xstart(pure, y, t))
+                    eps = eps_pure + guidance_scale * (eps - eps_pure)
+                if shifts_eps:
+                    eps = diffusion.condition_eps(eps, outside, t)
                 pred_xstart = diffusion.predict_xstart_from_eps(y, t, eps)
             if clip_denoised:
+                # Last, where ADM clips before an outside gradient: at high noise a little error in it is far out of range in z_0.
                 pred_xstart = pred_xstart.clamp(-1, 1)
 
             pred_xstart, held = rule.hold(pred_xstart, encodings, step)
             y = rule.step(z - diffusion.aggregation.shift(held, t), pred_xstart, log_variance, t)
+            if outside is not None and rule.shifts_mean:
+                y = y + variance * outside
             z = y + diffusion.aggregation.shift(held, t - 1)
     return Sample(z, {**known, **unknown})
 
@@ -170,21 +192,27 @@ def _denoise(
     t: Tensor,
     given: Mapping[str, Tensor],
     guiding: Mapping[str, Tensor],
-) -> tuple[Tensor, Mapping[str, Tensor], Tensor | None]:
-    """The network at z_t, and grad_z sum_i log p_head(x_i | z_t) for the modalities in `guiding` (DESIGN 2.5)."""
-    told = diffusion.model_timesteps(t)
-    if not guiding:
-        result = call_model(model, z, told, given)
-        return result.output, result.predictions, None
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        result = call_model(model, z, told, given)
-        original = diffusion.network_timesteps(t)
-        log_prob = sum(
-            modalities[n].log_prob(_head(result.predictions, n), x, original).sum() for n, x in guiding.items()
-        )
-        (gradient,) = torch.autograd.grad(log_prob, z)
-    return result.output.detach(), {n: p.detach() for n, p in result.predictions.items()}, gradient
+    bare: Tensor | None,
+) -> tuple[Tensor, Mapping[str, Tensor], Tensor | None, Tensor | None]:
+    """The network at z_t; grad_z sum_i log p_head(x_i | z_t) for the modalities in `guiding` (DESIGN 2.5), or None; and the
+    output without any condition at `bare` = y_t in the same pass, or None."""
+    count, told = len(z), diffusion.model_timesteps(t)
+    with torch.set_grad_enabled(bool(guiding)):
+        state = z = z.detach().requires_grad_(bool(guiding))
+        kwargs = {}
+        if bare is not None:
+            state, told = torch.cat([z, bare]), told.repeat(2)
+            given = {name: torch.cat([x, x]) for name, x in given.items()}
+            kwargs["pure"] = torch.arange(2 * count, device=z.device) >= count
+        result = call_model(model, state, told, given, **kwargs)
+        predictions = {name: prediction[:count] for name, prediction in result.predictions.items()}
+        gradient = None
+        if guiding:
+            original = diffusion.network_timesteps(t)
+            log_prob = sum(modalities[n].log_prob(_head(predictions, n), x, original).sum() for n, x in guiding.items())
+            (gradient,) = torch.autograd.grad(log_prob, z)
+    output, pure = result.output[:count].detach(), None if bare is None else result.output[count:].detach()
+    return output, {n: p.detach() for n, p in predictions.items()}, gradient, pure
 
 
 def _head(predictions: Mapping[str, Tensor], name: str) -> Tensor:

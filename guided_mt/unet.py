@@ -38,6 +38,13 @@ class UNetFeatures(NamedTuple):
     middle: Tensor  # (B, middle_channels, h, w): output of the middle block
 
 
+class Context(NamedTuple):
+    """What attention reads besides the image: tokens [B, L, context_dim]; mask bool [B, L], False leaves a token out."""
+
+    tokens: Tensor
+    mask: Tensor | None = None
+
+
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
@@ -102,12 +109,12 @@ class Block(nn.Module):
 
     use_checkpoint = False
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self.compute, x, emb, context, use_reentrant=False)
         return self.compute(x, emb, context)
 
-    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -118,7 +125,7 @@ class Upsample(Block):
         super().__init__()
         self.conv = conv3x3(channels, channels) if conv_resample else nn.Identity()
 
-    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -129,7 +136,7 @@ class Downsample(Block):
         super().__init__()
         self.op = conv3x3(channels, channels, stride=2) if conv_resample else nn.AvgPool2d(2)
 
-    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         return self.op(x)
 
 
@@ -167,7 +174,7 @@ class ResBlock(Block):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
-    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         norm_in, silu, conv_in = self.in_layers
         norm_out, *rest_out = self.out_layers
         h = conv_in(self.resample(silu(norm_in(x))))
@@ -198,7 +205,7 @@ def linear1x1(conv: nn.Conv1d, x: Tensor) -> Tensor:
 
 
 class AttentionBlock(Block):
-    """ADM's self-attention over positions (same names); with `context_dim` also over context, as GLIDE's `encoder_kv`.
+    """ADM's self-attention over positions (same names); after `add_context` also over context, as GLIDE's `encoder_kv`.
 
     Keys and values are those of the context [B, L, context_dim] followed by those of the image [B, C, H, W].
     """
@@ -210,7 +217,6 @@ class AttentionBlock(Block):
         num_heads: int = 1,
         num_head_channels: int = -1,
         use_new_attention_order: bool = False,
-        context_dim: int | None = None,
         use_checkpoint: bool = False,
     ):
         super().__init__()
@@ -219,18 +225,24 @@ class AttentionBlock(Block):
         self.num_heads = attention_heads(channels, num_heads, num_head_channels)
         self.norm = GroupNorm32(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        if context_dim is not None:
-            self.encoder_kv = nn.Conv1d(context_dim, 2 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
-    def compute(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def add_context(self, context_dim: int) -> None:
+        """Make the keys and values of a context of this width. Apart from the rest, so that a network with context starts
+        from the same random weights as one without."""
+        self.encoder_kv = nn.Conv1d(context_dim, 2 * self.norm.num_channels, 1)
+
+    def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         positions = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         q, k, v = split_heads(linear1x1(self.qkv, positions), 3, self.num_heads, self.use_new_attention_order)
+        mask = None
         if context is not None:
-            projected = linear1x1(self.encoder_kv, context)
+            projected = linear1x1(self.encoder_kv, context.tokens)
             context_k, context_v = split_heads(projected, 2, self.num_heads, self.use_new_attention_order)
             k, v = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
+            if context.mask is not None:
+                mask = F.pad(context.mask, (0, positions.shape[1]), value=True)[:, None, None]  # (B, 1, 1, L + HW)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # (B, HW, C)
         return x + linear1x1(self.proj_out, h).transpose(1, 2).reshape(x.shape)
 
 
@@ -245,7 +257,7 @@ def attention_heads(channels: int, num_heads: int, num_head_channels: int) -> in
 class BlockSequence(nn.Sequential):
     """Blocks one after the other (ADM's `TimestepEmbedSequential`)."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         for block in self:
             x = block(x, emb, context)
         return x
@@ -266,7 +278,6 @@ class BlockFactory:
     resblock_updown: bool = False
     conv_resample: bool = True
     use_new_attention_order: bool = False
-    context_dim: int | None = None
 
     def resblock(self, channels: int, out_channels: int, resample: str = "none") -> ResBlock:
         return ResBlock(
@@ -285,7 +296,6 @@ class BlockFactory:
             num_heads=num_heads,
             num_head_channels=self.num_head_channels,
             use_new_attention_order=self.use_new_attention_order,
-            context_dim=self.context_dim,
             use_checkpoint=self.use_checkpoint,
         )
 
@@ -318,6 +328,7 @@ class UNetEncoder(nn.Module):
         channel_mult: Sequence[float],
         num_heads: int,
         num_classes: int | None = None,
+        context_dim: int | None = None,
         condition_channels: int = 0,
         precision: str = "fp32",
     ):
@@ -328,7 +339,7 @@ class UNetEncoder(nn.Module):
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.num_classes = num_classes
-        self.context_dim = make.context_dim
+        self.context_dim = context_dim
         self.condition_channels = condition_channels
         self.precision = precision
         self.size_divisor = 2 ** (len(channel_mult) - 1)
@@ -413,11 +424,11 @@ class UNetEncoder(nn.Module):
             raise UserError(f"context must be [{batch}, L, {self.context_dim}], not {list(context.shape)}")
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """Timesteps [B], and classes [B] if any -> embedding [B, emb_channels]."""
+        """Timesteps [B], and classes [B] if any (-1: this sample has none) -> embedding [B, emb_channels]."""
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
-        return emb if y is None else emb + self.label_emb(y)
+        return emb if y is None else emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
 
-    def encode(self, x: Tensor, emb: Tensor, context: Tensor | None, condition: Tensor | None) -> list[Tensor]:
+    def encode(self, x: Tensor, emb: Tensor, context: Context | None, condition: Tensor | None) -> list[Tensor]:
         """The outputs of every input block, then of the middle block."""
         h = self.input_blocks[0][0](x)
         if condition is not None:
@@ -469,7 +480,6 @@ class UNetModel(UNetEncoder):
             resblock_updown=resblock_updown,
             conv_resample=conv_resample,
             use_new_attention_order=use_new_attention_order,
-            context_dim=context_dim,
         )
         super().__init__(
             make,
@@ -481,6 +491,7 @@ class UNetModel(UNetEncoder):
             channel_mult=channel_mult,
             num_heads=num_heads,
             num_classes=num_classes,
+            context_dim=context_dim,
             condition_channels=condition_channels,
             precision=precision,
         )
@@ -499,6 +510,10 @@ class UNetModel(UNetEncoder):
         self.feature_channels = channels
         self.out_channels = out_channels
         self.out = make_output_block(channels, self.input_channels, out_channels)
+        if context_dim is not None:
+            for module in self.modules():
+                if isinstance(module, AttentionBlock):
+                    module.add_context(context_dim)
 
     def features(
         self,
@@ -507,13 +522,19 @@ class UNetModel(UNetEncoder):
         y: Tensor | None = None,
         context: Tensor | None = None,
         condition: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> UNetFeatures:
         """What the output block and the heads read. x [B, in_channels, H, W], timesteps [B] (may be fractional).
 
-        y [B]: classes; context [B, L, context_dim]; condition [B, condition_channels, H, W].
+        y [B]: classes, -1 for none; context [B, L, context_dim], context_mask bool [B, L]: False leaves a token out;
+        condition [B, condition_channels, H, W].
         """
         self.check_inputs(x, timesteps, y, context, condition)
-        emb = self.embed(timesteps, y)
+        return self._features(
+            x, self.embed(timesteps, y), None if context is None else Context(context, context_mask), condition
+        )
+
+    def _features(self, x: Tensor, emb: Tensor, context: Context | None, condition: Tensor | None) -> UNetFeatures:
         with self.autocast(x):
             *skips, middle = self.encode(x, emb, context, condition)
             h = middle

@@ -26,6 +26,13 @@ run image_sample.py --model_path "$work/none" --num_samples 2 --steps 3 --class 
 run image_restore.py --model_path "$work/none" --data_dir builtin:digits-test --num_samples 2 --steps 3 --mask half --method sdedit
 run image_restore.py --model_path "$work/none" --data_dir builtin:digits-test --num_samples 2 --mask half --method repaint \
   --repaint_resamples 2
+classifier=(--image_size 8 --classifier_width 64 --classifier_depth 1 --classifier_attention_resolutions 4 --num_classes 10
+            --diffusion_steps 50 --noise_schedule cosine --global_batch_size 4 --save_interval 2 --log_interval 1)
+one=(--data_dir builtin:digits --val_data_dir builtin:digits-test --log_dir "$work/classifier" "${classifier[@]}")
+run classifier_train.py "${one[@]}" --iterations 2
+run classifier_train.py "${one[@]}" --iterations 5
+grep -q '^5,' "$work/classifier/progress.csv"
+run classifier_sample.py --model_path "$work/none" --classifier_path "$work/classifier" --num_samples 2 --steps 3 --class 7
 run export_adm.py --model_path "$work/X" --out "$work/adm.pt"
 run image_train.py --mt_task masked --mt_variant X --resume_checkpoint "$work/adm.pt" --data_dir "$work/digits.zip" \
   --log_dir "$work/from_adm" "${tiny[@]}" --total_steps 2

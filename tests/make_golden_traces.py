@@ -13,10 +13,14 @@ from guided_mt.commands.train import main
 
 FILE = Path(__file__).resolve().parent / "golden" / "loss_trace.json"
 STEPS = 20
+CLASSIFIER = {"classifier_width": 64, "classifier_depth": 1, "classifier_attention_resolutions": "4"}
 TRACES = {
     "none": {"mt_task": "none"},
     "masked U": {"mt_task": "masked", "mt_variant": "U"},
     "masked X": {"mt_task": "masked", "mt_variant": "X"},
+    "label M": {"mt_task": "label", "mt_variant": "U", "num_classes": 10},
+    "label E": {"mt_task": "label", "mt_variant": "U", "num_classes": 10, "mt_label_head": "E", **CLASSIFIER},
+    "masked,label any": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10, "mt_drop_prob": 0.2},
 }
 
 

@@ -63,7 +63,7 @@ TRAINING = [
     ("--grad_clip inf", r"--grad_clip takes a number"),
     ("--num_channels 32.5", r"--num_channels takes a whole number, not '32.5'"),
     ("--learn_sigma maybe", r"--learn_sigma takes True or False, not 'maybe'"),
-    ("--mt_variant Y", r"--mt_variant: 'Y' is none of U, X"),
+    ("--mt_variant Y", r"--mt_variant: 'Y' is none of auto, U, X, any"),
     ("--mt_weights papr", r"--mt_weights: 'papr' is none of .*did you mean paper\?"),
     ("--noise_schedule cosin", r"--noise_schedule: 'cosin' is none of linear, cosine \(did you mean cosine\?\)"),
     ("--schedule_sampler unifrom", r"--schedule_sampler: .*did you mean uniform"),

@@ -7,6 +7,7 @@ import torch
 
 from guided_mt.config import parse
 from guided_mt.gaussian_diffusion import call_model
+from guided_mt.modalities import Images
 from guided_mt.model import VARIANTS, MTModel
 from guided_mt.random import SampleStreams
 from guided_mt.tasks import TASKS, build_diffusion, build_modalities, build_model, model_sections
@@ -30,7 +31,8 @@ TINY = [
 
 def tiny(*flags: str):
     torch.manual_seed(0)
-    config = parse([*TINY, "--noise_schedule", "cosine", *flags], model_sections(), description="")
+    flags = ("--noise_schedule", "cosine", "--num_classes", "7", "--representation_size", "5", *flags)
+    config = parse([*TINY, *flags], model_sections(), description="")
     return config, build_model(config)
 
 
@@ -45,7 +47,8 @@ def inputs(config, batch: int = 3):
     rng = torch.Generator().manual_seed(1)
     x_start = torch.randn(batch, 3, 8, 8, generator=rng).clamp(-1, 1)
     streams = SampleStreams(torch.arange(batch))
-    data = {name: m.from_batch(x_start, None, streams) for name, m in build_modalities(config).items()}
+    images = Images(x_start, torch.arange(batch), {"representation": torch.randn(batch, 5, generator=rng)})
+    data = {name: m.from_batch(images, streams) for name, m in build_modalities(config).items()}
     return x_start, torch.tensor([0, 400, 999][:batch]), data
 
 
@@ -55,9 +58,9 @@ def test_every_task_and_variant_predicts_its_modality(task, variant):
     config, model = tiny("--mt_task", task, "--mt_variant", variant)
     randomise(model)
     z_t, t, data = inputs(config)
-    result = call_model(model, z_t, t, data if variant == "X" else {})
+    result = call_model(model, z_t, t, data if variant != "U" else {})
     assert result.output.shape == (3, 6, 8, 8)
-    modality = build_modalities(config)[task]
+    modality = build_modalities(config, model)[task]
     assert modality.loss(result.predictions[task], data[task]).shape == (3,)
     assert modality.encode(modality.estimate(result.predictions[task])).shape == z_t.shape
     assert modality.encode(modality.prior(z_t.shape[1:], SampleStreams(torch.arange(3)))).shape == z_t.shape
@@ -65,7 +68,7 @@ def test_every_task_and_variant_predicts_its_modality(task, variant):
 
 
 def test_the_u_net_inside_is_adms():
-    """With the same weights, the output of form U is the plain U-Net's, and form X's too while its new inputs are zero."""
+    """With the same weights, the output of form U is the plain U-Net's, and the others' too while their new inputs are zero."""
     _, plain = tiny()
     unet = create_model(
         8,
@@ -83,7 +86,7 @@ def test_the_u_net_inside_is_adms():
         config, model = tiny("--mt_task", "masked", "--mt_variant", variant)
         model.load_state_dict(unet.state_dict(), strict=False)
         z_t, t, data = inputs(config)
-        result = call_model(model, z_t, t, data if variant == "X" else {})
+        result = call_model(model, z_t, t, data if variant != "U" else {})
         assert torch.equal(result.output, unet(z_t, t))
 
 
@@ -95,7 +98,7 @@ def test_form_x_uses_its_condition():
     assert not torch.equal(model(z_t, t, data).output, model(z_t, t, other).output)
 
 
-@pytest.mark.parametrize("variant, given", [("U", {"masked": 1}), ("X", {}), ("X", {"label": 1})])
+@pytest.mark.parametrize("variant, given", [("U", {"masked": 1}), ("X", {"label": 1}), ("any", {"label": 1})])
 def test_what_is_given_must_fit_the_variant(variant, given):
     _, model = tiny("--mt_task", "masked", "--mt_variant", variant)
     with pytest.raises(ValueError, match=f"variant {variant} is given"):
@@ -116,7 +119,7 @@ def test_compiled_training_neither_breaks_the_graph_nor_recompiles(variant):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x_start, t, data = inputs(config)
-    given, encodings = (data, {}) if variant == "X" else ({}, data)
+    given, encodings = ({}, data) if variant == "U" else (data, {})
 
     def step(shift: int) -> None:
         terms = diffusion.training_losses(compiled, x_start, (t + shift) % 1000, {"modalities": given}, None, encodings)
@@ -129,4 +132,4 @@ def test_compiled_training_neither_breaks_the_graph_nor_recompiles(variant):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shift in (1, 50):
             step(shift)
-    assert model.condition_names == (("masked",) if variant == "X" else ())
+    assert list(model.image_inputs) == ([] if variant == "U" else ["masked"])

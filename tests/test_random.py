@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from guided_mt.modalities import MaskedImage, patch_mask
+from guided_mt.modalities import Images, MaskedImage, patch_mask
 from guided_mt.random import SampleStreams, philox
 
 ALL = 0xFFFFFFFF
@@ -70,7 +70,7 @@ def test_patch_masks_are_the_papers():
 def test_masked_image_statistics():
     """m ~ Uniform{0..max}, and the complete mask for a share full_prob."""
     modality = MaskedImage(patch=1, max_patches=3, full_prob=0.25)
-    x = modality.from_batch(torch.ones(8000, 3, 64, 64)[:, :1], None, SampleStreams(torch.arange(8000)))
+    x = modality.from_batch(Images(torch.ones(8000, 3, 64, 64)[:, :1]), SampleStreams(torch.arange(8000)))
     masked = (x[:, 0] == 0).flatten(1).sum(1)
     share = [float((masked == m).float().mean()) for m in range(4)]
     assert abs(float((masked == 64 * 64).float().mean()) - 0.25) < 0.025

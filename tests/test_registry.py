@@ -29,8 +29,8 @@ class Grey(ImageModality):
         super().__init__("grey", variance)
         self.gain = gain
 
-    def from_batch(self, x_start, labels, streams):
-        return self.gain * x_start.mean(dim=1, keepdim=True).expand_as(x_start)
+    def from_batch(self, images, streams):
+        return self.gain * images.x_start.mean(dim=1, keepdim=True).expand_as(images.x_start)
 
 
 @pytest.fixture

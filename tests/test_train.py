@@ -27,6 +27,7 @@ from tiny import (
     progress,
     start,
     step_folder,
+    task_flags,
     torchrun,
     wait_for,
 )
@@ -37,6 +38,7 @@ from guided_mt.commands.console import run as run_command
 from guided_mt.commands.train import main
 from guided_mt.config import parse
 from guided_mt.errors import UserError
+from guided_mt.model import VARIANTS
 from guided_mt.tasks import TASKS, build_model, run_sections
 
 # Everything that has a state: two averages, the importance sampler, dropout; a picture at step 3, long enough to be killed in.
@@ -226,8 +228,9 @@ def test_a_few_steps_reduce_the_loss(values, tmp_path):
 def test_every_task_trains(tmp_path):
     """A row of TASKS is picked up by the command line with no other edit."""
     for name in TASKS:
-        for variant in ("U", "X"):
-            run = few_steps(tmp_path / f"{name}{variant}", 2, mt_task=name, mt_variant=variant)
+        for variant in VARIANTS:
+            own = task_flags(name, tmp_path)
+            run = few_steps(tmp_path / f"{name}{variant}", 2, mt_task=name, mt_variant=variant, **own)
             assert all(math.isfinite(value) for value in column(run, name))
 
 

@@ -13,7 +13,7 @@ from guided_mt.errors import UserError
 from guided_mt.gaussian_diffusion import ModelOutput
 from guided_mt.heads import HeadVariance
 from guided_mt.metrics import Averages
-from guided_mt.modalities import ImageModality, MaskedImage
+from guided_mt.modalities import ImageModality, Images, MaskedImage
 from guided_mt.objective import multi_task_losses
 from guided_mt.optim import Ema, Optimizer, learning_rate
 from guided_mt.random import SampleStreams
@@ -104,8 +104,8 @@ class Recorder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.5))
 
-    def forward(self, z_t, t, modalities):
-        self.z_t, self.given = z_t, modalities
+    def forward(self, z_t, t, modalities, given=None, pure=None):
+        self.z_t, self.given, self.pure = z_t, modalities, pure
         return ModelOutput(self.weight * z_t, {"masked": self.weight * z_t})
 
 
@@ -115,13 +115,13 @@ def objective(variant, drop_prob=0.0, loss_weight=0.1, task=True):
     t = torch.arange(16) * 60
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", mt_weights={"masked": "paper"} if task else {})
     modalities = {"masked": MaskedImage(patch=2)} if task else {}
-    model = Recorder() if task else lambda z, t: 0.5 * z
+    model = Recorder() if task else lambda z, t, pure=None: 0.5 * z
     streams = SampleStreams(0, torch.arange(16))
     options = {"variant": variant, "drop_prob": drop_prob, "loss_weight": loss_weight}
-    losses = multi_task_losses(model, diffusion, modalities, x_start, None, t, noise, streams, **options)
+    losses = multi_task_losses(model, diffusion, modalities, Images(x_start), t, noise, streams, **options)
     streams = SampleStreams(0, torch.arange(16))
     streams.uniform()
-    masked = MaskedImage(patch=2).from_batch(x_start, None, streams)
+    masked = MaskedImage(patch=2).from_batch(Images(x_start), streams)
     return losses, model, diffusion, x_start, noise, t, masked
 
 
@@ -147,9 +147,9 @@ def test_dropped_samples_are_plain_generation(variant):
     dropped, model, *_ = objective(variant, drop_prob=1.0)
     plain, *_ = objective(variant, task=False)
     torch.testing.assert_close(dropped.loss, plain.loss)
-    assert not dropped.kept.any() and not any(x.any() for x in model.given.values())
-    half, *_ = objective(variant, drop_prob=0.5)
-    assert 0 < half.kept.sum() < 16
+    assert not dropped.kept.any() and model.pure is True
+    half, model, *_ = objective(variant, drop_prob=0.5)
+    assert 0 < half.kept.sum() < 16 and torch.equal(model.pure, half.kept == 0)
 
 
 def test_loss_weight_zero_is_the_conditional_twin():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guided_mt.classifier import create_classifier
 from guided_mt.errors import UserError
-from guided_mt.unet import AttentionBlock, GroupNorm32, UNetModel, create_model, make_output_block
+from guided_mt.unet import AttentionBlock, Context, GroupNorm32, UNetModel, create_model, make_output_block
 
 GOLDEN = Path(__file__).parent / "golden"
 RELEASED = json.loads(gzip.decompress((GOLDEN / "adm_released_keys.json.gz").read_bytes()))
@@ -70,9 +70,9 @@ def test_released_keys(name):
 @pytest.mark.parametrize("with_context", [False, True])
 def test_attention_is_explicit_softmax_attention(new_order, with_context):
     channels, heads, dim = 64, 4, 16
-    block = fill(
-        AttentionBlock(channels, num_heads=heads, use_new_attention_order=new_order, context_dim=8), seed=1
-    ).double()
+    block = AttentionBlock(channels, num_heads=heads, use_new_attention_order=new_order)
+    block.add_context(8)
+    block = fill(block, seed=1).double()
     x = torch.randn(2, channels, 3, 5, dtype=torch.float64)
     context = torch.randn(2, 7, 8, dtype=torch.float64) if with_context else None
 
@@ -88,7 +88,7 @@ def test_attention_is_explicit_softmax_attention(new_order, with_context):
     weight = torch.softmax(torch.einsum("bhdt,bhds->bhts", q, k) / math.sqrt(dim), dim=-1)
     attended = torch.einsum("bhts,bhds->bhdt", weight, v).reshape(2, channels, -1)
     expected = x + block.proj_out(attended).view(x.shape)
-    torch.testing.assert_close(block(x, None, context), expected)
+    torch.testing.assert_close(block(x, None, Context(context) if with_context else None), expected)
 
 
 def test_modulated_norm_is_norm_then_scale_and_shift():

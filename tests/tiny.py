@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ BIN = Path(sys.executable).parent
 MODEL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "8"}
 PROCESS = {"diffusion_steps": 40, "noise_schedule": "cosine", "learn_sigma": True}
 TRAINING = {"data_dir": "builtin:digits", "global_batch_size": 8, "log_interval": 1, "device": "cpu"}
+DIGITS = 1437  # images of builtin:digits
 TIMEOUT = 240  # seconds; a loaded machine starts torch slowly
 NOT_LOSSES = ("images_per_second",)  # the one column of progress.csv that depends on the clock
 
@@ -32,13 +34,30 @@ def flags(**values: Any) -> list[str]:
     return words(**settings)
 
 
+def task_flags(tasks: str, folder: Path) -> dict[str, Any]:
+    """Flags by name that modalities of `tasks` have no default for, on builtin:digits; their files are written to `folder`."""
+    found: dict[str, Any] = {}
+    if "label" in tasks:
+        found["num_classes"] = 10
+    if "representation" in tasks:
+        found["representation_file"] = file = folder / "vectors.npz"
+        if not file.exists():
+            np.savez(file, representation=np.random.default_rng(0).normal(size=(DIGITS, 5)).astype(np.float32))
+    return found
+
+
 def words(**values: Any) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
 def start(script: str, argv: Iterable[str], launcher: Iterable[str] = (), **env: str) -> subprocess.Popen:
-    """A script of scripts/ as a process group of its own, with one thread per process."""
-    command = [*launcher, sys.executable, str(ROOT / "scripts" / script), *argv]
+    """A script of scripts/, as `start_python`."""
+    return start_python(ROOT / "scripts" / script, argv, launcher, **env)
+
+
+def start_python(file: Path, argv: Iterable[str], launcher: Iterable[str] = (), **env: str) -> subprocess.Popen:
+    """A Python file as a process group of its own, with one thread per process."""
+    command = [*launcher, sys.executable, str(file), *argv]
     if launcher and Path(next(iter(launcher))).name == "torchrun":
         command.remove(sys.executable)
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

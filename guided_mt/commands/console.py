@@ -48,6 +48,12 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
+def rename_flag(argv: Sequence[str], other: str, flag: str) -> list[str]:
+    """`argv` with `--other VALUE` and `--other=VALUE` written as `--flag`."""
+    words = [flag if word == other else word for word in argv]
+    return [flag + word.removeprefix(other) if word.startswith(f"{other}=") else word for word in words]
+
+
 def announce(config: Config, processes: Processes, *lines: str) -> bool:
     """Print the resolved configuration on the main process; True where `--dry_run` says to stop here."""
     if processes.is_main:

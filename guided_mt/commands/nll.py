@@ -12,15 +12,16 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import distributed
-from ..config import SampleConfig, option
+from ..config import Config, SampleConfig, option
 from ..data import load_images, open_source
 from ..errors import UserError
+from ..gaussian_diffusion import GaussianDiffusion
 from ..generate import Generator, output_path
-from ..images import from_uint8, save_npz
+from ..images import save_npz
 from ..masks import make_mask
-from ..modalities import MaskedImage
+from ..modalities import Images, MaskedImage, take_images
 from ..random import SampleStreams
-from ..tasks import build_diffusion, mask_patch
+from ..tasks import build_diffusion, check_labels, mask_patch
 from .console import announce, run, with_saved_config
 
 
@@ -47,21 +48,20 @@ def main(argv: Sequence[str]) -> None:
     if not config.data_dir:
         raise UserError("--data_dir is missing: the images to evaluate")
     generator = Generator.load(config, processes.device)
-    loaded = load_images(
-        open_source(config.data_dir, class_names=generator.known_classes), config.image_size, config.num_samples
-    )
-    if config.class_cond and loaded.labels is None:
-        raise UserError(f"{config.data_dir}: has no classes, which this class-conditional model needs")
+    source = open_source(config.data_dir, class_names=generator.known_classes)
+    check_labels(config, source)
+    for modality in generator.modalities.values():
+        modality.prepare(source)
+    loaded = load_images(source, config.image_size, config.num_samples)
     diffusion = build_diffusion(config, config.timestep_respacing)
     count = len(loaded.images)
     starts = range(0, count, config.batch_size)[processes.rank :: processes.world_size]
     columns: dict[str, list[torch.Tensor]] = {}
     for start in tqdm(starts, unit="batch", disable=not processes.is_main):
         part = slice(start, min(start + config.batch_size, count))
-        images = from_uint8(loaded.images[part].to(processes.device))
-        labels = loaded.labels[part].to(processes.device) if config.class_cond else None
+        images = take_images(loaded, part, generator.modalities, processes.device)
         streams = SampleStreams(0, torch.arange(part.start, part.stop), device=processes.device)
-        for name, values in bound_terms(config, generator, diffusion, images, labels, streams).items():
+        for name, values in bound_terms(config, generator, diffusion, images, streams).items():
             columns.setdefault(name, []).append(values.float())
     names = sorted(columns) if columns else []
     table = torch.stack([torch.cat(columns[name]) for name in names], dim=1) if names else torch.zeros(0, 1)
@@ -77,31 +77,31 @@ def main(argv: Sequence[str]) -> None:
 
 
 def bound_terms(
-    config, generator: Generator, diffusion, images, labels, streams: SampleStreams
+    config: Config, generator: Generator, diffusion: GaussianDiffusion, images: Images, streams: SampleStreams
 ) -> dict[str, torch.Tensor]:
     """Theorem 1 per image [B]: L0_prior, L1_denoising, L3_decoder and their sum in bits per dimension; L2 per modality, the mean
     over timesteps of KL_i in the unit of its loss (mean squared error or nats)."""
-    modalities, form_x = generator.modalities, generator.model.variant == "X"
+    modalities, gives, x_start = generator.modalities, generator.gives, images.x_start
     data = {}
     for name, modality in modalities.items():
         if config.mask and isinstance(modality, MaskedImage):
             keep = make_mask(config.mask, config.image_size, mask_patch(config), streams)
-            data[name] = images * keep
+            data[name] = x_start * keep
         else:
-            data[name] = modality.from_batch(images, labels, streams)
-    kl = {name: torch.zeros(len(images), device=images.device) for name in modalities}
+            data[name] = modality.from_batch(images, streams)
+    kl = {name: torch.zeros(len(x_start), device=x_start.device) for name in modalities}
 
     def on_predictions(predictions, t) -> None:
         for name, modality in modalities.items():
             kl[name] += modality.loss(predictions[name], data[name]) / diffusion.num_timesteps
 
     terms = diffusion.calc_bpd_loop(
-        partial(generator.model, y=labels),
-        images,
+        partial(generator.model, y=images.labels if config.class_cond else None),
+        x_start,
         config.clip_denoised,
-        {"modalities": data if form_x else {}},
-        encodings={} if form_x else {name: m.encode(data[name]) for name, m in modalities.items()},
-        noise_fn=lambda step: streams.normal(*images.shape[1:]),
+        {"modalities": data if gives else {}},
+        encodings={} if gives else {name: m.encode(data[name]) for name, m in modalities.items()},
+        noise_fn=lambda step: streams.normal(*x_start.shape[1:]),
         on_predictions=on_predictions,
     )
     vb = terms["vb"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,12 @@ import torch
 from .. import distributed
 from ..checkpoint import find_weights
 from ..config import Config, SampleConfig, option
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..generate import Generator, output_path, parse_seeds
 from ..images import make_grid, save_png, to_nhwc
+from ..modalities import LabelModality
 from ..random import SampleStreams
-from ..sharded import run_sharded
+from ..sharded import content_hash, run_sharded
 from .console import announce, run, with_saved_config
 
 GRID = 64
@@ -27,6 +29,10 @@ class GenerateConfig:
 
     num_samples: int = option(10000, "how many images", least=1)
     class_name: str = option("", "draw this class only, by name or id (also --class); empty: classes at random")
+    given: str = option(
+        "", "known modalities, as in label=3 or label=cat,masked=FILE (repeatable); the others are drawn with the image"
+    )
+    label_draw: bool = option(False, "also write a label drawn from each sample's probabilities")
 
 
 SECTIONS = (SampleConfig, GenerateConfig)
@@ -34,28 +40,34 @@ SECTIONS = (SampleConfig, GenerateConfig)
 
 def main(argv: Sequence[str]) -> None:
     argv = ["--class_name" if word == "--class" else word.replace("--class=", "--class_name=", 1) for word in argv]
-    config = with_saved_config(argv, SECTIONS, __doc__)
+    config = with_saved_config(join_given(argv), SECTIONS, __doc__)
     processes = distributed.setup(config.device)
     out = output_path(config, f"samples_{config.num_samples}x{config.image_size}x{config.image_size}x3.npz")
     if announce(config, processes, f"writing {out}"):
         return
     seeds = parse_seeds(config.seeds, config.num_samples)
     generator = Generator.load(config, processes.device)
+    given = read_given(config, generator)
     settings = config[SampleConfig]
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
         labels = choose_labels(config, generator, own)
-        drawn = generator.draw(own, settings, labels=labels)
+        known = {name: (x[batch] if len(x) > 1 else x.expand(len(batch), *x.shape[1:])) for name, x in given.items()}
+        known = {name: x.to(processes.device) for name, x in known.items()}
+        drawn = generator.draw(own, settings, known, labels)
         arrays = {"arr_0": to_nhwc(drawn.x_start)}
         if labels is not None:
             arrays["arr_1"] = labels.cpu().numpy()
         for name, x in drawn.modalities.items():
-            if name not in generator.model.condition_names:  # those were given, and said nothing
-                arrays |= generator.modalities[name].arrays(x)
+            arrays |= generator.modalities[name].arrays(x)
+            if config.label_draw and isinstance(generator.modalities[name], LabelModality) and x.is_floating_point():
+                chance = SampleStreams(torch.as_tensor(own), index=4, device=x.device).uniform(1)
+                arrays[f"{name}_draw"] = (x.cumsum(1) < chance).sum(1).clamp(max=x.shape[1] - 1).cpu().numpy()
         return arrays
 
-    signature = {**config.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
+    hashes = {f"given {name}": content_hash(x.numpy()) for name, x in given.items()}
+    signature = {**config.as_dict(), **hashes, "weights": str(find_weights(config.model_path, config.ema))}
     arrays = run_sharded(out, config.num_samples, config.batch_size, processes, signature, make)
     if processes.is_main:
         shown = [arrays[name][:GRID] for name in arrays if arrays[name].ndim == 4]
@@ -64,6 +76,42 @@ def main(argv: Sequence[str]) -> None:
         print(f"{out}: {', '.join(f'{name} {array.dtype} {list(array.shape)}' for name, array in arrays.items())}")
         print(f"{out.with_suffix('.png')}: the first {min(GRID, len(arrays['arr_0']))}")
     processes.close()
+
+
+def join_given(argv: Sequence[str]) -> list[str]:
+    """'--given a=1 --given b=2' is '--given a=1,b=2'."""
+    words, parts, rest = iter(argv), [], []
+    for word in words:
+        if word == "--given":
+            parts.append(next(words, ""))
+        elif word.startswith("--given="):
+            parts.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return [*rest, "--given", ",".join(parts)] if parts else rest
+
+
+def read_given(config: Config, generator: Generator) -> dict[str, torch.Tensor]:
+    """{modality: x [1 or N, ...]} of `--given`. Raises UserError for an unknown modality, and values that don't fit."""
+    given: dict[str, torch.Tensor] = {}
+    words = config[GenerateConfig].given  # config.given are the flags that were typed
+    for part in re.split(r",(?=[\w-]+=)", words) if words else []:
+        name, equals, text = part.partition("=")
+        if name not in generator.modalities:
+            known = ", ".join(generator.modalities) or "no modality"
+            raise UserError(
+                f"--given {part}: this model has no modality '{name}'{nearest(name, generator.modalities)}; it has {known}"
+            )
+        if not equals or not text:
+            raise UserError(f"--given {part}: write {name}=VALUE")
+        if name in given:
+            raise UserError(f"--given {words}: names {name} twice")
+        given[name] = generator.modalities[name].read(text, config.image_size, generator.classes)
+        if 1 < len(given[name]) < config.num_samples:
+            raise UserError(
+                f"--given {part}: holds {len(given[name])} for {config.num_samples} samples; lower --num_samples"
+            )
+    return given
 
 
 def choose_labels(config: Config, generator: Generator, seeds: Sequence[int]) -> torch.Tensor | None:

@@ -181,11 +181,12 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 class LoadedImages(NamedTuple):
-    """Images in the source's order: uint8 [n, 3, H, W], class ids int64 [n] or None, and their names."""
+    """Images in the source's order: uint8 [n, 3, H, W], class ids int64 [n] or None, their names, their numbers int64 [n]."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
     names: list[str]
+    indices: torch.Tensor
 
 
 def load_images(source: ImageSource, image_size: int, limit: int | None = None, offset: int = 0) -> LoadedImages:
@@ -206,4 +207,5 @@ def load_images(source: ImageSource, image_size: int, limit: int | None = None, 
         except BrokenImage as error:
             tally.add(index, str(error))
     labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
-    return LoadedImages(torch.from_numpy(images[: len(kept)]), labels, [source.name(i) for i in kept])
+    names = [source.name(i) for i in kept]
+    return LoadedImages(torch.from_numpy(images[: len(kept)]), labels, names, torch.tensor(kept))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import signal
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,12 +25,15 @@ class Batch:
     images: torch.Tensor  # uint8 [b, 3, H, W]
     labels: torch.Tensor | None  # int64 [b], None where the data has no classes
     positions: torch.Tensor  # int64 [b], global sample positions: step * global_batch + i
+    indices: torch.Tensor  # int64 [b], the images' numbers in the source; stays on the host
+    loaded: dict[str, torch.Tensor] = field(default_factory=dict)  # data beside the images, [b, ...] each
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on `device`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: None if v is None else v.to(device, non_blocking=non_blocking) for k, v in tensors.items()}
-        return Batch(**moved)
+        move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
+        labels = None if self.labels is None else move(self.labels)
+        loaded = {name: move(x) for name, x in self.loaded.items()}
+        return Batch(move(self.images), labels, move(self.positions), self.indices, loaded)
 
 
 class ImageStream:
@@ -117,7 +121,7 @@ class ImageStream:
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[item["indices"].numpy()])
         if labels is not None and self.pin_memory:
             labels = labels.pin_memory()
-        return Batch(item["images"], labels, item["positions"])
+        return Batch(item["images"], labels, item["positions"], item["indices"])
 
     def close(self) -> None:
         """Stop the worker processes. Called at exit for every stream that is still open."""

@@ -1,0 +1,74 @@
+"""Train a classifier of noisy images, or go on with the one of an E head (ADM's classifier_train.py and its flags)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .. import distributed
+from ..checkpoint import checkpoints, find_weights, read_classes
+from ..classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
+from ..config import Config, parse
+from ..data import ImageSource, open_source
+from ..errors import UserError
+from ..noisy_classifier import build_classifier, build_process, saved_settings
+from .console import announce, rename_flag, run
+from .training import check_run, run_lines, train
+
+
+def main(argv: Sequence[str]) -> None:
+    config, classes = resolve(argv)
+    check_run(config, averaged=False)
+    if config.anneal_lr and not config.lr_anneal_steps:
+        config[ClassifierLoopConfig].lr_anneal_steps = config.total_steps
+    processes = distributed.setup(config.device)
+    folder = run_folder(config)
+    # Built without memory, to refuse flags that don't fit together before anything is read.
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_classifier(config).parameters()) / 1e6
+    build_process(config)
+    if announce(config, processes, *run_lines(config, processes, folder, parameters)):
+        return
+    source = open_classes(config, config.data_dir, classes)
+    validation = open_classes(config, config.val_data_dir, source.class_names) if config.val_data_dir else None
+    train(ClassifierLoop(config, processes, source, folder, validation))
+
+
+def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:
+    """The configuration, over that of the run in --resume_checkpoint, and the class names by id where they are known."""
+    argv = rename_flag(argv, "--iterations", "--total_steps")
+    sections = classifier_run_sections()
+    first = parse(argv, sections, description=__doc__)
+    own = checkpoints(run_folder(first))
+    if own:
+        start = own[-1] / "model.safetensors"
+    elif first.resume_checkpoint:
+        start = find_weights(first.resume_checkpoint, "none", "--resume_checkpoint")
+    else:
+        return first, None
+    base = saved_settings(start) if first.resume_checkpoint else {}
+    return parse(argv, sections, description=__doc__, base=base), read_classes(start.parent)
+
+
+def run_folder(config: Config) -> Path:
+    if config.log_dir:
+        return Path(config.log_dir)
+    return Path(os.environ.get("OPENAI_LOGDIR") or f"runs/classifier-{config.image_size}")
+
+
+def open_classes(config: Config, path: str, classes: Sequence[str] | None) -> ImageSource:
+    """Images with classes, whose ids are the places in `classes`. Raises UserError for none, unknown or too many."""
+    source = open_source(path, class_names=classes)
+    if source.labels is None:
+        raise UserError(f"{path}: a classifier needs classes (sub-folders, or names like CLASS_0001.png)")
+    most = int(source.labels.max()) + 1
+    if most > config.num_classes:
+        raise UserError(f"{path}: has {most} classes; raise --num_classes {config.num_classes} to {most}")
+    return source
+
+
+def console() -> None:
+    run(main)

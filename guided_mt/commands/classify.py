@@ -1,0 +1,197 @@
+"""Classify images by the label head of a model trained with --mt_task label (form U or any), or by a classifier of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
+from ..classification import classifier_probabilities, head_probabilities, read_timesteps
+from ..config import Config, option, parse
+from ..data import ImageSource, load_images, open_source
+from ..data.dataset import LoadedImages
+from ..data.subset import spread
+from ..errors import UserError
+from ..generate import Generator, samples_folder
+from ..images import from_uint8, save_npz
+from ..noisy_classifier import build_process, classifier_sections, find_classifier, load_classifier
+from ..random import SampleStreams
+from ..sharded import content_hash, run_sharded
+from ..tasks import build_diffusion, loss_weights, task_names
+from .classifier_sample import split_flags
+from .console import announce, with_saved_config
+
+
+@dataclass
+class ClassifyConfig:
+    """What to classify, and how"""
+
+    model_path: str = option("", "run folder, checkpoint folder or weights file of a model with a label head")
+    classifier_path: str = option(
+        "",
+        "instead of a model: a classifier's run or weights file, an ADM .pt, or the one of a run with --mt_label_head E",
+    )
+    ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
+    data_dir: str = option("", "images to classify: folder, .tar or .zip, .npz, or builtin:digits-test")
+    num_samples: int = option(-1, "how many images, spread evenly over the data; -1: all", least=1)
+    labelled: bool = option(True, "False: take no classes from the data's names")
+    timesteps: str = option(
+        "", "noise levels to classify at, as in 0,20,40 (0 to diffusion_steps - 1); empty: 0, 4, 8 and 12 % of them"
+    )
+    draws: int = option(4, "noise draws at each timestep", least=1)
+    seed: int = option(0, "seed of the noise", least=0, most=2**32 - 1)
+    out: str = option("", "the .npz to write. Empty: classified_STEP.npz inside the run folder")
+    batch_size: int = option(64, "images per forward pass", least=1)
+    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
+    dry_run: bool = option(False, "print the resolved configuration, then stop")
+
+
+class Network(NamedTuple):
+    """What classifies. load(device) -> function of x_start [B, C, H, W] and the images' `streams`: probabilities [B, K]."""
+
+    config: Config
+    weights: Path
+    classes: list[str] | None  # names by id, where they are known
+    timesteps: list[int]
+    load: Callable[[torch.device], Callable[..., Tensor]]
+
+
+class Classified(NamedTuple):
+    """A written file, and whether it holds the images' true labels."""
+
+    path: Path
+    labelled: bool
+
+
+def main(argv: Sequence[str]) -> Classified | None:
+    """Write the probabilities; returns the file on the main process, None on the others and with --dry_run."""
+    network = open_classifier(argv) if split_flags(argv, ["classifier_path"])[0] else open_head(argv)
+    config, weights = network.config, network.weights
+    processes = distributed.setup(config.device)
+    step = checkpoint_step(weights.parent) if re.fullmatch(r"step_\d+", weights.parent.name) else None
+    name = "classified.npz" if step is None else f"classified_{step:08d}.npz"
+    out = Path(config.out) if config.out else samples_folder(weights) / name
+    passes = f"timesteps {', '.join(map(str, network.timesteps))}, {config.draws} draws each"
+    if announce(config, processes, f"weights {weights}", passes, f"writing {out}"):
+        return None
+    if not config.data_dir:
+        raise UserError("--data_dir is missing: the images to classify")
+    source = open_images(config, network.classes)
+    loaded, numbers = load(config, source)
+    read = network.load(processes.device)
+
+    def make(batch: list[int]) -> dict[str, np.ndarray]:
+        streams = SampleStreams(config.seed, numbers[batch], device=processes.device)
+        found = read(from_uint8(loaded.images[batch].to(processes.device)), streams=streams)
+        arrays = {"probabilities": found.float().cpu().numpy()}
+        return arrays | ({} if loaded.labels is None else {"labels": loaded.labels[batch].numpy()})
+
+    signature = {**config.as_dict(), "weights": str(weights), "images": content_hash(loaded.images.numpy())}
+    arrays = run_sharded(out, len(loaded.images), config.batch_size, processes, signature, make)
+    if processes.is_main:
+        names = network.classes or (source.class_names if loaded.labels is not None else [])
+        arrays |= {"classes": np.array(names)} if names else {}
+        arrays |= {} if step is None else {"step": np.array(step)}
+        save_npz(out, arrays)
+        print(f"{out}: {', '.join(f'{key} {array.dtype} {list(array.shape)}' for key, array in arrays.items())}")
+    processes.close()
+    return Classified(out, loaded.labels is not None) if processes.is_main else None
+
+
+# ---------------------------------------------------------------- what classifies
+
+
+def open_head(argv: Sequence[str]) -> Network:
+    """The label head of `--model_path`. Raises UserError for a model that has none, or none that can be used."""
+    config = with_saved_config(argv, (ClassifyConfig,), __doc__)
+    weights = find_weights(config.model_path, config.ema)
+    check_head(config, weights)
+    timesteps = read_timesteps(config.timesteps, config.diffusion_steps)
+
+    def load(device: torch.device) -> Callable[..., Tensor]:
+        generator = Generator.load(config, device)
+        options = {"timesteps": timesteps, "draws": config.draws}
+        return partial(head_probabilities, generator.model, build_diffusion(config), generator.modalities, **options)
+
+    return Network(config, weights, read_classes(weights.parent), timesteps, load)
+
+
+def check_head(config: Config, weights: Path) -> None:
+    """Raises UserError for a model whose label head doesn't exist, was not trained, or was trained with the label as input."""
+    path, other = config.model_path, "or give a classifier by --classifier_path"
+    if "label" not in task_names(config):
+        raise UserError(
+            f"{path}: was trained with --mt_task {config.mt_task}, so it has no label head; train with label, {other}"
+        )
+    if config.mt_variant == "X":
+        raise UserError(
+            f"{path}: form X is told the label, so it can't classify; train with --mt_variant U or any, {other}"
+        )
+    if loss_weights(config)["label"] == 0 or config.mt_drop_prob == 1:
+        flag = "--mt_drop_prob 1" if config.mt_drop_prob == 1 else f"--mt_loss_weight {config.mt_loss_weight}"
+        raise UserError(
+            f"{path}: was trained with {flag}, so its label head learned nothing; train with another, {other}"
+        )
+    if read_config(weights) is None and not any(key.startswith("heads.label.") for key in read_weights(weights)):
+        raise UserError(f"{path}: holds no label head; give a run trained with --mt_task label, {other}")
+
+
+def open_classifier(argv: Sequence[str]) -> Network:
+    """The classifier of `--classifier_path`, with ADM's flags where it is a foreign file. Raises UserError."""
+    typed = parse(argv, (ClassifyConfig, *classifier_sections()), description=__doc__)
+    if typed.model_path:
+        raise UserError("--model_path and --classifier_path are both given; leave one of them out")
+    own = {field.name for field in fields(ClassifyConfig)}
+    settings = {name: getattr(typed, name) for name in typed.given - own}
+    weights, found = find_classifier(typed.classifier_path, typed.ema, settings)
+    config = Config([typed[ClassifyConfig], *found.sections()], typed.given)
+    noised = (read_config(weights) or {}).get("noised", True)
+    if not noised and config.timesteps not in ("", "0"):
+        raise UserError(
+            f"--timesteps {config.timesteps}: {config.classifier_path} was trained on clean images; leave the flag out"
+        )
+    timesteps = read_timesteps(config.timesteps, config.diffusion_steps) if noised else [0]
+
+    def load(device: torch.device) -> Callable[..., Tensor]:
+        classifier = load_classifier(config.classifier_path, ema=config.ema, settings=settings, device=device).model
+        options = {"timesteps": timesteps, "draws": config.draws if noised else 0}
+        return partial(classifier_probabilities, classifier, build_process(found), **options)
+
+    return Network(config, weights, read_classes(weights.parent), timesteps, load)
+
+
+# ---------------------------------------------------------------- the images
+
+
+def open_images(config: Config, classes: Sequence[str] | None) -> ImageSource:
+    """The images, with class ids as the network's. Raises UserError for classes that it doesn't have."""
+    try:
+        source = open_source(config.data_dir, class_names=classes if config.labelled else None)
+    except UserError as error:
+        if " saved classes" not in str(error):
+            raise
+        raise UserError(f"{error}; --labelled False classifies without comparing") from None
+    if not config.labelled:
+        source.labels = None
+    if source.labels is not None and source.labels.max() >= config.num_classes:
+        raise UserError(
+            f"{config.data_dir}: has {source.labels.max() + 1} classes, the network {config.num_classes}; "
+            "--labelled False classifies without comparing"
+        )
+    return source
+
+
+def load(config: Config, source: ImageSource) -> tuple[LoadedImages, Tensor]:
+    """The chosen images, and their numbers in the source [N], which their noise belongs to."""
+    chosen = spread(source, config.num_samples if config.num_samples > 0 else len(source))
+    loaded = load_images(chosen, config.image_size)
+    return loaded, torch.from_numpy(chosen.numbers)[loaded.indices]

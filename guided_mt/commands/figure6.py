@@ -1,0 +1,202 @@
+"""Figure 6 of the paper: a noisy classifier fine-tuned from a jointly trained model (head E), against one trained from scratch.
+
+Both are trained by classifier_train.py with the same seed, images, batches and noise, into OUT/finetuned/seed_S and
+OUT/scratch/seed_S; flags that are not listed here go to it. At step 0 and every --eval_interval steps they classify the same
+held-out images with the same noise, at timesteps drawn uniformly. Run again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..checkpoint import checkpoint_step, checkpoints, differing_keys, read_classes, read_config
+from ..classification import noised_probabilities
+from ..classifier_loop import VALIDATION
+from ..config import Config, option, parse
+from ..data import load_images, open_source
+from ..data.subset import spread
+from ..distributed import choose_device
+from ..errors import UserError
+from ..gaussian_diffusion import GaussianDiffusion
+from ..images import from_uint8, save_npz
+from ..noisy_classifier import build_classifier, build_process, find_classifier, load_classifier
+from ..random import SampleStreams
+from . import classifier_train
+from .classifier_sample import split_flags
+
+SERIES = {"finetuned": "fine-tuned from the joint model", "scratch": "from scratch"}
+SET_HERE = ("log_dir", "resume_checkpoint", "seed", "save_interval", "keep_checkpoints", "total_steps")
+MAY_CHANGE = ("total_steps", "global_batch_size", "device", "data_workers", "log_interval", "dry_run")  # of a run
+BATCH = 64  # held-out images per forward pass
+
+
+@dataclass
+class Figure6Config:
+    """Figure 6. Other flags are those of classifier_train.py, and are the same for both"""
+
+    joint: str = option("", "the jointly trained model: a run with --mt_task label --mt_label_head E")
+    data_dir: str = option("", "images with classes to train on")
+    val_data_dir: str = option("", "held-out images with the same classes")
+    out: str = option("runs/figure6", "folder of all runs, figure6.csv and figure6.png")
+    iterations: int = option(2000, "training steps of each classifier", least=1)
+    eval_interval: int = option(100, "steps between points of the curves; a checkpoint is kept for each", least=1)
+    seeds: str = option("0,1,2", "seeds of the training runs; the figure shows their mean and range")
+    val_images: int = option(1000, "held-out images per point, spread evenly over the data", least=1)
+    val_draws: int = option(4, "timesteps and noises per held-out image", least=1)
+    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
+    dry_run: bool = option(False, "print the commands, then stop")
+
+
+class HeldOut(NamedTuple):
+    """Images uint8 [N, 3, H, W], the name of each one's class, and their numbers in the data [N]."""
+
+    images: torch.Tensor
+    classes: list[str]
+    numbers: torch.Tensor
+
+
+def main(argv: Sequence[str], script: Path) -> tuple[Path, dict[str, list[list[Path]]]] | None:
+    """Train by `script`, which is classifier_train.py; write probabilities and labels to OUT/SERIES/seed_S/held_out/step_N.npz.
+
+    Returns OUT and {series: for each seed its files by step}; None with --dry_run. Raises UserError.
+    """
+    config, passed_on = read_flags(argv)
+    weights, network = find_classifier(config.joint, "none", flag="--joint")
+    commands = {
+        (name, seed): command(config, network, name, seed, passed_on)
+        for seed in parse_numbers(config.seeds)
+        for name in SERIES
+    }
+    for (name, seed), words in commands.items():  # all is checked before the first is run
+        refuse_other_settings(folder(config, name, seed), classifier_train.resolve(words)[0])
+    held_out = load_held_out(config, read_classes(weights.parent), network.image_size)
+    written: dict[str, list[list[Path]]] = {name: [] for name in SERIES}
+    for (name, seed), words in commands.items():
+        train([sys.executable, str(script), *words], config.dry_run)
+        if not config.dry_run:
+            written[name].append(classify_held_out(config, network, held_out, name, seed))
+    return None if config.dry_run else (Path(config.out), written)
+
+
+# ---------------------------------------------------------------- flags and files
+
+
+def read_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """Our own flags, and the words to pass on. Raises UserError for missing ones, and those that are set here."""
+    typed, passed_on = split_flags(argv, [field.name for field in fields(Figure6Config)])
+    config = parse([*typed, *(w for w in passed_on if w in ("-h", "--help"))], (Figure6Config,), description=__doc__)
+    for flag in ("joint", "data_dir", "val_data_dir"):
+        if not getattr(config, flag):
+            raise UserError(f"--{flag} is missing: {Figure6Config.__dataclass_fields__[flag].metadata['help']}")
+    if clash := split_flags(passed_on, SET_HERE)[0]:
+        raise UserError(f"{clash[0].partition('=')[0]} is set by figure6.py, from its --out, --seeds and --iterations")
+    return config, passed_on
+
+
+def parse_numbers(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise UserError(f"--seeds {text}: write different whole numbers, as in 0,1,2")
+    return [int(word) for word in words]
+
+
+def load_held_out(config: Config, classes: Sequence[str] | None, image_size: int) -> HeldOut:
+    source = open_source(config.val_data_dir, class_names=classes)
+    if source.labels is None:
+        raise UserError(
+            f"--val_data_dir {config.val_data_dir}: has no classes (sub-folders, or names like CLASS_0001.png)"
+        )
+    chosen = spread(source, config.val_images)
+    loaded = load_images(chosen, image_size)
+    names = [source.class_names[label] for label in loaded.labels]
+    return HeldOut(loaded.images, names, torch.from_numpy(chosen.numbers)[loaded.indices])
+
+
+# ---------------------------------------------------------------- training
+
+
+def folder(config: Config, name: str, seed: int) -> Path:
+    return Path(config.out) / name / f"seed_{seed}"
+
+
+def command(config: Config, network: Config, name: str, seed: int, passed_on: Sequence[str]) -> list[str]:
+    """The flags of classifier_train.py. The network is that of the joint model in both series."""
+    settings = {key: value for key, value in network.as_dict().items() if key != "timestep_respacing"}
+    last = {"data_dir": config.data_dir, "total_steps": config.iterations, "save_interval": config.eval_interval}
+    last |= {"seed": seed, "log_dir": folder(config, name, seed), "device": config.device, "keep_checkpoints": 0}
+    if name == "finetuned":
+        last["resume_checkpoint"] = config.joint
+    return [*as_words(settings), *passed_on, *as_words(last)]
+
+
+def as_words(settings: Mapping[str, object]) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def refuse_other_settings(run_folder: Path, config: Config) -> None:
+    """Raises UserError where the folder holds a run with other flags: a finished run is not trained again."""
+    free = {"lr_anneal_steps", *MAY_CHANGE[1:]} if config.anneal_lr else set(MAY_CHANGE)
+    wanted = {key: value for key, value in config.as_dict().items() if key not in free}
+    different = differing_keys(read_config(run_folder / "config.yaml") or {}, wanted)
+    if different and checkpoints(run_folder):
+        raise UserError(f"{run_folder}: was trained with other settings: {', '.join(different)}; take another --out")
+
+
+def train(line: Sequence[str], dry_run: bool) -> None:
+    """Run the command, which resumes; ends this program with its exit code where it fails."""
+    print("$", shlex.join(line), flush=True)
+    code = 0 if dry_run else subprocess.run(line, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+# ---------------------------------------------------------------- held-out images
+
+
+def classify_held_out(config: Config, network: Config, held_out: HeldOut, name: str, seed: int) -> list[Path]:
+    """One file for step 0, and one for every checkpoint of a run."""
+    device, run = choose_device(config.device), folder(config, name, seed)
+    reached = [c for c in checkpoints(run) if checkpoint_step(c) <= config.iterations]
+    classes, diffusion, files = read_classes(reached[0]), build_process(network), []
+    for step, where in [(0, None), *((checkpoint_step(c), c) for c in reached)]:
+        if where is None and name == "scratch":
+            torch.manual_seed(seed)  # as the run began
+            classifier = build_classifier(network).to(device).eval()
+        else:
+            classifier = load_classifier(str(where or config.joint), ema="none", device=device).model
+        found = noised(classifier, diffusion, held_out, classes, config.val_draws, device)
+        files.append(run / "held_out" / f"step_{step:08d}.npz")
+        save_npz(files[-1], {**found, "step": np.array(step)})
+    return files
+
+
+def noised(
+    classifier: Callable,
+    diffusion: GaussianDiffusion,
+    held_out: HeldOut,
+    classes: Sequence[str],
+    draws: int,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """probabilities [N * draws, K] and labels of the held-out images, noised `draws` times, the same for every classifier."""
+    absent = set(held_out.classes) - set(classes)
+    if absent:
+        raise UserError(f"--val_data_dir: has the class '{min(absent)}', which --data_dir lacks; leave it out")
+    ids = np.array([classes.index(name) for name in held_out.classes])
+    probabilities, labels = [], []
+    for rows in np.split(np.arange(len(ids)), range(BATCH, len(ids), BATCH)):
+        streams = SampleStreams(VALIDATION, held_out.numbers[rows], device=device)
+        x_start = from_uint8(held_out.images[rows].to(device))
+        for _ in range(draws):
+            probabilities.append(noised_probabilities(classifier, diffusion, x_start, streams).cpu().numpy())
+            labels.append(ids[rows])
+    return {"probabilities": np.concatenate(probabilities), "labels": np.concatenate(labels)}

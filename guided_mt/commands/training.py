@@ -1,0 +1,62 @@
+"""What the two training commands share: checks of the settings, what is announced, and the run itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint import checkpoints, read_classes
+from ..config import Config
+from ..distributed import Processes
+from ..errors import UserError
+from ..loop import Loop, batch_sizes
+
+
+def check_run(config: Config, *, averaged: bool = True) -> None:
+    """What can be said of a run's settings before anything is built. averaged: whether it needs an --ema_rate.
+
+    Raises UserError.
+    """
+    if config.timestep_respacing:
+        raise UserError("--timestep_respacing is for sampling; training uses all of --diffusion_steps")
+    for rate in config.ema_rate.split(",") if averaged or config.ema_rate else []:
+        try:
+            inside = 0 <= float(rate) < 1
+        except ValueError:
+            inside = False
+        if not inside:
+            raise UserError(
+                f"--ema_rate '{config.ema_rate}': write rates between 0 and 1, such as '0.9999' or '0.999,0.9999'"
+            )
+    if not config.data_dir:
+        raise UserError("--data_dir is missing: a folder, .tar or .zip of images, an .npz, or builtin:digits")
+
+
+def run_lines(config: Config, processes: Processes, folder: Path, parameters: float) -> list[str]:
+    """What is announced before a run; parameters: how many, in millions."""
+    total, local, micro = batch_sizes(config, processes.world_size)
+    return [
+        f"run folder {folder}",
+        f"{processes.world_size} process(es) by {processes.launcher}, first on {processes.device}",
+        f"{total} images per step: {local} per process, {micro} per pass",
+        f"{parameters:.2f} M parameters",
+    ]
+
+
+def saved_classes(folder: Path) -> list[str] | None:
+    """The class names of a run's newest checkpoint; None without one."""
+    found = checkpoints(folder)
+    return read_classes(found[-1]) if found else None
+
+
+def train(loop: Loop) -> None:
+    """Write the run's config.yaml and train to the end."""
+    if loop.processes.is_main:
+        try:
+            loop.run.mkdir(parents=True, exist_ok=True)
+            (loop.run / "config.yaml").write_text(loop.resolved_yaml())
+        except OSError as error:
+            raise UserError(f"--log_dir {loop.run}: can't be written ({error.strerror}); name another folder") from None
+        reached = f"resuming after step {loop.step}" if loop.step else "starting"
+        print(f"# {len(loop.source)} images, {reached}", flush=True)
+    loop.run_loop()
+    loop.processes.close()

@@ -1,0 +1,32 @@
+"""Some images of a source."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from guided_mt.data.sources import ImageSource
+
+
+class Subset(ImageSource):
+    """Images number `numbers` [n] of a source, in that order."""
+
+    def __init__(self, source: ImageSource, numbers: np.ndarray):
+        self.source, self.numbers = source, numbers
+        self.path, self.class_names, self.is_array = source.path, source.class_names, source.is_array
+        self.labels = None if source.labels is None else source.labels[numbers]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, index: int) -> Image.Image | np.ndarray:
+        return self.source.read(int(self.numbers[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.numbers[index]))
+
+
+def spread(source: ImageSource, count: int) -> Subset:
+    """`count` images evenly spread over the source, since its first ones are often of one class; all where it has fewer."""
+    count = min(count, len(source))
+    return Subset(source, np.arange(count) * len(source) // max(1, count))

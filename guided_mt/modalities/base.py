@@ -1,0 +1,149 @@
+"""What a modality is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import ImageSource
+from ..data.dataset import LoadedImages
+from ..distributed import Processes
+from ..errors import UserError
+from ..gaussian_diffusion import mean_flat
+from ..images import from_uint8
+from ..random import SampleStreams
+from .tokens import Encoder
+
+
+@dataclass
+class Images:
+    """A batch as modalities draw their data from it: x_start [B, C, H, W] in [-1, 1], class ids [B] where there are classes,
+    and what `Modality.load` fetched for these images {name: tensor}."""
+
+    x_start: Tensor
+    labels: Tensor | None = None
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+
+
+def take_images(
+    loaded: LoadedImages, rows: slice | Sequence[int], modalities: Mapping[str, Modality], device: torch.device | str
+) -> Images:
+    """Some of the loaded images as a batch on `device`, with what the modalities keep beside them."""
+    labels = None if loaded.labels is None else loaded.labels[rows].to(device)
+    beside = {name: modality.load(loaded.indices[rows].numpy()) for name, modality in modalities.items()}
+    found = {name: x.to(device) for name, x in beside.items() if x is not None}
+    return Images(from_uint8(loaded.images[rows].to(device)), labels, found)
+
+
+class Modality:
+    """What training and sampling ask of a modality x. B samples; (C, H, W) is the shape of the diffusion space Z."""
+
+    image_channels = 0  # channels of an x that enters the network as an image; 0: it enters as tokens
+    tracks_variance = False  # whether the head's squared error is the variance that `log_prob` needs
+    has_log_prob = True  # whether `log_prob` can be asked now
+
+    def __init__(self, name: str):
+        self.name = name
+        self.encoder: Encoder | None = None  # E(x) by the network, bound where there is one
+
+    def prepare(self, images: ImageSource) -> None:
+        """Called once before training. Raises UserError where the data of this modality don't fit the images."""
+
+    def load(self, indices: np.ndarray) -> Tensor | None:
+        """Data that lie beside the images, for the images of these numbers [B], on the host; None where there are none."""
+        return None
+
+    def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
+        """x of a training batch, drawn on the device."""
+        raise NotImplementedError
+
+    def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
+        """A first value [B, ...] of an unknown x, for z_0 of `shape` (C, H, W)."""
+        raise NotImplementedError
+
+    def default(self, streams: SampleStreams) -> Tensor | None:
+        """The x [B, ...] that form X is given where none is asked for; None: it is given nothing."""
+        return None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """E(x) [B, C, H, W]; without a rule of its own the network's (DESIGN 2.6.4)."""
+        if self.encoder is None:
+            raise ValueError(f"modality '{self.name}' encodes by a network: build it with one (tasks.build_modalities)")
+        return self.encoder(x)
+
+    def estimate(self, prediction: Tensor) -> Tensor:
+        """What an unknown x becomes when its head has spoken: the mean of p(x | z_t)."""
+        raise NotImplementedError
+
+    def loss(self, prediction: Tensor, x: Tensor) -> Tensor:
+        """KL_i of eq. 6 up to constants, [B]."""
+        raise NotImplementedError
+
+    def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """log p(x | z_t) under the head's prediction, in nats, [B]; t [B] are original timesteps."""
+        raise NotImplementedError
+
+    def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
+        """What the user gives as NAME=TEXT: x [1, ...] for all samples, or [N, ...], one each. `size`: of the images, pixels.
+
+        Raises UserError.
+        """
+        raise UserError(f"--given {self.name}={text}: this modality can't be given on the command line")
+
+    def picture(self, x: Tensor) -> Tensor | None:
+        """x as images [B, 3, H, W] in [-1, 1] for PNG grids; None where it can't be shown."""
+        return None
+
+    def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
+        """x as arrays [B, ...] of a sample file, by default one of the modality's name."""
+        return {self.name: x.cpu().numpy()}
+
+    def before_step(self, step: int, processes: Processes) -> None:
+        """Called before each training step, on every process."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed training run has to find again beyond the network's weights."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The counterpart of `state_dict`."""
+
+
+class Gaussian(Modality):
+    """Continuous data: squared error, and a Gaussian head of variance v_t I.
+
+    variance: v_t [T], the head's mean squared error at each original timestep; only `log_prob` needs it.
+    """
+
+    tracks_variance = True
+
+    def __init__(self, name: str, variance: Tensor | np.ndarray | Sequence[float] | None = None):
+        super().__init__(name)
+        self.variance = None if variance is None else torch.as_tensor(variance)
+
+    @property
+    def has_log_prob(self) -> bool:
+        return self.variance is not None
+
+    def estimate(self, prediction: Tensor) -> Tensor:
+        return prediction
+
+    def loss(self, prediction: Tensor, x: Tensor) -> Tensor:
+        return mean_flat((prediction - x) ** 2)
+
+    def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """log N(x; prediction, v_t I). Raises ValueError where no variance is known."""
+        if self.variance is None:
+            raise ValueError(
+                f"modality '{self.name}' has no head variance; own-head conditioning needs one per timestep"
+            )
+        if self.variance.device != prediction.device:
+            self.variance = self.variance.to(prediction.device)
+        v = self.variance.to(prediction.dtype)[t]
+        error = ((prediction - x) ** 2).flatten(1)
+        return -0.5 * (error.sum(1) / v + error.shape[1] * torch.log(2 * math.pi * v))

@@ -1,0 +1,115 @@
+"""Image-like modalities: continuous data of the shape of z_0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data import load_images, open_source
+from ..data.sources import IMAGE_SUFFIXES
+from ..data.transforms import center_crop_arr
+from ..errors import UserError
+from ..images import from_uint8, to_nhwc
+from ..random import SampleStreams
+from .base import Gaussian, Images
+
+
+class ImageModality(Gaussian):
+    """Continuous data of the shape of z_0: identity encoder, squared error, Gaussian head."""
+
+    def __init__(self, name: str, variance: Tensor | np.ndarray | Sequence[float] | None = None, channels: int = 3):
+        super().__init__(name, variance)
+        self.image_channels = channels
+
+    def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
+        # Mid grey, the mean of x before anything is seen: z_T is then N(0, I), where Algorithm 1 starts.
+        return torch.zeros(len(streams), *shape, device=streams.device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
+        return read_pictures(text, self.name, size)
+
+    def picture(self, x: Tensor) -> Tensor | None:
+        return x if x.shape[1] == 3 else None
+
+    def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
+        return {self.name: to_nhwc(x)}
+
+
+class MaskedImage(ImageModality):
+    """x = the image with m square patches set to mid grey (0 in [-1, 1]), m ~ Uniform{0..max_patches} (appendix E.2).
+
+    patch: side in pixels. A patch's top-left corner is uniform over the image; patches overlap and are cut at the border.
+    full_prob: the share of samples with the complete mask, the condition that form X generates from (DESIGN 2.6.3).
+    """
+
+    def __init__(
+        self,
+        name: str = "masked",
+        *,
+        patch: int,
+        max_patches: int = 10,
+        full_prob: float = 0.1,
+        variance: Tensor | None = None,
+        channels: int = 3,
+    ):
+        super().__init__(name, variance, channels)
+        self.patch, self.max_patches, self.full_prob = patch, max_patches, full_prob
+
+    def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
+        return images.x_start * self.keep_mask(images.x_start.shape[2:], streams)
+
+    def keep_mask(self, size: Sequence[int], streams: SampleStreams) -> Tensor:
+        """float32 [B, 1, H, W]: 0 where the image is masked, 1 where it stays."""
+        count = streams.integers(self.max_patches + 1)  # (B,)
+        full = streams.uniform() < self.full_prob  # (B,)
+        mask = patch_mask(size, self.patch, count, self.max_patches, streams)
+        return mask * (~full).view(-1, 1, 1, 1)
+
+
+def patch_mask(size: Sequence[int], patch: int, count: Tensor, most: int, streams: SampleStreams) -> Tensor:
+    """float32 [B, 1, H, W], 0 inside the first `count` [B] of `most` patches drawn from `streams`, 1 elsewhere."""
+    height, width = size
+    corner = streams.uniform(2, most)  # (B, 2, most)
+    top, left = (corner[:, 0] * height).long()[..., None], (corner[:, 1] * width).long()[..., None]  # (B, most, 1)
+    rows, columns = torch.arange(height, device=corner.device), torch.arange(width, device=corner.device)
+    in_rows = (rows >= top) & (rows < top + patch)  # (B, most, H)
+    in_columns = (columns >= left) & (columns < left + patch)  # (B, most, W)
+    used = torch.arange(most, device=corner.device) < count[:, None]  # (B, most)
+    in_rows = (in_rows & used[..., None]).float()
+    covered = torch.einsum("bmh,bmw->bhw", in_rows, in_columns.float())
+    return (covered == 0).float()[:, None]
+
+
+def read_pictures(text: str, name: str, size: int) -> Tensor:
+    """Pictures for `--given NAME=TEXT`, float32 [N, 3, size, size]: one image file, or the images of a folder, archive or .npz.
+
+    An .npz with an array of the modality's name gives that one, as image_sample and image_restore write it; else arr_0. Raises
+    UserError.
+    """
+    path = Path(text).expanduser()
+    if path.suffix == ".npz" and path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            if name in file.files:
+                pictures = file[name]
+                if pictures.dtype != np.uint8 or pictures.shape[1:] != (size, size, 3):
+                    raise UserError(
+                        f"--given {name}={text}: its array '{name}' is {pictures.dtype} {list(pictures.shape)}; "
+                        f"this model wants uint8 [N, {size}, {size}, 3]"
+                    )
+                return from_uint8(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        try:
+            with Image.open(path) as picture:
+                pixels = center_crop_arr(picture, size)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--given {name}={text}: can't be read ({error})") from None
+        return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))[None]
+    return from_uint8(load_images(open_source(text), size).images)

@@ -1,0 +1,133 @@
+"""Class labels (section 4.2, appendix E.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed import Processes
+from ..errors import UserError, nearest
+from ..random import SampleStreams
+from .base import Images, Modality
+
+_PASS = 64  # classes per forward pass while a table is filled: bounds the memory
+
+
+class LabelModality(Modality):
+    """x is a class id [B] where it is known, and a vector of probabilities [B, K] where it is estimated.
+
+    refresh: 1 encodes with the weights of the moment; K > 1 keeps a table of all classes'
+    encodings, computed every K training steps (`--mt_encoder_refresh`).
+    """
+
+    def __init__(self, num_classes: int, refresh: int = 1, name: str = "label"):
+        super().__init__(name)
+        self.num_classes, self.refresh = num_classes, refresh
+        self.table: Tensor | None = None  # [K, C, H, W]
+
+    def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
+        if images.labels is None:
+            raise ValueError(f"modality '{self.name}' needs images with classes")
+        return images.labels
+
+    def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
+        """One class each, uniformly drawn: z_T then has the law it has in training, where classes are about alike often."""
+        return F.one_hot(streams.integers(self.num_classes), self.num_classes).float()
+
+    def default(self, streams: SampleStreams) -> Tensor:
+        return streams.integers(self.num_classes)
+
+    def encode(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return super().encode(x)
+        if self.table is not None:
+            return self.table[x]
+        if self.num_classes <= len(
+            x
+        ):  # each class once; which ones occur is not asked, since that would wait for a GPU
+            return self._encode_ids(torch.arange(self.num_classes, device=x.device))[x]
+        if x.device.type == "cpu":
+            distinct, where = x.unique(return_inverse=True)
+            return super().encode(distinct)[where]
+        return super().encode(x)
+
+    def _encode_ids(self, ids: Tensor) -> Tensor:
+        return torch.cat([super(LabelModality, self).encode(part) for part in ids.split(_PASS)])
+
+    def before_step(self, step: int, processes: Processes) -> None:
+        """Every `refresh` steps, each process encodes its share of the classes."""
+        if self.refresh == 1 or (self.table is not None and step % self.refresh):
+            return
+        share = math.ceil(self.num_classes / processes.world_size)
+        first = processes.rank * share
+        ids = torch.arange(first, first + share, device=processes.device) % self.num_classes  # shares of equal size
+        self.table = processes.all_gather(self._encode_ids(ids))[: self.num_classes]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.table is None else {"table": self.table}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.table = state.get("table")
+
+    def estimate(self, prediction: Tensor) -> Tensor:
+        return prediction.softmax(dim=-1)
+
+    def loss(self, prediction: Tensor, x: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, x, reduction="none")
+
+    def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return -F.cross_entropy(prediction, x, reduction="none")
+
+    def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
+        """A class name or id, or an .npz with ids in arr_1 (or `labels`)."""
+        names = list(classes) if classes else [str(i) for i in range(self.num_classes)]
+        if text.endswith(".npz"):
+            return self._read_file(Path(text), len(names))
+        if text in names:
+            return torch.tensor([names.index(text)])
+        if text.isdigit() and int(text) < len(names):
+            return torch.tensor([int(text)])
+        known = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+        raise UserError(
+            f"--given {self.name}={text}: no such class{nearest(text, names)}; this model has {len(names)}: {known}"
+        )
+
+    def _read_file(self, path: Path, count: int) -> Tensor:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = next((file[key] for key in ("arr_1", "labels", "label") if key in file.files), None)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--given {self.name}={path}: can't be read ({error})") from None
+        if found is None or found.ndim != 1 or found.dtype.kind not in "iu":
+            raise UserError(f"--given {self.name}={path}: needs class ids [N] as array arr_1 or labels")
+        if found.min() < 0 or found.max() >= count:
+            raise UserError(
+                f"--given {self.name}={path}: ids run from {found.min()} to {found.max()}, this model has {count} classes"
+            )
+        return torch.from_numpy(found.astype(np.int64))
+
+    def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
+        """arr_1, as ADM writes labels; with an estimated one also `label_probabilities`."""
+        if not x.is_floating_point():
+            return {"arr_1": x.cpu().numpy()}
+        return {"arr_1": x.argmax(dim=-1).cpu().numpy(), f"{self.name}_probabilities": x.float().cpu().numpy()}
+
+
+class RandomLabel(LabelModality):
+    """A label that knows nothing of the image, drawn anew each time: appendix E.5's control for negative transfer."""
+
+    def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
+        return streams.integers(self.num_classes)
+
+    def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
+        named = super().arrays(x)
+        return {self.name if key == "arr_1" else key: value for key, value in named.items()}
+
+    def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
+        return super().read(text, size, None)

@@ -1,0 +1,46 @@
+"""Data without pixels: how x becomes tokens for the attention blocks, and E(x), a pass of the denoiser itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Encoder = Callable[[Tensor], Tensor]  # x [B, ...] -> E(x) [B, C, H, W]
+ENCODING_NORMS = ("none", "rms")
+
+
+class LabelTokens(nn.Module):
+    """Class ids [B], or probabilities [B, K] as the expected embedding -> one token [B, 1, width]."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_classes, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded = x.to(self.weight.dtype) @ self.weight if x.is_floating_point() else self.weight[x]
+        return embedded[:, None]
+
+
+class VectorTokens(nn.Module):
+    """Vectors [B, D] -> one token [B, 1, width], by a linear map."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.to(self.linear.weight.dtype))[:, None]
+
+
+def rescaled(encoding: Tensor, norm: str) -> Tensor:
+    """`--mt_encoding_norm rms`: each sample's encoding at root mean square 1. Nothing in the paper fixes its scale."""
+    if norm == "none":
+        return encoding
+    return encoding / rms(encoding).clamp(min=1e-6).view(-1, 1, 1, 1)
+
+
+def rms(encoding: Tensor) -> Tensor:
+    """Root mean square of each sample's encoding [B, C, H, W]: [B]."""
+    return encoding.flatten(1).square().mean(dim=1).sqrt()

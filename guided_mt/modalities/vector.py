@@ -1,0 +1,83 @@
+"""One vector per image, from an .npz beside the images: features, captions' embeddings, measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import ImageSource
+from ..errors import UserError
+from ..random import SampleStreams
+from .base import Gaussian, Images
+
+
+class VectorModality(Gaussian):
+    """x in R^D [B, D]: Gaussian head, encoded by the network from one token.
+
+    file: .npz or .npy with row i for image i of the data, read by `prepare`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        file: str = "",
+        variance: Tensor | None = None,
+    ):
+        super().__init__(name, variance)
+        self.size, self.file = size, file
+        self.vectors: np.ndarray | None = None
+
+    def prepare(self, images: ImageSource) -> None:
+        """Read the vectors. Raises UserError where their number is not that of the images."""
+        self.vectors = read_vectors(Path(self.file), self.name, self.size)
+        if len(self.vectors) != len(images):
+            raise UserError(
+                f"--{self.name}_file {self.file}: has {len(self.vectors)} vectors for the {len(images)} images of {images.path}"
+            )
+
+    def load(self, indices: np.ndarray) -> Tensor | None:
+        if self.vectors is None:
+            return None
+        return torch.from_numpy(np.ascontiguousarray(self.vectors[indices], dtype=np.float32))
+
+    def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
+        if self.name not in images.loaded:
+            raise ValueError(f"modality '{self.name}' needs its vectors beside the images")
+        return images.loaded[self.name]
+
+    def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
+        return torch.zeros(len(streams), self.size, device=streams.device)
+
+    def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
+        return torch.from_numpy(np.array(read_vectors(Path(text), self.name, self.size), dtype=np.float32))
+
+
+def read_vectors(path: Path, name: str, size: int | None) -> np.ndarray:
+    """Finite floats [N, D] of an .npz's array `name`, or arr_0, or of a .npy. Raises UserError for another shape or width."""
+    where = f"{name}: {path}"
+    try:
+        content = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
+        if isinstance(content, np.ndarray):
+            found = content
+        else:
+            with content:
+                key = name if name in content.files else "arr_0"
+                if key not in content.files:
+                    raise UserError(
+                        f"{where}: has neither an array '{name}' nor arr_0 (it has {', '.join(content.files)})"
+                    )
+                found = content[key]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{where}: can't be read as .npz or .npy ({error})") from None
+    if found.ndim != 2 or found.dtype.kind != "f" or not len(found):
+        raise UserError(f"{where}: vectors must be floats [N, D], not {found.dtype} {list(found.shape)}")
+    if size is not None and found.shape[1] != size:
+        raise UserError(f"{where}: has vectors of {found.shape[1]} numbers, this model takes {size}")
+    if not np.isfinite(found).all():
+        raise UserError(f"{where}: has values that are not finite")
+    return found

@@ -1,0 +1,117 @@
+"""The pages of docs/ are true: their code and their commands are run as they stand."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import MODEL, PROCESS, ROOT, TRAINING, progress, step_folder, words
+
+from guided_mt.commands import sample
+from guided_mt.errors import UserError
+from guided_mt.tasks import TASKS
+
+PAGE = (ROOT / "docs" / "new_modality.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def mean_colour(tmp_path, monkeypatch):
+    """The page's file as a program: (words of its command line) -> None. Its row of TASKS goes away afterwards."""
+    (code,) = blocks("python")
+    file = tmp_path / "mean_colour.py"
+    file.write_text(code)
+    monkeypatch.setitem(TASKS, "colour", None)  # remembered as absent
+    del TASKS["colour"]
+
+    def program(argv: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", [str(file), *argv])
+        runpy.run_path(str(file), run_name="__main__")
+
+    return program
+
+
+def arrays(out: Path) -> dict[str, np.ndarray]:
+    with np.load(out) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_the_new_modality_is_under_60_lines():
+    (code,) = blocks("python")
+    assert len(code.splitlines()) < 60
+    assert all(len(line) <= 120 for line in code.splitlines())
+
+
+@pytest.mark.parametrize("variant", ["U", "X", "any"])
+def test_the_new_modality_trains_resumes_and_samples(variant, mean_colour, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "s.npz"
+    settings = {**MODEL, **PROCESS, **TRAINING, "mt_task": "masked,colour", "mt_variant": variant, "log_dir": run}
+    previews = {"sample_interval": 2} if variant == "any" else {}
+    for steps in (2, 3):  # the second time it resumes
+        mean_colour(
+            [
+                "train",
+                *words(
+                    **settings,
+                    **previews,
+                    total_steps=steps,
+                    colour_gain=1.5,
+                    lr=0.005,
+                    ema_rate=0,
+                    predict_xstart=True,
+                ),
+            ]
+        )
+    assert [row["step"] for row in progress(run)] == ["1", "2", "3"] and step_folder(run, 2).exists()
+    assert all(np.isfinite(float(row["colour"])) for row in progress(run))
+    assert "colour_gain: 1.5" in (run / "config.yaml").read_text()
+
+    drawing = ["sample", *words(model_path=run, num_samples=3, steps=3, device="cpu", out=out)]
+    mean_colour(drawing)
+    unknown = arrays(out)
+    assert ("colour" in unknown) == (variant != "X")
+    mean_colour([*drawing, "--given", "colour=0.5/-0.2/0.1"])
+    given = arrays(out)
+    np.testing.assert_allclose(given["colour"], np.tile([0.75, -0.3, 0.15], (3, 1)), rtol=1e-6)
+    assert given["arr_0"].shape == (3, 8, 8, 3) and (given["arr_0"] != unknown["arr_0"]).any()
+
+
+def test_the_pages_commands(mean_colour, tmp_path, capsys):
+    """As printed, but tiny, and without the launcher."""
+    (commands,) = blocks("sh")
+    small = {**MODEL, **PROCESS, **TRAINING, "num_head_channels": -1, "total_steps": 2, "ema_rate": "0.5"}
+    tiny = {"train": small, "sample": {"num_samples": 2, "steps": 2, "out": tmp_path / "s.npz", "device": "cpu"}}
+    for line in commands.splitlines():
+        launched, _, argv = line.partition("python mean_colour.py ")
+        assert launched in ("", "mpiexec -n 2 ")
+        argv = [word.replace("runs/colour", str(tmp_path / "run")) for word in shlex.split(argv)]
+        mean_colour([*argv, *words(**tiny[argv[0]])])
+    assert np.allclose(arrays(tmp_path / "s.npz")["colour"], -0.2)
+
+    with pytest.raises(SystemExit) as stopped:
+        mean_colour(["sample", "--model_path", str(tmp_path / "run"), "--given", "colour=red"])
+    assert stopped.value.code == 2
+    assert "error: --given colour=red: write RED/GREEN/BLUE" in capsys.readouterr().err
+
+
+def test_the_original_scripts_say_that_they_dont_know_it(mean_colour, tmp_path):
+    run = tmp_path / "run"
+    mean_colour(["train", *words(**MODEL, **PROCESS, **TRAINING, mt_task="colour", log_dir=run, total_steps=1)])
+    del TASKS["colour"]
+    with pytest.raises(UserError, match=r"config.yaml: was trained with the modality 'colour'.*docs/new_modality.md"):
+        sample.main(words(model_path=run, num_samples=1))
+
+
+def test_what_the_page_links_to_exists():
+    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
+    for name in re.findall(r"`(\w+/\w+\.py)`", PAGE):
+        assert (ROOT / name).exists() or (ROOT / "guided_mt" / name).exists(), name
