@@ -371,8 +371,10 @@ class UNetEncoder(nn.Module):
         self.middle_channels = channels
         if condition_channels:
             # The columns that a wider first convolution would have. Apart, so that `input_blocks.0.0.weight` keeps
-            # ADM's shape; zero, so that a loaded model's output doesn't change before training.
-            self.condition_in = zero_module(conv3x3(condition_channels, self.input_channels, bias=False))
+            # ADM's shape; zero, so that a loaded model's output doesn't change before training. What they were before is
+            # drawn from a copy of the generator, so that the other weights start as they would without them.
+            with torch.random.fork_rng(devices=[]):
+                self.condition_in = zero_module(conv3x3(condition_channels, self.input_channels, bias=False))
 
     def to_fast_layout(self) -> UNetEncoder:
         """Put the convolutions in the device's fastest memory format; call once after moving the model. Returns self.
