@@ -1,4 +1,4 @@
-"""Which class each sample gets: the one that was asked for, or each sample's own draw."""
+"""Class ids: from what the user writes, or drawn by each sample for itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import UserError
-from ..random import SampleStreams
+from .errors import UserError, nearest
+from .random import SampleStreams
+
+
+def class_id(text: str, names: Sequence[str], flag: str) -> int:
+    """The id of a class given by name or id. Raises UserError for one that is not among `names`; `flag` is what was written."""
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    known = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+    meant = "" if text.lstrip("-").isdigit() else nearest(text, names)
+    raise UserError(
+        f"{flag}: no such class{meant}; this model has {len(names)} classes, 0 to {len(names) - 1} or by name: {known}"
+    )
 
 
 def choose_classes(
@@ -16,10 +29,4 @@ def choose_classes(
     """Class ids [B]: that of the name or id `wanted`, or with '' one drawn by each seed. Raises UserError for an unknown one."""
     if not wanted:
         return SampleStreams(torch.as_tensor(seeds), index=2, device=device).integers(len(names))
-    if wanted in names:
-        chosen = names.index(wanted)
-    elif wanted.isdigit() and int(wanted) < len(names):
-        chosen = int(wanted)
-    else:
-        raise UserError(f"--class '{wanted}': this model has {len(names)} classes, {', '.join(names[:10])} ...")
-    return torch.full((len(seeds),), chosen, device=device)
+    return torch.full((len(seeds),), class_id(wanted, names, f"--class {wanted}"), device=device)

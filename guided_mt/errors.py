@@ -10,6 +10,16 @@ class UserError(ValueError):
     """Bad input by the user: flag, key, file or value. Commands print it as one line and exit with code 2."""
 
 
+def reason(error: Exception) -> str:
+    """Why a file can't be read, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if first.startswith("Object arrays") or "Python objects" in first:
+        return "it holds pickled objects, which are never loaded"
+    return "it is another kind of file" if "allow_pickle" in first else first  # numpy, of whatever it doesn't know
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' (did you mean X?)' for the valid name that looks most like `name`; '' where none does."""
     match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

@@ -34,6 +34,11 @@ class Generator:
     modalities: dict[str, Modality]
     classes: list[str] | None
 
+    def __post_init__(self) -> None:
+        for modality in self.modalities.values():
+            if self.classes:
+                modality.use_classes(self.classes)
+
     @classmethod
     def load(cls, config: Config, device: torch.device) -> Generator:
         """The model of `config.model_path`, ready to sample on `device`."""

@@ -19,13 +19,15 @@ from .random import SampleStreams
 class Losses:
     """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities. `terms` {name:
     values} are its parts, unweighted; `encoding_rms` {name: values} the sizes of the encodings in the frame. `kept` is 0 for the
-    samples that were trained as pure generation (`mt_drop_prob`), else 1."""
+    samples that were trained as pure generation (`mt_drop_prob`), else 1; `predicted` {name: values} is 1 where a head's term
+    tells how well it predicts: not for those samples, nor where form any was given the modality."""
 
     loss: Tensor
     denoising: Tensor
     terms: dict[str, Tensor]
     encoding_rms: dict[str, Tensor]
     kept: Tensor
+    predicted: dict[str, Tensor]
 
 
 def multi_task_losses(
@@ -78,4 +80,5 @@ def multi_task_losses(
         terms[name] = modality.loss(predictions[name], data[name])
         weight = loss_weight[name] if isinstance(loss_weight, Mapping) else loss_weight
         loss = loss + weight * kept * terms[name]
-    return Losses(loss, denoising, terms, {name: rms(encoding) for name, encoding in encodings.items()}, kept)
+    predicted = {name: kept * ~given[name] if name in given else kept for name in modalities}
+    return Losses(loss, denoising, terms, {name: rms(e) for name, e in encodings.items()}, kept, predicted)

@@ -128,6 +128,7 @@ def sample(
     start: (y_t [B, C, H, W], t) begins there instead of with noise at the last timestep (SDEdit).
     guidance_scale: classifier-free guidance, eps = eps_pure + scale (eps - eps_pure) (Ho and Salimans 2022, with scale = 1 + w);
     other than 1 it needs a model that takes `pure` bool [B], the samples to be seen without any condition: see `MTModel`.
+    With a further modality unknown it is approximate: y_t is then known only as far as that one is.
     cond_fn: (y_t [B, C, H, W], told timesteps [B]) -> scaled gradient of log p(condition | y_t), as an outside classifier gives it:
     ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
     Raises ValueError for names, shapes and counts that don't fit.

@@ -123,7 +123,8 @@ def _representation_size(config: Config) -> None:
     if not config.representation_file:
         raise UserError("--representation_file is missing: the vectors that --mt_task representation is trained on")
     size = config.representation_size if config.representation_size > 0 else None
-    found = read_vectors(Path(config.representation_file), "representation", size)
+    file = config.representation_file
+    found = read_vectors(file, "representation", size, f"--representation_file {file}")
     config[RepresentationConfig].representation_size = found.shape[1]
 
 
@@ -194,6 +195,8 @@ def saved_config(weights: Path) -> dict[str, Any]:
     """The configuration beside a weights file; empty for a foreign file. Raises UserError for a modality that isn't
     registered, and for a key that no run has."""
     saved, file = read_config(weights) or {}, weights.parent / "config.yaml"
+    if "val_data_dir" in saved:
+        raise UserError(f"{weights}: holds a classifier, not a diffusion model; --classifier_path takes it")
     for name in split_names(str(saved.get("mt_task", ""))):
         if name not in TASKS:
             raise UserError(
@@ -229,16 +232,20 @@ def per_modality(config: Config, flag: str, convert: Callable[[str], Any]) -> di
     if "=" not in text:
         value = convert(text)
         return dict.fromkeys(names, value)
-    values = dict.fromkeys(names, convert(MTConfig.__dataclass_fields__[flag].default))
+    values = {}
     for part in text.split(","):
         name, equals, value = (word.strip() for word in part.partition("="))
-        if not equals or name not in names:
+        if not equals or name not in names or name in values:
+            wrong = (
+                "twice" if name in values else f"but --mt_task {config.mt_task} has no '{name}'{nearest(name, names)}"
+            )
             raise UserError(
-                f"--{flag} {text}: '{name}' is none of --mt_task's{nearest(name, names)}; "
+                f"--{flag} {text}: names {name or part} {wrong}; "
                 f"write {','.join(f'{n}=VALUE' for n in names) or 'one value'}"
             )
         values[name] = convert(value)
-    return values
+    default = convert(MTConfig.__dataclass_fields__[flag].default)
+    return {name: values.get(name, default) for name in names}
 
 
 def loss_weights(config: Config) -> dict[str, float]:
@@ -250,7 +257,9 @@ def loss_weights(config: Config) -> dict[str, float]:
         except ValueError:
             value = -1.0
         if not 0 <= value < math.inf:
-            raise UserError(f"--mt_loss_weight must be at least 0, a number or NAME=NUMBER,..., not {config.mt_loss_weight}")
+            raise UserError(
+                f"--mt_loss_weight must be at least 0, a number or NAME=NUMBER,..., not {config.mt_loss_weight}"
+            )
         return value
 
     return per_modality(config, "mt_loss_weight", number)
@@ -286,7 +295,8 @@ def check_labels(config: Config, images: ImageSource) -> None:
     why = "--class_cond True" if config.class_cond else f"--mt_task {config.mt_task}"
     if images.labels is None:
         raise UserError(
-            f"{images.path}: {why} needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz)"
+            f"{images.path}: {why} needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz), "
+            f"and {images.without_class()} has none"
         )
     most = len(images.class_names)
     if most > config.num_classes:
@@ -312,6 +322,7 @@ def variant_of(config: Config) -> str:
 
 def complete(config: Config) -> None:
     """Fill in what the flags leave open. Raises UserError for files that can't be read."""
+    config[MTConfig].mt_task = ",".join(task_names(config)) or "none"
     config[MTConfig].mt_variant = variant_of(config)
     for name in task_names(config):
         if TASKS[name].complete is not None:

@@ -32,6 +32,7 @@ from .tasks import (
     build_model,
     loss_weights,
     model_sections,
+    needs_labels,
     saved_config,
     variant_of,
 )
@@ -50,6 +51,7 @@ class TrainLoop(Loop):
         self.terms = [*terms, *self.modalities]
         self.timeless = [f"rms_{name}" for name in self.modalities if variant_of(config) != "X"]
         tasks = ["denoising", *self.modalities]
+        self.spread = [name for name, m in self.modalities.items() if self.timeless and m.has_spread]
         super().__init__(
             config,
             processes,
@@ -58,7 +60,10 @@ class TrainLoop(Loop):
             build=self.make_model,
             diffusion=build_diffusion(config),
             names=["loss", *self.terms, *self.timeless],
-            scalars=conflict_names(tasks) if config.mt_conflict_interval else (),
+            scalars=[
+                *(f"spread_{name}" for name in self.spread),
+                *(conflict_names(tasks) if config.mt_conflict_interval else ()),
+            ],
             dropout=config.dropout,
             compiled=config.compile,
         )
@@ -80,9 +85,17 @@ class TrainLoop(Loop):
         new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict())
         if self.processes.is_main:
             log.info("started from %s; %s", file, f"new: {len(new)} entries" if new else "every entry was found")
+            theirs, ours = checkpoint.read_classes(file.parent), self.source.class_names if self.source else []
+            if theirs and needs_labels(self.config) and theirs != ours:
+                text = "%s knew other classes, %d of them and not %d: id 0 was '%s' and is now '%s', and so on"
+                log.warning(text, file, len(theirs), len(ours), theirs[0], ours[0])
 
     def fixed_settings(self) -> dict[str, Any]:
         free = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
+        free += (
+            "mt_conflict_interval",
+            "representation_file",
+        )  # measured only; a file may have moved, as the images may
         return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
 
     def saved_settings(self, weights: Path) -> dict[str, Any]:
@@ -106,7 +119,7 @@ class TrainLoop(Loop):
         ones = torch.ones_like(losses.kept)
         sizes = [losses.encoding_rms[name] for name in self.modalities] if self.timeless else []
         values = [losses.loss, *(losses.terms[name] for name in self.terms), *sizes]
-        kept = [losses.kept if name in self.modalities else ones for name in ("loss", *self.terms, *self.timeless)]
+        kept = [losses.predicted.get(name, ones) for name in ("loss", *self.terms, *self.timeless)]
         record = torch.stack([t.to(values[0].dtype), *(v.detach() for v in values), *kept], dim=1)
         return (losses.loss * weights).mean(), record
 
@@ -135,6 +148,12 @@ class TrainLoop(Loop):
             model_kwargs={"y": labels} if self.config.class_cond else None,
         )
         return losses, t, weights
+
+    def measure(self) -> None:
+        """How much the encodings tell: an E(x) that is the same for every x has a fine RMS and says nothing."""
+        if self.spread and self.step % self.config.log_interval == 0:
+            measured = {f"spread_{name}": self.modalities[name].encoding_spread(self.device) for name in self.spread}
+            self.averages.add_scalars(measured)
 
     def measure_conflict(self, batch: Batch) -> None:
         """Norms of the tasks' gradients on the shared backbone and the cosines between them, on this step's first images."""

@@ -1,6 +1,6 @@
 """Does a second task help or hurt? Twins at equal steps, seeds and images seen, one table and one figure.
 
-    python scripts/compare.py [--run runs/compare] [--steps 600] [--seeds 0,1,2] [--rows label-m,none] [--conditioning]
+    python scripts/compare.py [--run runs/compare] [--steps 500] [--seeds 0,1,2] [--rows label-m,none] [--conditioning]
 
 Every row is trained with every seed by image_train.py, drawn from by image_sample.py, and measured on held-out images; what
 is done already is not done again. One classifier, trained by classifier_train.py, reads the images of all rows: the Frechet
@@ -31,17 +31,22 @@ from evaluations.moments import Statistics, statistics
 from evaluations.seeds import Column, Measured, markdown_table, plot_seeds, write_seeds_csv
 from guided_mt.commands.restore import region_errors
 from guided_mt.data import load_images, open_source
-from guided_mt.images import from_uint8, save_npz
-from guided_mt.noisy_classifier import NoisyClassifier, load_classifier
+from guided_mt.errors import UserError
+from guided_mt.images import save_npz
+from guided_mt.noisy_classifier import load_classifier
+from guided_mt.reading import Reader
 
 SCRIPTS = Path(__file__).resolve().parent
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
+GIVEN = "own head, scale 1"  # how a given label is drawn by default
 CONDITIONINGS = {
     "own head, scale 0.5": ("--mt_condition", "own-head", "--mt_condition_scale", "0.5"),
-    "own head, scale 1": ("--mt_condition", "own-head", "--mt_condition_scale", "1"),
+    GIVEN: (),
     "own head, scale 2": ("--mt_condition", "own-head", "--mt_condition_scale", "2"),
+    "own head, scale 4": ("--mt_condition", "own-head", "--mt_condition_scale", "4"),
     "algorithm1": ("--mt_condition", "algorithm1"),
 }
+CONDITIONED_ROW = "label-m"
 COLUMNS = (
     Column("frechet", "Frechet distance", 2),
     Column("frechet_given", "Frechet distance, label given", 2),
@@ -92,14 +97,14 @@ class Data:
 
 
 # The digits are scans of 8 x 8 pixels: at that size a step costs a quarter of what it does at the presets' 16.
-SMALL = "--image_size 8 --channel_mult 1,2 --attention_resolutions 4 --data_workers 0 --sample_interval 0"
+SMALL = "--image_size 8 --channel_mult 1,2 --attention_resolutions 4 --classifier_attention_resolutions 4"
 READER = "--num_classes 10 --noise_schedule cosine --classifier_pool adaptive --data_workers 0 --log_interval 100"
 DATA = {
     "digits": Data(
         "builtin:digits",
         "builtin:digits-test",
-        600,
-        tuple(f"{SMALL} --log_interval 100 --save_interval 200".split()),
+        500,
+        tuple(f"{SMALL} --data_workers 0 --sample_interval 0 --log_interval 100 --save_interval 200".split()),
         tuple(
             f"{READER} --image_size 8 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 "
             "--random_flip False --global_batch_size 64 --lr 1e-3 --anneal_lr True --iterations 800".split()
@@ -130,13 +135,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=360, help="images drawn from every model")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each; 1 on a GPU")
     parser.add_argument(
-        "--conditioning", action="store_true", help="also draw given labels in several ways, into RUN/conditioning.md"
+        "--conditioning",
+        action="store_true",
+        help=f"row {CONDITIONED_ROW}: also draw given labels in other ways, into RUN/conditioning.md",
     )
     parser.add_argument("--classifier_steps", type=int, default=0, help="training steps of the classifier")
     arguments = parser.parse_args()
     try:
         Comparison(arguments).main()
-    except (subprocess.CalledProcessError, ValueError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 
@@ -162,7 +169,7 @@ class Comparison:
         self.train_data = arguments.train_data or self.data.train
         self.test_data = arguments.test_data or self.data.held_out
         if not self.train_data or not self.test_data:
-            raise ValueError(f"--data {self.name} needs --train_data and --test_data")
+            raise UserError(f"--data {self.name} needs --train_data and --test_data")
         self.steps = arguments.steps or self.data.steps
         more = ("--iterations", str(arguments.classifier_steps)) if arguments.classifier_steps else ()
         self.classifier_flags = (*self.data.classifier, *more)
@@ -197,7 +204,7 @@ class Comparison:
         return self.folder(row, seed) / "checkpoints" / f"step_{self.steps:08d}"
 
     def file(self, row: str, seed: int, what: str) -> Path:
-        return self.folder(row, seed) / "samples" / f"{what}_{self.steps}.npz"
+        return self.folder(row, seed) / "samples" / f"{what}_{self.steps}_{self.samples}.npz"
 
     # ------------------------------------------------------------ stages
 
@@ -224,7 +231,7 @@ class Comparison:
             code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
             last = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
-            raise ValueError(f"{script} failed, see {folder / 'log.txt'}: {last}")
+            raise UserError(f"{script} failed, see {folder / 'log.txt'}: {last}")
         with self.printing:
             print(f"{time.monotonic() - started:5.0f} s  {script} -> {out}", flush=True)
 
@@ -248,9 +255,8 @@ class Comparison:
             self.draw(row, seed, "given", *given)
             held_out = ["--model_path", weights, "--data_dir", self.test_data]
             self.draw(row, seed, "classified", *held_out, script="image_classify.py")
-            if self.conditioning and spec.tasks == ("label",):
-                for name, how in CONDITIONINGS.items():
-                    self.draw(row, seed, _slug(name), *given, *how)
+            for name, how in CONDITIONINGS.items() if self.conditioning and row == CONDITIONED_ROW else ():
+                self.draw(row, seed, _slug(name), *given, *how)
         if "masked" in spec.tasks:
             options = ["--data_dir", self.test_data, "--mask", "patches:10", "--num_samples", RESTORED]
             more = ["--model_path", weights, "--batch_size", 60, *options]
@@ -265,33 +271,43 @@ class Comparison:
     def report(self, seconds: float) -> None:
         """Measure everything and write the table, the figure and the CSV."""
         reader = Reader(load_classifier(str(self.classifier)))
-        size = reader.size
-        held_out = load_images(open_source(self.test_data, class_names=reader.classes), size)
-        real = reader.read(held_out.images.permute(0, 2, 3, 1).numpy())
-        accuracy = float((real.classes == held_out.labels.numpy()).mean())
-        results = [self.measure(row, seed, reader, real.statistics) for seed in self.seeds for row in self.rows]
-        results.sort(key=lambda result: self.rows.index(result.row))
-        # What the distance is between real images: as many training images, evenly spread.
-        trained_on = load_images(open_source(self.train_data, class_names=reader.classes), size).images
-        spread = np.linspace(0, len(trained_on) - 1, min(self.samples, len(trained_on))).astype(int)
-        floor = reader.read(trained_on[torch.from_numpy(spread)].permute(0, 2, 3, 1).numpy())
-        results.append(Measured("training images", None, {"frechet": distance(floor.statistics, real.statistics)}))
-        text = f"""Twins on {self.name}: {self.steps} training steps, seeds {", ".join(map(str, self.seeds))}: mean +- sample standard deviation.
-{self.samples} images drawn from each model; the classifier that reads them is right on {accuracy:.1%} of {len(real.classes)} held-out images.
-
-{markdown_table(results, COLUMNS)}"""
+        held_out = load_images(open_source(self.test_data, class_names=reader.classes), reader.size)
+        trained_on = load_images(open_source(self.train_data, class_names=reader.classes), reader.size)
+        held_out_images, training_images = (to_arrays(loaded.images) for loaded in (held_out, trained_on))
+        read = reader.read(held_out_images)
+        accuracy = float((read.classes == held_out.labels.numpy()).mean())
+        real = statistics(read.features)
+        results = [self.measure(row, seed, reader, real) for row in self.rows for seed in self.seeds]
+        # What the numbers are without a model: as many training images, and their mean in the place of what is masked.
+        spread = np.linspace(0, len(training_images) - 1, min(self.samples, len(training_images))).astype(int)
+        reference = {"frechet": distance(statistics(reader.read(training_images[spread]).features), real)}
+        restored = [self.file(row, self.seeds[0], "restored") for row in self.rows if "masked" in ROWS[row].tasks]
+        if restored:
+            mean = training_images.mean(axis=0).round().astype(np.uint8)
+            with np.load(restored[0]) as file:
+                reference["restoration"] = region_errors(
+                    {**file, "restored": np.broadcast_to(mean, file["original"].shape)}
+                )["masked_mse"]
+        results.append(Measured("training images, their mean", None, reference))
+        seeds = ", ".join(map(str, self.seeds))
+        table = markdown_table(results, COLUMNS)
+        text = (
+            f"Twins on {self.name}: {self.steps} training steps, seeds {seeds}; mean +- sample standard deviation.\n"
+            f"{self.samples} images drawn from each model. The classifier that reads them is right on {accuracy:.1%} of the "
+            f"{len(held_out_images)} held-out images.\n\n{table}"
+        )
         (self.run / "compare.md").write_text(text, encoding="utf-8")
         write_seeds_csv(results, COLUMNS, self.run / "compare.csv")
         plot_seeds(results, COLUMNS, self.run / "compare.png")
         print(f"\n{text}\n{self.run / 'compare.csv'}, compare.md and compare.png; {seconds / 60:.1f} minutes")
-        if self.conditioning:
-            self.report_conditioning(reader, real.statistics)
+        if self.conditioning and CONDITIONED_ROW in self.rows:
+            self.report_conditioning(reader, real)
 
     def measure(self, row: str, seed: int, reader: Reader, real: Statistics) -> Measured:
         tasks, values = ROWS[row].tasks, {}
         with np.load(self.file(row, seed, "joint")) as file:
             drawn = reader.read(file["arr_0"])
-            values["frechet"] = distance(drawn.statistics, real)
+            values["frechet"] = distance(statistics(drawn.features), real)
             if "label" in tasks:
                 values["joint_agreement"] = float((drawn.classes == file["arr_1"]).mean())
         if "label" in tasks:
@@ -308,54 +324,25 @@ class Comparison:
         """(Frechet distance, agreement of the given label with the reading) of a file drawn with given labels."""
         with np.load(self.file(row, seed, what)) as file:
             drawn = reader.read(file["arr_0"])
-            return distance(drawn.statistics, real), float((drawn.classes == file["arr_1"]).mean())
+            return distance(statistics(drawn.features), real), float((drawn.classes == file["arr_1"]).mean())
 
     def report_conditioning(self, reader: Reader, real: Statistics) -> None:
         """How a known label is used: RUN/conditioning.md and .csv."""
         columns = [column for column in COLUMNS if column.key in ("given_agreement", "frechet_given")]
         found = []
-        for row in (row for row in self.rows if ROWS[row].tasks == ("label",)):
-            for name in CONDITIONINGS:
-                for seed in self.seeds:
-                    away, agreement = self.measure_given(row, seed, _slug(name), reader, real)
-                    found.append(
-                        Measured(f"{row}, {name}", seed, {"frechet_given": away, "given_agreement": agreement})
-                    )
+        for name in CONDITIONINGS:
+            for seed in self.seeds:
+                away, agreement = self.measure_given(CONDITIONED_ROW, seed, _slug(name), reader, real)
+                found.append(Measured(name, seed, {"frechet_given": away, "given_agreement": agreement}))
         text = markdown_table(found, columns)
         (self.run / "conditioning.md").write_text(text, encoding="utf-8")
         write_seeds_csv(found, columns, self.run / "conditioning.csv")
         print(f"\n{text}")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What the classifier says of N images: features [N, D], classes [N]."""
-
-    features: np.ndarray
-    classes: np.ndarray
-
-    @property
-    def statistics(self) -> Statistics:
-        return statistics(self.features)
-
-
-class Reader:
-    """A classifier with mean pooling (`--classifier_pool adaptive`) that reads images at timestep 0."""
-
-    def __init__(self, classifier: NoisyClassifier):
-        self.model, self.classes, self.size = classifier.model, classifier.classes, classifier.config.image_size
-        self._seen: list[torch.Tensor] = []
-        last = self.model.out[-2]  # the linear layer, as a 1x1 convolution
-        last.register_forward_pre_hook(lambda layer, inputs: self._seen.append(inputs[0].flatten(1)))
-
-    @torch.no_grad()
-    def read(self, images: np.ndarray) -> Reading:
-        """uint8 [N, H, W, 3] -> their features and classes."""
-        self._seen, classes = [], []
-        for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(256):
-            logits = self.model(from_uint8(part), torch.zeros(len(part)))
-            classes.append(logits.argmax(dim=1))
-        return Reading(torch.cat(self._seen).numpy(), torch.cat(classes).numpy())
+def to_arrays(images: torch.Tensor) -> np.ndarray:
+    """uint8 [N, 3, H, W] -> [N, H, W, 3]."""
+    return images.permute(0, 2, 3, 1).numpy()
 
 
 def distance(a: Statistics, b: Statistics) -> float:
@@ -372,7 +359,8 @@ def seconds_per_step(progress: Path) -> float:
 
 
 def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
+    """The file's name for one of CONDITIONINGS."""
+    return "given" if name == GIVEN else "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 if __name__ == "__main__":

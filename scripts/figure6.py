@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluations.classification import score_file, write_csv
@@ -20,9 +20,15 @@ def main(argv: Sequence[str]) -> None:
     except EvaluationError:
         raise UserError("the figure needs matplotlib: pip install -e '.[eval]'") from None
     made = figure6.main(argv, script=Path(__file__).with_name("classifier_train.py"))
-    if made is None:
-        return
-    out, files = made
+    try:
+        if made is not None:
+            draw(*made)
+    except EvaluationError as error:  # such as the NaN of a diverged classifier
+        raise UserError(str(error)) from None
+
+
+def draw(out: Path, files: Mapping[str, Sequence[Sequence[Path]]]) -> None:
+    """The table, the figure and what they say; files: per series and seed, one by step."""
     results, curves = [], {}
     for name, runs in files.items():
         scored = [[score_file(str(path.parents[1].relative_to(out)), path) for path in seed] for seed in runs]
@@ -34,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
         print(describe(name, curve))
     tuned, scratch = curves.values()
     step = first_at_least(tuned, scratch.mean[-1])
-    print(f"fine-tuning {'never reaches' if step is None else f'at step {step} has'} the last accuracy from scratch")
+    reached = "does not reach it" if step is None else f"reaches it at step {step}"
+    print(f"the last accuracy from scratch is {scratch.mean[-1]:.4f}; fine-tuning {reached}")
     print(f"{out / 'figure6.csv'}, {out / 'figure6.png'}: of noised held-out images")
 
 

@@ -10,13 +10,17 @@ from evaluations.classification_scores import BINS
 from evaluations.errors import EvaluationError
 from guided_mt.commands import classify
 from guided_mt.commands.console import run
+from guided_mt.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
     written = classify.main(argv)
     if written is None or not written.labelled:
         return
-    result = score_file(written.path.stem, written.path)
+    try:
+        result = score_file(written.path.stem, written.path)
+    except EvaluationError as error:  # such as the NaN of a diverged model
+        raise UserError(str(error)) from None
     print(report_one(result, BINS))
     confusion = written.path.with_name(f"{written.path.stem}_confusion.png")
     reliability = written.path.with_name(f"{written.path.stem}_reliability.png")

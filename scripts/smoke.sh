@@ -33,6 +33,12 @@ run classifier_train.py "${one[@]}" --iterations 2
 run classifier_train.py "${one[@]}" --iterations 5
 grep -q '^5,' "$work/classifier/progress.csv"
 run classifier_sample.py --model_path "$work/none" --classifier_path "$work/classifier" --num_samples 2 --steps 3 --class 7
+run image_train.py --mt_task label --mt_variant U --mt_label_head E --data_dir builtin:digits --log_dir "$work/E" \
+  "${tiny[@]}" "${classifier[@]}" --total_steps 2
+run image_classify.py --model_path "$work/E" --data_dir builtin:digits-test --num_samples 20 --draws 1
+run image_classify.py --classifier_path "$work/classifier" --data_dir builtin:digits-test --num_samples 20 --draws 1
+run figure6.py --joint "$work/E" --data_dir builtin:digits --val_data_dir builtin:digits-test --out "$work/f6" --iterations 2 \
+  --eval_interval 2 --seeds 0 --val_images 20 --global_batch_size 4
 run export_adm.py --model_path "$work/X" --out "$work/adm.pt"
 run image_train.py --mt_task masked --mt_variant X --resume_checkpoint "$work/adm.pt" --data_dir "$work/digits.zip" \
   --log_dir "$work/from_adm" "${tiny[@]}" --total_steps 2

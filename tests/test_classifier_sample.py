@@ -151,7 +151,7 @@ def test_the_class_and_the_scale_matter(runs, tmp_path):
     none = draw(runs, tmp_path / "none.npz", "--class=7", classifier_scale=0)
     np.testing.assert_array_equal(none["arr_0"], scales[0])
     ancestral = draw(runs, tmp_path / "ddpm.npz", classifier_scale=200, sampler="ddpm")
-    with pytest.raises(UserError, match=r"--class 'dog': this model has 10 classes"):
+    with pytest.raises(UserError, match=r"--class dog: no such class; this model has 10 classes"):
         draw(runs, tmp_path / "no.npz", "--class", "dog")
     assert ancestral["arr_0"].shape == (COUNT, 8, 8, 3) and not (tmp_path / "no.npz.parts").exists()
 
@@ -215,7 +215,7 @@ def test_dry_run(runs, tmp_path, capsys):
             {"num_classes": 12, "model_path": "adm model", **MODEL, **PROCESS},
             r"has 10 classes, and --num_classes is 12",
         ),
-        ({"class_name": "10"}, r"--class '10': this model has 10 classes"),
+        ({"class_name": "10"}, r"--class 10: no such class; this model has 10 classes"),
     ],
     ids=str,
 )

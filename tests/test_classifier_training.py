@@ -150,15 +150,15 @@ def test_batch_size_is_that_of_each_process(tmp_path, capsys):
 
 
 def test_it_learns_the_digits(tmp_path):
-    values = {"val_data_dir": "builtin:digits-test", "global_batch_size": 32, "log_interval": 15, "random_flip": False}
-    run = few_steps(tmp_path, 45, lr=1e-3, **values)
+    values = {"val_data_dir": "builtin:digits-test", "global_batch_size": 32, "log_interval": 20, "random_flip": False}
+    run = few_steps(tmp_path, 60, lr=1e-3, **values)
     assert column(run, "loss")[-1] < 0.8 * np.log(10)
-    assert column(run, "acc@1")[-1] > 0.35 and column(run, "val_acc@1")[-1] > 0.35  # by chance 0.1
+    assert column(run, "acc@1")[-1] > 0.35 and column(run, "val_acc@1")[-1] > 0.25  # by chance 0.1
     assert column(run, "acc@1_q0")[-1] > column(run, "acc@1_q3")[-1]  # little noise is easier
     assert column(run, "acc@5")[-1] > column(run, "acc@1")[-1]
     model, classes, config = load_classifier(str(run))
     assert classes == [str(digit) for digit in range(10)] and config.diffusion_steps == 40
-    assert_same(dict(model.state_dict()), weights_of(run, 45))
+    assert_same(dict(model.state_dict()), weights_of(run, 60))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 

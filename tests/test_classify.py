@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import ROOT, finish, flags, start, step_folder, torchrun, words
 
 from evaluations import classification as scoring
@@ -56,10 +58,14 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         "untrained": {"mt_task": "masked,label", "mt_variant": "U", "mt_loss_weight": "label=0"},
     }
     for name, row in rows.items():
-        train.main(flags(log_dir=folder / name, total_steps=STEP, num_classes=10, ema_rate="0.5", lr=1e-2, **row))
+        train.main(
+            flags(
+                log_dir=folder / name, total_steps=STEP, num_classes=10, ema_rate="0.5", lr=1e-2, data_workers=0, **row
+            )
+        )
     network = {"image_size": 8, "num_classes": 10, "classifier_width": 64, "classifier_depth": 1}
     network |= {"classifier_attention_resolutions": "4", "diffusion_steps": 40, "noise_schedule": "cosine"}
-    data = {"data_dir": "builtin:digits", "global_batch_size": 8, "device": "cpu", "lr": 1e-2}
+    data = {"data_dir": "builtin:digits", "global_batch_size": 8, "data_workers": 0, "device": "cpu", "lr": 1e-2}
     for name, noised in (("noisy", True), ("clean", False)):
         argv = words(**network, **data, log_dir=folder / name, total_steps=STEP, noised=noised)
         classifier_train.main(argv)
@@ -225,6 +231,16 @@ def test_data_without_classes_and_with_others(runs, tmp_path, capsys):
     np.testing.assert_array_equal(same["probabilities"], found["probabilities"])
 
 
+def test_a_diverged_model_is_one_line(runs, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        classify, "head_probabilities", lambda *_, **options: torch.full((len(options["streams"]), 10), torch.nan)
+    )
+    with pytest.raises(UserError, match=r"o.npz: 200 probabilities are not finite"):
+        script("image_classify").main(
+            words(model_path=runs["U"], data_dir=digits, out=tmp_path / "o.npz", device="cpu")
+        )
+
+
 def test_separate_classifiers(runs, digits, tmp_path):
     """By noised images, and by clean ones where it was trained on these."""
     x_start = from_uint8(load_images(open_source(digits), 8).images)
@@ -255,7 +271,7 @@ BAD = [
     ({"model_path": "X"}, r"form X is told the label, so it can't classify; train with --mt_variant U or any"),
     ({"model_path": "masked"}, r"was trained with --mt_task masked, so it has no label head; train with label"),
     ({"model_path": "untrained"}, r"was trained with --mt_loss_weight label=0, so its label head learned nothing"),
-    ({"model_path": "noisy"}, r"classifier's run.*--classifier_path|unknown key|--mt_task none"),
+    ({"model_path": "noisy"}, r"holds a classifier, not a diffusion model; --classifier_path takes it"),
     ({"model_path": "U", "classifier_path": "noisy"}, r"--model_path and --classifier_path are both given"),
     ({"classifier_path": "U"}, r"without a classifier inside"),
     ({}, r"--model_path is missing"),
@@ -272,15 +288,11 @@ BAD = [
 def test_bad_input(values, expected, runs, tmp_path):
     paths = {key: runs[value] for key, value in values.items() if key.endswith("_path")}
     settings = {"data_dir": "builtin:digits-test", "out": tmp_path / "o.npz", **values, **paths}
-    import re
-
     assert re.search(expected, complaint(**settings))
 
 
 def test_more_classes_than_the_network_has(tmp_path, runs):
     """A foreign file has no class names: the ids of the data are its own."""
-    from safetensors.torch import load_file
-
     file = tmp_path / "classifier.pt"
     torch.save(load_file(str(step_folder(runs["noisy"], STEP) / "model.safetensors")), file)
     data = tmp_path / "data.npz"

@@ -54,22 +54,10 @@ def test_the_new_modality_is_under_60_lines():
 def test_the_new_modality_trains_resumes_and_samples(variant, mean_colour, tmp_path):
     run, out = tmp_path / "run", tmp_path / "s.npz"
     settings = {**MODEL, **PROCESS, **TRAINING, "mt_task": "masked,colour", "mt_variant": variant, "log_dir": run}
-    previews = {"sample_interval": 2} if variant == "any" else {}
+    settings |= {"predict_xstart": True, "lr": 0.005, "ema_rate": 0, "colour_gain": 1.5}
+    settings |= {"sample_interval": 2} if variant == "any" else {}
     for steps in (2, 3):  # the second time it resumes
-        mean_colour(
-            [
-                "train",
-                *words(
-                    **settings,
-                    **previews,
-                    total_steps=steps,
-                    colour_gain=1.5,
-                    lr=0.005,
-                    ema_rate=0,
-                    predict_xstart=True,
-                ),
-            ]
-        )
+        mean_colour(["train", *words(**settings, total_steps=steps)])
     assert [row["step"] for row in progress(run)] == ["1", "2", "3"] and step_folder(run, 2).exists()
     assert all(np.isfinite(float(row["colour"])) for row in progress(run))
     assert "colour_gain: 1.5" in (run / "config.yaml").read_text()

@@ -17,12 +17,13 @@ from test_samplers import SOUND_WEIGHTS, finite_sample_error
 from guided_mt.aggregation import WEIGHTS
 from guided_mt.gaussian_diffusion import ModelOutput
 from guided_mt.guidance import classifier_guidance
+from guided_mt.modalities import ImageModality
 from guided_mt.random import SampleStreams
 from guided_mt.respacing import create_gaussian_diffusion, frame_timesteps, respace, space_timesteps
 from guided_mt.samplers import SAMPLERS, sample
 
 SHAPE = (3, 2, 2)
-N = 3000
+N = 2400
 PROBABILITIES = (0.5, 0.3, 0.2)
 APART = LabelledMixture.make(SHAPE, PROBABILITIES, seed=0, apart=2.5)  # an image shows its class
 OVERLAPPING = LabelledMixture.make(SHAPE, PROBABILITIES, seed=0, apart=0.4)  # it does not
@@ -69,19 +70,21 @@ def assert_classes(data, z_0, labels, of_mean: float = 0.0, of_cov: float = 0.0)
 @pytest.mark.parametrize("weights", SOUND_WEIGHTS)
 def test_label_unknown(weights, sampler):
     """Image and label drawn together: class frequencies, the law of the image in each class, and the label tells the class that
-    the image shows. With `paper` the deterministic rules lose the spread of E(y) in the step from t = 999 to 998, see below."""
-    steps = frame_timesteps(full_process(weights).aggregation, 1000, 80)
-    drawn = draw(APART, weights, sampler=sampler, steps=steps)
+    the image shows. `paper` loses some of the spread of E(y) in its last step, see below."""
+    frame = frame_timesteps(full_process(weights).aggregation, 1000, 80)
+    drawn = draw(APART, weights, sampler=sampler, steps=frame if sampler in DETERMINISTIC else 100)
     p = drawn.modalities["label"]
     torch.testing.assert_close(p.sum(1), torch.ones(N, dtype=p.dtype))
     reported, shown = p.argmax(1), APART.nearest(drawn.x_start)
     assert (reported == shown).float().mean() > 0.999
-    loses = weights == "paper" and sampler in DETERMINISTIC
-    assert_frequencies(shown, allowed=0.03 if loses else 0.0)
+    loses = (
+        weights == "paper" and sampler in DETERMINISTIC
+    )  # ancestral steps forget it, but for 0.02 of the frequencies
+    assert_frequencies(shown, allowed=0.03 if weights == "paper" else 0.0)
     assert_classes(APART, drawn.x_start, reported, of_mean=0.06 if loses else 0.0, of_cov=0.05 if loses else 0.006)
 
 
-@pytest.mark.parametrize("sampler", DETERMINISTIC)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_paper_weights_lose_is_their_last_step(sampler):
     """beta_999 = 0.999 takes alpha-tilde from 0.64 to 0.05 in one step, the largest there is: with more steps the error stays.
     From t = 998 on, starting with labels drawn as often as they are, nothing is lost."""
@@ -91,7 +94,8 @@ def test_what_paper_weights_lose_is_their_last_step(sampler):
     label = APART.modality()
     ends = torch.tensor(PROBABILITIES).cumsum(0)[:2]
     label.prior = lambda shape, streams: F.one_hot((streams.uniform()[:, None] >= ends).sum(1), 3).float()
-    steps = [*frame_timesteps(full.aggregation, 1000, 60)[:-1], 998]
+    frame = frame_timesteps(full.aggregation, 1000, 80)
+    steps = [*(frame if sampler in DETERMINISTIC else space_timesteps(1000, "100"))[:-1], 998]
     drawn = draw(APART, "paper", sampler=sampler, steps=steps, modality=label)
     reported = drawn.modalities["label"].argmax(1)
     assert_frequencies(reported)
@@ -115,6 +119,36 @@ def test_an_uncertain_label_is_reported_as_such():
     flat = drawn.x_start.flatten(1).double()
     assert float(((flat.mean(0) - mean) ** 2).sum()) < 4 * float(cov.trace()) / N
     assert frechet(np.cov(flat.T.numpy()), cov.numpy()) < 0.006 + 2 * finite_sample_error(cov.numpy(), N)
+
+
+def test_label_unknown_and_another_modality_given():
+    """Form any: x = z_0 + noise is given to the network and leaves the frame, the label stands in it; image and label follow
+    their law given x."""
+    noise, x = 0.2, OVERLAPPING.means[1] + 0.1
+    eye = noise * torch.eye(12, dtype=torch.float64)
+    gain = OVERLAPPING.covs @ torch.linalg.inv(OVERLAPPING.covs + eye)
+    means = OVERLAPPING.means + torch.einsum("kde,ke->kd", gain, x - OVERLAPPING.means)
+    log_p = torch.distributions.MultivariateNormal(OVERLAPPING.means, OVERLAPPING.covs + eye).log_prob(x)
+    p = (OVERLAPPING.probabilities * log_p.exp()) / (OVERLAPPING.probabilities * log_p.exp()).sum()
+    given_x = LabelledMixture(p, means, OVERLAPPING.covs - gain @ OVERLAPPING.covs, OVERLAPPING.table)
+    names = {"label": "bridge", "x": "paper"}
+    full = create_gaussian_diffusion(noise_schedule="cosine", sigma_small=True, mt_weights=names)
+    network, x = given_x.network(full), x.view(1, *SHAPE).expand(N, *SHAPE)
+
+    def model(z_t, t, modalities):
+        assert list(modalities) == ["x"] and modalities["x"] is x
+        return network(z_t, t, {})
+
+    modalities = {"label": OVERLAPPING.modality(), "x": ImageModality("x")}
+    options = {"known": {"x": x}, "conditioning": "network", "seeds": range(N), "clip_denoised": False}
+    process = respace(full, space_timesteps(1000, "100"))
+    drawn = sample(model, process, modalities, (N, *SHAPE), **options)
+    mean = (p[:, None] * means).sum(0)
+    flat = drawn.x_start.flatten(1).double()
+    assert float(((flat.mean(0) - mean) ** 2).sum()) < 4 * float(flat.var(0).sum()) / N
+    reported = drawn.modalities["label"]
+    assert ((reported.mean(0) - p).abs() < 4 * reported.std(0) / N**0.5).all()
+    assert p.max() < 0.9 and (p - OVERLAPPING.probabilities).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- label known

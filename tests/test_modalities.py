@@ -98,7 +98,7 @@ def test_any_subset_can_be_given(tasks, variant, runs, picture, vectors, tmp_pat
         if "label" in subset:
             assert (found["arr_1"] == 3).all()
         else:
-            assert 0 <= found["arr_1"].min() and found["arr_1"].max() < 10
+            assert set(found["arr_1"]) <= set(range(10))
         if "label_probabilities" in found:
             np.testing.assert_allclose(found["label_probabilities"].sum(1), 1, rtol=1e-5)
             np.testing.assert_array_equal(found["label_probabilities"].argmax(1), found["arr_1"])
@@ -135,14 +135,16 @@ def test_labels_by_name_and_from_files(folder, tmp_path):
         (data / name).mkdir(parents=True)
         for i in range(3):
             Image.fromarray(np.full((8, 8, 3), 80 * number + i, np.uint8)).save(data / name / f"{i}.png")
-    run = trained(tmp_path / "run", folder, "label", 1, data_dir=data, num_classes=3, data_workers=0)
+    run = trained(tmp_path / "run", folder, "label", 1, mt_variant="X", data_dir=data, num_classes=3)
     assert (draw(run, tmp_path / "s.npz", "--given", "label=cow")["arr_1"] == 2).all()
     assert (draw(run, tmp_path / "s.npz", "--given", "label=1")["arr_1"] == 1).all()
-    earlier = draw(run, tmp_path / "earlier.npz")["arr_1"]
-    assert len(set(earlier)) > 1
-    again = draw(run, tmp_path / "s.npz", "--given", f"label={tmp_path / 'earlier.npz'}")
+    earlier = draw(run, tmp_path / "earlier.npz", num_samples=16)["arr_1"]
+    assert set(earlier) == {0, 1, 2}
+    again = draw(run, tmp_path / "s.npz", "--given", f"label={tmp_path / 'earlier.npz'}", num_samples=16)
     np.testing.assert_array_equal(again["arr_1"], earlier)
     np.testing.assert_array_equal(again["arr_0"], arrays(tmp_path / "earlier.npz")["arr_0"])  # X had drawn these labels
+    sample.main([*words(model_path=run, out=tmp_path / "s.npz", num_samples=2, steps=2), "--class", "bee"])
+    assert arrays(tmp_path / "s.npz")["arr_1"].tolist() == [1, 1]
     for key in ("labels", "label"):
         np.savez(tmp_path / "ids.npz", **{key: np.array([2, 0, 1, 1], np.int32)})
         assert draw(run, tmp_path / "s.npz", "--given", f"label={tmp_path / 'ids.npz'}")["arr_1"].tolist() == [
@@ -151,6 +153,18 @@ def test_labels_by_name_and_from_files(folder, tmp_path):
             1,
             1,
         ]
+
+
+@pytest.mark.parametrize("variant", ["X", "U"])
+def test_only_classes_that_the_images_had_are_drawn(variant, folder, tmp_path):
+    """--num_classes may be larger than what the data has, as with ADM's default of 1000; the rest was never trained."""
+    run = trained(tmp_path / "run", folder, "label", 1, mt_variant=variant, num_classes=1000)
+    generator = load(run)
+    streams = SampleStreams(torch.arange(64))
+    assert generator.modalities["label"].default(streams).max() < 10
+    assert generator.modalities["label"].prior((3, 8, 8), streams)[:, 10:].sum() == 0
+    if variant == "X":
+        assert draw(run, tmp_path / "s.npz", num_samples=32, steps=1)["arr_1"].max() < 10
 
 
 def test_masked_images_from_every_kind_of_file(runs, picture, tmp_path):
@@ -167,7 +181,7 @@ def test_masked_images_from_every_kind_of_file(runs, picture, tmp_path):
         np.testing.assert_array_equal(found["masked"], pixels, err_msg=name)
     Image.fromarray(np.asarray(Image.open(picture)).repeat(3, 0).repeat(3, 1)).save(tmp_path / "large, with comma.png")
     large = draw(run, tmp_path / "s.npz", "--given", f"masked={tmp_path / 'large, with comma.png'},label=3")["masked"]
-    assert (large[:, :4] == 255).all() and (large[:, 4:] == 127).all()
+    assert (large[:, :3] > 240).all() and (abs(large[:, 5:].astype(int) - 127) < 15).all()
 
     out = tmp_path / "restored.npz"
     restore.main(words(model_path=run, out=out, data_dir="builtin:digits-test", num_samples=COUNT, steps=2))
@@ -176,11 +190,14 @@ def test_masked_images_from_every_kind_of_file(runs, picture, tmp_path):
 
 
 def test_label_draw_follows_the_probabilities(runs, tmp_path):
-    found = draw(runs[f"{TWO} U"], tmp_path / "s.npz", "--label_draw", "True", num_samples=400, steps=1)
+    number = 200
+    found = draw(
+        runs[f"{TWO} U"], tmp_path / "s.npz", "--label_draw", "True", num_samples=number, steps=1, batch_size=number
+    )
     drawn, probabilities = found["label_draw"], found["label_probabilities"]
     assert drawn.dtype == np.int64 and drawn.min() >= 0 and drawn.max() < 10
-    expected, spread = probabilities.mean(0), np.sqrt((probabilities * (1 - probabilities)).sum(0)) / 400
-    assert (np.abs(np.bincount(drawn, minlength=10) / 400 - expected) < 4 * spread + 1e-9).all()
+    expected, spread = probabilities.mean(0), np.sqrt((probabilities * (1 - probabilities)).sum(0)) / number
+    assert (np.abs(np.bincount(drawn, minlength=10) / number - expected) < 4 * spread + 1e-9).all()
     given = draw(runs[f"{TWO} U"], tmp_path / "g.npz", "--label_draw", "True", "--given", "label=3")
     assert "label_draw" not in given  # nothing to draw
 
@@ -198,8 +215,9 @@ def test_guidance_strengthens_what_is_given(variant, runs, tmp_path):
         for scale in (0, 1, 2, 4)
     }
     np.testing.assert_array_equal(images[1], draw(run, tmp_path / "off.npz", *words_given)["arr_0"])
-    other = draw(run, tmp_path / "other.npz", "--given", "label=8", guidance_scale=0)["arr_0"]
-    np.testing.assert_array_equal(images[0], other)
+    if variant == "X":  # in form any, what is unknown depends on what is given, and stands in the frame
+        other = draw(run, tmp_path / "other.npz", "--given", "label=8", guidance_scale=0)["arr_0"]
+        np.testing.assert_array_equal(images[0], other)
     distance = [np.abs(images[scale] - images[0]).mean() for scale in (1, 2, 4)]
     assert 0 < distance[0] < distance[1] < distance[2]
     few = draw(run, tmp_path / "few.npz", *words_given, guidance_scale=4, batch_size=3)["arr_0"]
@@ -316,7 +334,9 @@ def test_a_joint_run_continues_as_a_generator(variant, runs, folder, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropping_every_modality_is_adms_training(variant, folder, tmp_path):
     """--mt_drop_prob 1: the losses of every step are those of --mt_task none."""
-    joint = trained(tmp_path / "joint", folder, TWO, 3, mt_variant=variant, mt_drop_prob=1, log_interval=1)
+    joint = trained(
+        tmp_path / "joint", folder, "label,representation", 3, mt_variant=variant, mt_drop_prob=1, log_interval=1
+    )
     alone = trained(tmp_path / "alone", folder, "none", 3, log_interval=1)
     assert column(joint, "mse") == column(alone, "mse") and column(joint, "vb") == column(alone, "vb")
 
@@ -359,7 +379,7 @@ def test_random_labels_know_nothing_of_the_image(folder, tmp_path):
     table = torch.zeros(10, 10).index_put_((classes, drawn), torch.ones(count), accumulate=True)
     assert (table - count / 100).abs().max() < 5 * (count / 100) ** 0.5
     np.savez(tmp_path / "plain.npz", arr_0=np.zeros((8, 8, 8, 3), np.uint8))
-    run = trained(tmp_path / "plain", folder, "random-label", 1, data_dir=tmp_path / "plain.npz")
+    run = trained(tmp_path / "run", folder, "random-label", 1, data_dir=tmp_path / "plain.npz")
     assert np.isfinite(column(run, "random-label")[0])
 
 

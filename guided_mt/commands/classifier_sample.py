@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import distributed
 from ..checkpoint import differing_keys, find_weights, read_classes
+from ..classes import choose_classes
 from ..config import ClassifierConfig, Config, DiffusionConfig, SampleConfig, option, parse
 from ..errors import UserError
 from ..generate import Generator, output_path, parse_seeds
@@ -18,7 +19,6 @@ from ..images import make_grid, save_png, to_nhwc
 from ..noisy_classifier import find_classifier, load_classifier
 from ..samplers import sample
 from ..sharded import run_sharded
-from .classes import choose_classes
 from .console import announce, rename_flag, run, with_saved_config
 
 GRID = 64

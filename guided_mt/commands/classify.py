@@ -49,7 +49,7 @@ class ClassifyConfig:
     )
     draws: int = option(4, "noise draws at each timestep", least=1)
     seed: int = option(0, "seed of the noise", least=0, most=2**32 - 1)
-    out: str = option("", "the .npz to write. Empty: classified_STEP.npz inside the run folder")
+    out: str = option("", "the .npz to write. Empty: classified_STEP.npz in the run folder, or classifier_STEP.npz")
     batch_size: int = option(64, "images per forward pass", least=1)
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
     dry_run: bool = option(False, "print the resolved configuration, then stop")
@@ -61,7 +61,7 @@ class Network(NamedTuple):
     config: Config
     weights: Path
     classes: list[str] | None  # names by id, where they are known
-    timesteps: list[int]
+    reads: str  # what it is shown of each image
     load: Callable[[torch.device], Callable[..., Tensor]]
 
 
@@ -78,10 +78,10 @@ def main(argv: Sequence[str]) -> Classified | None:
     config, weights = network.config, network.weights
     processes = distributed.setup(config.device)
     step = checkpoint_step(weights.parent) if re.fullmatch(r"step_\d+", weights.parent.name) else None
-    name = "classified.npz" if step is None else f"classified_{step:08d}.npz"
+    stem = "classifier" if config.classifier_path else "classified"
+    name = f"{stem}.npz" if step is None else f"{stem}_{step:08d}.npz"
     out = Path(config.out) if config.out else samples_folder(weights) / name
-    passes = f"timesteps {', '.join(map(str, network.timesteps))}, {config.draws} draws each"
-    if announce(config, processes, f"weights {weights}", passes, f"writing {out}"):
+    if announce(config, processes, f"weights {weights}", network.reads, f"writing {out}"):
         return None
     if not config.data_dir:
         raise UserError("--data_dir is missing: the images to classify")
@@ -122,7 +122,7 @@ def open_head(argv: Sequence[str]) -> Network:
         options = {"timesteps": timesteps, "draws": config.draws}
         return partial(head_probabilities, generator.model, build_diffusion(config), generator.modalities, **options)
 
-    return Network(config, weights, read_classes(weights.parent), timesteps, load)
+    return Network(config, weights, read_classes(weights.parent), noisy(timesteps, config.draws), load)
 
 
 def check_head(config: Config, weights: Path) -> None:
@@ -166,7 +166,12 @@ def open_classifier(argv: Sequence[str]) -> Network:
         options = {"timesteps": timesteps, "draws": config.draws if noised else 0}
         return partial(classifier_probabilities, classifier, build_process(found), **options)
 
-    return Network(config, weights, read_classes(weights.parent), timesteps, load)
+    reads = noisy(timesteps, config.draws) if noised else "clean images, as in its training"
+    return Network(config, weights, read_classes(weights.parent), reads, load)
+
+
+def noisy(timesteps: Sequence[int], draws: int) -> str:
+    return f"timesteps {', '.join(map(str, timesteps))}, {draws} draws each"
 
 
 # ---------------------------------------------------------------- the images

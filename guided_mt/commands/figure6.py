@@ -20,12 +20,12 @@ import torch
 
 from ..checkpoint import checkpoint_step, checkpoints, differing_keys, read_classes, read_config
 from ..classification import noised_probabilities
-from ..classifier_loop import VALIDATION
+from ..classifier_loop import VALIDATION, classifier_run_sections
 from ..config import Config, option, parse
 from ..data import load_images, open_source
 from ..data.subset import spread
 from ..distributed import choose_device
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..gaussian_diffusion import GaussianDiffusion
 from ..images import from_uint8, save_npz
 from ..noisy_classifier import build_classifier, build_process, find_classifier, load_classifier
@@ -99,6 +99,14 @@ def read_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
             raise UserError(f"--{flag} is missing: {Figure6Config.__dataclass_fields__[flag].metadata['help']}")
     if clash := split_flags(passed_on, SET_HERE)[0]:
         raise UserError(f"{clash[0].partition('=')[0]} is set by figure6.py, from its --out, --seeds and --iterations")
+    theirs = [field.name for section in classifier_run_sections() for field in fields(section)]
+    unknown = [word for word in split_flags(passed_on, theirs)[1] if word.startswith("--")]
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        known = [*theirs, *(field.name for field in fields(Figure6Config))]
+        raise UserError(
+            f"unknown flag {name}{nearest(name[2:], known)}; --help and classifier_train.py --help list all"
+        )
     return config, passed_on
 
 

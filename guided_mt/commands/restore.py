@@ -58,9 +58,9 @@ def main(argv: Sequence[str]) -> None:
     if not 0 < config.strength <= 1:
         raise UserError(f"--strength must be above 0 and at most 1, not {config.strength}")
     generator = Generator.load(config, processes.device)
-    loaded = load_images(
-        open_source(config.data_dir, class_names=generator.known_classes), config.image_size, config.num_samples
-    )
+    classes = generator.classes if config.class_cond else None  # of other models, no label is read
+    source = open_source(config.data_dir, class_names=classes)
+    loaded = load_images(source, config.image_size, config.num_samples)
     count = len(loaded.images)
     if config.class_cond and loaded.labels is None:
         raise UserError(f"{config.data_dir}: has no classes, which this class-conditional model needs")

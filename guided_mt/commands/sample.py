@@ -11,6 +11,7 @@ import torch
 
 from .. import distributed
 from ..checkpoint import find_weights
+from ..classes import choose_classes
 from ..config import Config, SampleConfig, option
 from ..errors import UserError, nearest
 from ..generate import Generator, output_path, parse_seeds
@@ -88,6 +89,8 @@ def join_given(argv: Sequence[str]) -> list[str]:
             parts.append(word.partition("=")[2])
         else:
             rest.append(word)
+    if "" in parts:
+        raise UserError("--given: write NAME=VALUE, as in --given label=3")
     return [*rest, "--given", ",".join(parts)] if parts else rest
 
 
@@ -95,6 +98,8 @@ def read_given(config: Config, generator: Generator) -> dict[str, torch.Tensor]:
     """{modality: x [1 or N, ...]} of `--given`. Raises UserError for an unknown modality, and values that don't fit."""
     given: dict[str, torch.Tensor] = {}
     words = config[GenerateConfig].given  # config.given are the flags that were typed
+    if config.class_name and "label" in generator.modalities:
+        words = ",".join(filter(None, [words, f"label={config.class_name}"]))
     for part in re.split(r",(?=[\w-]+=)", words) if words else []:
         name, equals, text = part.partition("=")
         if name not in generator.modalities:
@@ -117,21 +122,11 @@ def read_given(config: Config, generator: Generator) -> dict[str, torch.Tensor]:
 def choose_labels(config: Config, generator: Generator, seeds: Sequence[int]) -> torch.Tensor | None:
     """Class ids [B] for a class-conditional model: the chosen one, or each sample's own draw among the known classes."""
     if not config.class_cond:
-        if config.class_name:
-            raise UserError("--class needs a class-conditional model (--class_cond True)")
+        if config.class_name and "label" not in generator.modalities:
+            raise UserError("--class needs a class-conditional model (--class_cond True), or one with --mt_task label")
         return None
     names = generator.classes or [str(i) for i in range(config.num_classes)]
-    if not config.class_name:
-        return SampleStreams(torch.as_tensor(seeds), index=2, device=generator.device).integers(len(names))
-    if config.class_name in names:
-        chosen = names.index(config.class_name)
-    elif config.class_name.isdigit() and int(config.class_name) < len(names):
-        chosen = int(config.class_name)
-    else:
-        raise UserError(
-            f"--class '{config.class_name}': this model has {len(names)} classes, {', '.join(names[:10])} ..."
-        )
-    return torch.full((len(seeds),), chosen, device=generator.device)
+    return choose_classes(names, config.class_name, seeds, generator.device)
 
 
 def console() -> None:

@@ -112,5 +112,7 @@ def _check_labels(
     if class_names is None:
         return labels, [str(i).zfill(len(str(largest))) for i in range(largest + 1)]
     if largest >= len(class_names):
-        raise UserError(f"{file}: class id {largest} in arr_1, but there are {len(class_names)} saved classes")
+        raise UserError(
+            f"{file}: class id {largest} in arr_1, but there are {len(class_names)} saved classes; leave it out of the data"
+        )
     return labels, list(class_names)

@@ -34,6 +34,10 @@ class ImageSource:
         """The file's path within the source, with "/" between the parts."""
         raise NotImplementedError
 
+    def without_class(self) -> str:
+        """Where `labels` is None: what has no class, in words."""
+        return "it"
+
 
 class ArraySource(ImageSource):
     """Images that are one uint8 array [N, H, W, 3] (or [N, H, W, 1], grey), and maybe ids [N]."""
@@ -76,6 +80,12 @@ class FileSource(ImageSource):
 
     def name(self, index: int) -> str:
         return self.names[index]
+
+    def without_class(self) -> str:
+        in_folders = any("/" in name for name in self.names)
+        return next(
+            name for name in self.names if ("/" not in name if in_folders else not all(name.partition("_")[:2]))
+        )
 
 
 class ProcessFile:

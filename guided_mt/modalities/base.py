@@ -46,6 +46,7 @@ class Modality:
     image_channels = 0  # channels of an x that enters the network as an image; 0: it enters as tokens
     tracks_variance = False  # whether the head's squared error is the variance that `log_prob` needs
     has_log_prob = True  # whether `log_prob` can be asked now
+    has_spread = False  # whether there is an `encoding_spread`
 
     def __init__(self, name: str):
         self.name = name
@@ -65,6 +66,9 @@ class Modality:
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         """A first value [B, ...] of an unknown x, for z_0 of `shape` (C, H, W)."""
         raise NotImplementedError
+
+    def use_classes(self, names: Sequence[str]) -> None:
+        """Called before sampling with the class names of the training images, where they had some."""
 
     def default(self, streams: SampleStreams) -> Tensor | None:
         """The x [B, ...] that form X is given where none is asked for; None: it is given nothing."""
@@ -105,6 +109,10 @@ class Modality:
 
     def before_step(self, step: int, processes: Processes) -> None:
         """Called before each training step, on every process."""
+
+    def encoding_spread(self, device: torch.device) -> Tensor:
+        """Root mean square of what differs between the encodings of some values of x, 0-dim."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed training run has to find again beyond the network's weights."""

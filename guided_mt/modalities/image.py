@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..data import load_images, open_source
 from ..data.sources import IMAGE_SUFFIXES
 from ..data.transforms import center_crop_arr
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..images import from_uint8, to_nhwc
 from ..random import SampleStreams
 from .base import Gaussian, Images
@@ -96,20 +97,31 @@ def read_pictures(text: str, name: str, size: int) -> Tensor:
     """
     path = Path(text).expanduser()
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as file:
-            if name in file.files:
-                pictures = file[name]
-                if pictures.dtype != np.uint8 or pictures.shape[1:] != (size, size, 3):
-                    raise UserError(
-                        f"--given {name}={text}: its array '{name}' is {pictures.dtype} {list(pictures.shape)}; "
-                        f"this model wants uint8 [N, {size}, {size}, 3]"
-                    )
-                return from_uint8(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        pictures = _array_of(path, name, f"--given {name}={text}")
+        if pictures is not None:
+            if pictures.dtype != np.uint8 or pictures.shape[1:] != (size, size, 3) or not len(pictures):
+                raise UserError(
+                    f"--given {name}={text}: its array '{name}' is {pictures.dtype} {list(pictures.shape)}; "
+                    f"this model wants uint8 [N, {size}, {size}, 3]"
+                )
+            return from_uint8(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
         try:
             with Image.open(path) as picture:
                 pixels = center_crop_arr(picture, size)
         except (OSError, ValueError) as error:
-            raise UserError(f"--given {name}={text}: can't be read ({error})") from None
+            raise UserError(f"--given {name}={text}: can't be read ({reason(error)})") from None
         return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))[None]
-    return from_uint8(load_images(open_source(text), size).images)
+    try:
+        return from_uint8(load_images(open_source(text), size).images)
+    except UserError as error:  # which begins with the path
+        raise UserError(f"--given {name}={error}") from None
+
+
+def _array_of(path: Path, name: str, where: str) -> np.ndarray | None:
+    """The array `name` of an .npz, None where it has none. Raises UserError where it can't be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file[name] if name in file.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserError(f"{where}: can't be read as .npz ({reason(error)})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..classes import class_id
 from ..distributed import Processes
-from ..errors import UserError, nearest
+from ..errors import UserError, reason
 from ..random import SampleStreams
 from .base import Images, Modality
+from .tokens import rms
 
 _PASS = 64  # classes per forward pass while a table is filled: bounds the memory
 
@@ -26,9 +29,12 @@ class LabelModality(Modality):
     encodings, computed every K training steps (`--mt_encoder_refresh`).
     """
 
+    has_spread = True
+
     def __init__(self, num_classes: int, refresh: int = 1, name: str = "label"):
         super().__init__(name)
         self.num_classes, self.refresh = num_classes, refresh
+        self.used = num_classes  # the first so many occur in the images; the rest was never trained
         self.table: Tensor | None = None  # [K, C, H, W]
 
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
@@ -38,10 +44,13 @@ class LabelModality(Modality):
 
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         """One class each, uniformly drawn: z_T then has the law it has in training, where classes are about alike often."""
-        return F.one_hot(streams.integers(self.num_classes), self.num_classes).float()
+        return F.one_hot(streams.integers(self.used), self.num_classes).float()
 
     def default(self, streams: SampleStreams) -> Tensor:
-        return streams.integers(self.num_classes)
+        return streams.integers(self.used)
+
+    def use_classes(self, names: Sequence[str]) -> None:
+        self.used = min(len(names), self.num_classes)
 
     def encode(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
@@ -59,6 +68,12 @@ class LabelModality(Modality):
 
     def _encode_ids(self, ids: Tensor) -> Tensor:
         return torch.cat([super(LabelModality, self).encode(part) for part in ids.split(_PASS)])
+
+    @torch.no_grad()
+    def encoding_spread(self, device: torch.device) -> Tensor:
+        """Over the first 16 classes."""
+        encodings = self.encode(torch.arange(min(16, self.num_classes), device=device))
+        return rms(encodings - encodings.mean(dim=0)).square().mean().sqrt()
 
     def before_step(self, step: int, processes: Processes) -> None:
         """Every `refresh` steps, each process encodes its share of the classes."""
@@ -89,22 +104,15 @@ class LabelModality(Modality):
         names = list(classes) if classes else [str(i) for i in range(self.num_classes)]
         if text.endswith(".npz"):
             return self._read_file(Path(text), len(names))
-        if text in names:
-            return torch.tensor([names.index(text)])
-        if text.isdigit() and int(text) < len(names):
-            return torch.tensor([int(text)])
-        known = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-        raise UserError(
-            f"--given {self.name}={text}: no such class{nearest(text, names)}; this model has {len(names)}: {known}"
-        )
+        return torch.tensor([class_id(text, names, f"--given {self.name}={text}")])
 
     def _read_file(self, path: Path, count: int) -> Tensor:
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = next((file[key] for key in ("arr_1", "labels", "label") if key in file.files), None)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--given {self.name}={path}: can't be read ({error})") from None
-        if found is None or found.ndim != 1 or found.dtype.kind not in "iu":
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+            raise UserError(f"--given {self.name}={path}: can't be read as .npz ({reason(error)})") from None
+        if found is None or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
             raise UserError(f"--given {self.name}={path}: needs class ids [N] as array arr_1 or labels")
         if found.min() < 0 or found.max() >= count:
             raise UserError(
@@ -124,6 +132,9 @@ class RandomLabel(LabelModality):
 
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         return streams.integers(self.num_classes)
+
+    def use_classes(self, names: Sequence[str]) -> None:
+        """Its classes are none of the images'."""
 
     def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
         named = super().arrays(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSource
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..random import SampleStreams
 from .base import Gaussian, Images
 
@@ -34,7 +35,7 @@ class VectorModality(Gaussian):
 
     def prepare(self, images: ImageSource) -> None:
         """Read the vectors. Raises UserError where their number is not that of the images."""
-        self.vectors = read_vectors(Path(self.file), self.name, self.size)
+        self.vectors = read_vectors(self.file, self.name, self.size, f"--{self.name}_file {self.file}")
         if len(self.vectors) != len(images):
             raise UserError(
                 f"--{self.name}_file {self.file}: has {len(self.vectors)} vectors for the {len(images)} images of {images.path}"
@@ -54,12 +55,16 @@ class VectorModality(Gaussian):
         return torch.zeros(len(streams), self.size, device=streams.device)
 
     def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
-        return torch.from_numpy(np.array(read_vectors(Path(text), self.name, self.size), dtype=np.float32))
+        vectors = read_vectors(text, self.name, self.size, f"--given {self.name}={text}")
+        return torch.from_numpy(np.array(vectors, dtype=np.float32))
 
 
-def read_vectors(path: Path, name: str, size: int | None) -> np.ndarray:
-    """Finite floats [N, D] of an .npz's array `name`, or arr_0, or of a .npy. Raises UserError for another shape or width."""
-    where = f"{name}: {path}"
+def read_vectors(file: str, name: str, size: int | None, where: str) -> np.ndarray:
+    """Finite floats [N, D] of an .npz's array `name`, or arr_0, or of a .npy. where: the flag and its value, for messages.
+
+    Raises UserError for another shape or width.
+    """
+    path = Path(file).expanduser()
     try:
         content = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
         if isinstance(content, np.ndarray):
@@ -72,9 +77,11 @@ def read_vectors(path: Path, name: str, size: int | None) -> np.ndarray:
                         f"{where}: has neither an array '{name}' nor arr_0 (it has {', '.join(content.files)})"
                     )
                 found = content[key]
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{where}: can't be read as .npz or .npy ({error})") from None
-    if found.ndim != 2 or found.dtype.kind != "f" or not len(found):
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where}: can't be read as .npz or .npy ({reason(error)})") from None
+    if found.ndim != 2 or found.dtype.kind != "f" or not found.size:
         raise UserError(f"{where}: vectors must be floats [N, D], not {found.dtype} {list(found.shape)}")
     if size is not None and found.shape[1] != size:
         raise UserError(f"{where}: has vectors of {found.shape[1]} numbers, this model takes {size}")
