@@ -33,6 +33,7 @@ class Generator:
     model: MTModel
     modalities: dict[str, Modality]
     classes: list[str] | None
+    warned: bool = False
 
     def __post_init__(self) -> None:
         for modality in self.modalities.values():
@@ -94,6 +95,10 @@ class Generator:
             streams = SampleStreams(torch.as_tensor(seeds), index=2, device=self.device)
             defaults = {name: modality.default(streams) for name, modality in modalities.items() if name not in known}
             known |= {name: x for name, x in defaults.items() if x is not None}
+            untold = [name for name in modalities if name not in known and name in self.model.context_in]
+            if untold and self.config.mt_drop_prob == 0 and not self.warned:
+                self.warned = True
+                log.warning("this form-X model was always given %s in training (no --mt_drop_prob)", ", ".join(untold))
             modalities = {name: modality for name, modality in modalities.items() if name in known}
         for name in known:
             if not self.gives and settings.mt_condition == "own-head" and not self.modalities[name].has_log_prob:

@@ -92,10 +92,8 @@ class TrainLoop(Loop):
 
     def fixed_settings(self) -> dict[str, Any]:
         free = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
-        free += (
-            "mt_conflict_interval",
-            "representation_file",
-        )  # measured only; a file may have moved, as the images may
+        # What is only measured may change, and a file may have moved, as the images may.
+        free += ("mt_conflict_interval", "representation_file")
         return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
 
     def saved_settings(self, weights: Path) -> dict[str, Any]:

@@ -261,9 +261,9 @@ def files(tmp_path_factory) -> Path:
 
 
 GIVEN = [
-    ("masked,label", "label=99", r"--given label=99: no such class; this model has 10 classes: 0, 1"),
+    ("masked,label", "label=99", r"--given label=99: no such class; this model has 10 classes"),
     ("masked,label", "label=-1", r"--given label=-1: no such class; this model has 10 classes"),
-    ("masked,label", "label=zebra", r"--given label=zebra: no such class; this model has 10 classes: 0, 1, 2"),
+    ("masked,label", "label=zebra", r"--given label=zebra: no such class; this model has 10 classes.*: 0, 1, 2"),
     ("masked,label", "label=", r"--given label=: write label=VALUE"),
     ("masked,label", "label", r"--given label: write label=VALUE"),
     ("masked,label", "", r"--given: write NAME=VALUE"),
@@ -314,7 +314,7 @@ def test_a_class_by_almost_its_name(animals, tmp_path):
     train.main(training(log_dir=tmp_path / "run", data_dir=animals, num_classes=3, global_batch_size=4))
     argv = words(model_path=tmp_path / "run", out=tmp_path / "s.npz", num_samples=2, steps=2)
     text = complaint(sample, [*argv, "--given", "label=cows"])
-    assert "no such class (did you mean cow?); this model has 3 classes: ant, bee, cow" in text
+    assert "no such class (did you mean cow?); this model has 3 classes" in text and text.endswith(": ant, bee, cow")
 
 
 SAMPLING = [

@@ -83,6 +83,9 @@ def test_the_pages_commands(mean_colour, tmp_path, capsys):
         argv = [word.replace("runs/colour", str(tmp_path / "run")) for word in shlex.split(argv)]
         mean_colour([*argv, *words(**tiny[argv[0]])])
     assert np.allclose(arrays(tmp_path / "s.npz")["colour"], -0.2)
+    scoring = {"model_path": tmp_path / "run", "data_dir": "builtin:digits-test", "num_samples": 2, "device": "cpu"}
+    mean_colour(["nll", *words(**scoring, out=tmp_path / "n.npz", timestep_respacing=2)])
+    assert np.isfinite(arrays(tmp_path / "n.npz")["L2_colour"]).all()
 
     with pytest.raises(SystemExit) as stopped:
         mean_colour(["sample", "--model_path", str(tmp_path / "run"), "--given", "colour=red"])

@@ -19,7 +19,7 @@ from ..images import make_grid, save_png, to_nhwc
 from ..noisy_classifier import find_classifier, load_classifier
 from ..samplers import sample
 from ..sharded import run_sharded
-from .console import announce, rename_flag, run, with_saved_config
+from .console import announce, rename_flag, run, split_flags, with_saved_config
 
 GRID = 64
 
@@ -93,19 +93,6 @@ def main(argv: Sequence[str]) -> None:
         print(f"{out}: {', '.join(f'{name} {array.dtype} {list(array.shape)}' for name, array in arrays.items())}")
         print(f"{out.with_suffix('.png')}: the first {min(GRID, len(arrays['arr_0']))}")
     processes.close()
-
-
-def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the words of the flags in `names` with their values, the others)."""
-    chosen, rest, words = [], [], iter(argv)
-    for word in words:
-        if word.partition("=")[0].removeprefix("--") not in names or not word.startswith("--"):
-            rest.append(word)
-        elif "=" in word:
-            chosen.append(word)
-        else:
-            chosen += [word, *([value] if (value := next(words, None)) is not None else [])]
-    return chosen, rest
 
 
 def check_pair(config: Config, guide: Config) -> None:

@@ -27,8 +27,7 @@ from ..noisy_classifier import build_process, classifier_sections, find_classifi
 from ..random import SampleStreams
 from ..sharded import content_hash, run_sharded
 from ..tasks import build_diffusion, loss_weights, task_names
-from .classifier_sample import split_flags
-from .console import announce, with_saved_config
+from .console import announce, split_flags, with_saved_config
 
 
 @dataclass

@@ -54,6 +54,19 @@ def rename_flag(argv: Sequence[str], other: str, flag: str) -> list[str]:
     return [flag + word.removeprefix(other) if word.startswith(f"{other}=") else word for word in words]
 
 
+def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the words of the flags in `names` with their values, the others)."""
+    chosen, rest, words = [], [], iter(argv)
+    for word in words:
+        if word.partition("=")[0].removeprefix("--") not in names or not word.startswith("--"):
+            rest.append(word)
+        elif "=" in word:
+            chosen.append(word)
+        else:
+            chosen += [word, *([value] if (value := next(words, None)) is not None else [])]
+    return chosen, rest
+
+
 def announce(config: Config, processes: Processes, *lines: str) -> bool:
     """Print the resolved configuration on the main process; True where `--dry_run` says to stop here."""
     if processes.is_main:

@@ -31,7 +31,7 @@ from ..images import from_uint8, save_npz
 from ..noisy_classifier import build_classifier, build_process, find_classifier, load_classifier
 from ..random import SampleStreams
 from . import classifier_train
-from .classifier_sample import split_flags
+from .console import split_flags
 
 SERIES = {"finetuned": "fine-tuned from the joint model", "scratch": "from scratch"}
 SET_HERE = ("log_dir", "resume_checkpoint", "seed", "save_interval", "keep_checkpoints", "total_steps")

@@ -19,7 +19,7 @@ from ..images import make_grid, save_png, to_nhwc
 from ..modalities import LabelModality
 from ..random import SampleStreams
 from ..sharded import content_hash, run_sharded
-from .console import announce, run, with_saved_config
+from .console import announce, rename_flag, run, with_saved_config
 
 GRID = 64
 
@@ -40,7 +40,7 @@ SECTIONS = (SampleConfig, GenerateConfig)
 
 
 def main(argv: Sequence[str]) -> None:
-    argv = ["--class_name" if word == "--class" else word.replace("--class=", "--class_name=", 1) for word in argv]
+    argv = rename_flag(argv, "--class", "--class_name")
     config = with_saved_config(join_given(argv), SECTIONS, __doc__)
     processes = distributed.setup(config.device)
     out = output_path(config, f"samples_{config.num_samples}x{config.image_size}x{config.image_size}x3.npz")
