@@ -102,12 +102,7 @@ class ClassifierLoop(Loop):
     # ------------------------------------------------------------ one step
 
     def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
-        streams = SampleStreams(self.seed, batch.positions[part], device=self.device)
-        x_start = from_uint8(batch.images[part])
-        flip = streams.uniform() < 0.5
-        if self.config.random_flip:
-            x_start = torch.where(flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
-        t, weights = self.schedule_sampler(streams.uniform())
+        streams, x_start, t, weights = self.draw(batch, part)
         if not self.config.noised:
             t, weights = torch.zeros_like(t), torch.ones_like(weights)
         scores = self._scores(self.network, x_start, batch.labels[part], t, streams)

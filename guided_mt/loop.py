@@ -23,8 +23,10 @@ from .data import Batch, ImageSource, ImageStream
 from .distributed import Processes
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
+from .images import from_uint8
 from .metrics import QUARTILES, Averages, Reporter
 from .optim import Ema, Optimizer, learning_rate
+from .random import SampleStreams
 from .resample import create_named_schedule_sampler
 
 MAX_SKIPPED_IN_ROW = 10
@@ -262,6 +264,16 @@ class Loop:
                 self.optimizer.scale(loss * ((part.stop - start) / count)).backward()
             records.append(record)
         return torch.cat(records)
+
+    def draw(self, batch: Batch, part: slice) -> tuple[SampleStreams, Tensor, Tensor, Tensor]:
+        """A part of the batch as trained on: the samples' random numbers, x_start [b, 3, H, W], mirrored by halves where asked for,
+        timesteps [b] and their importance weights [b]. The same at every call."""
+        streams = SampleStreams(self.seed, batch.positions[part], device=self.device)
+        x_start = from_uint8(batch.images[part])
+        flip = streams.uniform() < 0.5
+        if self.config.random_flip:
+            x_start = torch.where(flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
+        return streams, x_start, *self.schedule_sampler(streams.uniform())
 
     @torch.no_grad()
     def track(self, record: Tensor, norm: Tensor) -> None:

@@ -19,7 +19,7 @@ from .conflict import conflict_names, task_conflict
 from .data import Batch, ImageSource, load_images
 from .distributed import Processes
 from .generate import Generator
-from .images import from_uint8, make_grid, save_png, to_nhwc
+from .images import make_grid, save_png, to_nhwc
 from .loop import Loop
 from .loop import batch_sizes as batch_sizes
 from .modalities import Images, take_images
@@ -123,12 +123,7 @@ class TrainLoop(Loop):
 
     def task_losses(self, network: Callable, batch: Batch, part: slice) -> tuple[Losses, Tensor, Tensor]:
         """(losses, timesteps [b], importance weights [b]) of a part of the batch: the same draws at every call."""
-        streams = SampleStreams(self.seed, batch.positions[part], device=self.device)
-        x_start = from_uint8(batch.images[part])
-        flip = streams.uniform() < 0.5
-        if self.config.random_flip:
-            x_start = torch.where(flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
-        t, weights = self.schedule_sampler(streams.uniform())
+        streams, x_start, t, weights = self.draw(batch, part)
         noise = streams.normal(*x_start.shape[1:])
         labels = batch.labels[part] if batch.labels is not None else None
         losses = multi_task_losses(
