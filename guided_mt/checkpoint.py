@@ -148,9 +148,12 @@ def read_classes(checkpoint: Path) -> list[str] | None:
     """Class names by id, as they were in training; None without classes."""
     file = checkpoint / "classes.json"
     try:
-        return json.loads(file.read_text()) if file.exists() else None
+        names = json.loads(file.read_text()) if file.exists() else None
     except ValueError:
-        raise UserError(f"{file}: is damaged (not JSON)") from None
+        names = 0
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{file}: is damaged (not a JSON list of names); copy it again from the run")
+    return names
 
 
 # ---------------------------------------------------------------- reading

@@ -7,21 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .aggregation import Aggregation
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion, call_model
 from .modalities import Modality
 from .random import SampleStreams
 
-DEFAULT_TIMESTEPS = (0.0, 0.04, 0.08, 0.12)  # of T: little noise, and a frame that is still small
+DEFAULT_TIMESTEPS = (0.0, 0.04, 0.08, 0.12)  # of T: little noise
+SMALL_FRAME = 0.05  # a larger alpha-tilde would let the first guess of the label colour what the head sees
 
 
-def read_timesteps(text: str, num_timesteps: int) -> list[int]:
-    """'0,20,40' -> those, the largest first; '' -> DEFAULT_TIMESTEPS of num_timesteps. Raises UserError for others than 0..T-1."""
+def read_timesteps(text: str, num_timesteps: int, aggregation: Aggregation | None = None) -> list[int]:
+    """'0,20,40' -> those, the largest first; '' -> DEFAULT_TIMESTEPS of num_timesteps, or of the part of them up to which every
+    alpha-tilde of `aggregation` stays under SMALL_FRAME. Raises UserError for others than 0..T-1."""
     if not text.strip():
-        return sorted({int(share * num_timesteps) for share in DEFAULT_TIMESTEPS}, reverse=True)
+        small = num_timesteps
+        for coefficients in (aggregation.coefficients if aggregation else {}).values():
+            large = np.flatnonzero(np.abs(coefficients) > SMALL_FRAME)
+            last = max(DEFAULT_TIMESTEPS) * num_timesteps
+            small = min(small, int(num_timesteps * large[0] / last) if len(large) and large[0] < last else small)
+        return sorted({int(share * small) for share in DEFAULT_TIMESTEPS}, reverse=True)
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if not word.isdecimal() or int(word) >= num_timesteps:

@@ -55,7 +55,9 @@ class ModelConfig:
     channel_mult: str = option("", "width of each level as multiples of num_channels; empty: by image_size")
     dropout: float = option(0.0, "dropout rate in the residual blocks", least=0, most=1, free=True)
     class_cond: bool = option(False, "give the network the class of each image")
-    num_classes: int = option(1000, "size of the class embedding with class_cond True", least=1)
+    num_classes: int = option(
+        1000, "number of classes, for class_cond True; with --mt_task label that of the data unless given", least=1
+    )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", free=True)
     use_scale_shift_norm: bool = option(True, "FiLM-like conditioning in the residual blocks")
     resblock_updown: bool = option(False, "residual blocks for up- and downsampling")

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterable
+
+# What numpy and zipfile raise for a file that is no whole .npz or .npy (AttributeError: an .npy by the name of an .npz).
+NPZ_ERRORS = (OSError, ValueError, EOFError, AttributeError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 class UserError(ValueError):

@@ -95,6 +95,10 @@ class Generator:
             streams = SampleStreams(torch.as_tensor(seeds), index=2, device=self.device)
             defaults = {name: modality.default(streams) for name, modality in modalities.items() if name not in known}
             known |= {name: x for name, x in defaults.items() if x is not None}
+            drawn = [name for name, x in defaults.items() if x is not None]
+            if drawn and known.keys() - set(drawn) and not self.warned:
+                self.warned = True
+                log.warning("not given, so drawn at random for each sample: %s (form X is given all)", ", ".join(drawn))
             untold = [name for name in modalities if name not in known and name in self.model.context_in]
             if untold and self.config.mt_drop_prob == 0 and not self.warned:
                 self.warned = True
@@ -103,7 +107,7 @@ class Generator:
         for name in known:
             if not self.gives and settings.mt_condition == "own-head" and not self.modalities[name].has_log_prob:
                 raise UserError(
-                    f"this model's '{name}' head was never trained, so own-head conditioning has no variance for it; "
+                    f"this model's '{name}' head was never trained, so own-head conditioning has nothing to go by; "
                     "train it with this --mt_task, or use --mt_condition algorithm1"
                 )
         if settings.guidance_scale != 1:

@@ -21,9 +21,7 @@ def classifier_guidance(
         with torch.enable_grad():  # samplers run without
             y_t = y_t.detach().requires_grad_()
             log_p = torch.log_softmax(classifier(y_t, timesteps), dim=-1)
-            chosen = log_p.gather(
-                1, labels[:, None]
-            ).sum()  # samples don't see each other, so the sum's gradient is each one's
+            chosen = log_p.gather(1, labels[:, None]).sum()  # samples don't meet: the sum's gradient is each one's
             (gradient,) = torch.autograd.grad(chosen, y_t)
         return scale * gradient
 

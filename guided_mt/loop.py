@@ -74,7 +74,7 @@ class Loop:
             self.model.parameters(),
             weight_decay=config.weight_decay,
             grad_clip=config.grad_clip,
-            fp16=self.model.precision == "fp16",
+            fp16=any(getattr(part, "precision", "") == "fp16" for part in self.model.modules()),  # head E has its own
             scale_growth=config.fp16_scale_growth,
         )
         self.scalars = tuple(scalars)
@@ -252,8 +252,7 @@ class Loop:
     def forward_backward(self, batch: Batch) -> Tensor:
         """Gradients of the global mean loss; returns what `track` needs, [local batch, 1 + 2 K] (see `losses`)."""
         records = []
-        if self.dropout > 0:  # the only draw that is torch's own: tied to the step, so that resuming repeats it
-            torch.manual_seed((self.seed * 1_000_003 + self.step) * 4096 + self.processes.rank)
+        self.seed_dropout()
         count = len(batch.images)
         for start in range(0, count, self.microbatch):
             part = slice(start, min(start + self.microbatch, count))
@@ -264,6 +263,11 @@ class Loop:
                 self.optimizer.scale(loss * ((part.stop - start) / count)).backward()
             records.append(record)
         return torch.cat(records)
+
+    def seed_dropout(self) -> None:
+        """Dropout is the only draw that is torch's own: tied to the step, so that resuming repeats it."""
+        if self.dropout > 0:
+            torch.manual_seed((self.seed * 1_000_003 + self.step) * 4096 + self.processes.rank)
 
     def draw(self, batch: Batch, part: slice) -> tuple[SampleStreams, Tensor, Tensor, Tensor]:
         """A part of the batch as trained on: the samples' random numbers, x_start [b, 3, H, W], mirrored by halves where asked for,

@@ -61,8 +61,8 @@ class Averages:
         return {"sums": self.sums, "counts": self.counts, "scalars": dict(self.scalars)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self.counts.copy_(state["counts"])
+        for mine, saved in ((self.sums, state["sums"]), (self.counts, state["counts"])):
+            mine[:, : saved.shape[1]].copy_(saved)  # version 0.1 had fewer names, the first of these
         saved = state["scalars"] if "scalars" in state else {"grad_norm": state["norms"]}  # checkpoints of version 0.1
         for name, total in self.scalars.items():
             if name in saved:  # a scalar that the run did not have yet starts empty

@@ -129,22 +129,24 @@ class MTModel(UNetModel):
         return torch.cat(parts, dim=1)
 
     def _context(self, batch: int, x: Mapping[str, Tensor], given: Mapping[str, Tensor], pure: Any) -> Context | None:
-        """The tokens [B, L, width] of all modalities that have some, or None; a mask where some samples are `pure`."""
-        tokens = []
+        """The tokens [B, L, width] of all modalities that have some, or None; a mask where some are left out of some samples."""
+        tokens, shown, partly = [], [], pure is not None
         for name, module in self.context_in.items():
             null = self.null_token[name].expand(batch, -1, -1) if name in self.null_token else None
-            if name not in x:
-                part = null
-            elif name in given and null is not None:
-                part = torch.where(given[name].view(-1, 1, 1), module(x[name]), null)
-            else:
-                part = module(x[name])
-            if part is not None:
-                tokens.append(part)
+            part = module(x[name]) if name in x else null
+            if part is None:
+                continue
+            seen = part.new_ones(part.shape[:2], dtype=torch.bool)
+            if name in x and name in given and null is not None:
+                part = torch.where(given[name].view(-1, 1, 1), part, null)
+                seen[:, 1:] = given[name][:, None]  # the null token once, however many tokens x has
+                partly = partly or part.shape[1] > 1
+            tokens.append(part)
+            shown.append(seen)
         if not tokens:
             return None
-        together = torch.cat(tokens, dim=1)
-        return Context(together, None if pure is None else (~pure)[:, None].expand(-1, together.shape[1]))
+        mask = torch.cat(shown, dim=1) if partly else None
+        return Context(torch.cat(tokens, dim=1), mask if pure is None else mask & ~pure[:, None])
 
 
 @contextlib.contextmanager

@@ -94,11 +94,16 @@ def _masked_image(config: Config, variance: Tensor | None) -> Modality:
 
 
 def _label(config: Config, variance: Tensor | None) -> Modality:
-    return LabelModality(config.num_classes, config.mt_encoder_refresh)
+    return _with_head(config, LabelModality(config.num_classes, config.mt_encoder_refresh))
 
 
 def _random_label(config: Config, variance: Tensor | None) -> Modality:
-    return RandomLabel(config.num_classes, config.mt_encoder_refresh, name="random-label")
+    return _with_head(config, RandomLabel(config.num_classes, config.mt_encoder_refresh, name="random-label"))
+
+
+def _with_head(config: Config, modality: LabelModality) -> LabelModality:
+    modality.has_log_prob = loss_weights(config)[modality.name] > 0 and config.mt_drop_prob < 1
+    return modality
 
 
 def _label_head(config: Config, unet: UNetModel) -> nn.Module:
@@ -152,7 +157,7 @@ class MTConfig:
     mt_variant: str = option(
         "auto",
         "U: the network sees z_t; X: it is also given the modalities; any: a random subset of them; auto: X for images, "
-        "U where a modality is none",
+        "U where a modality is no image",
         ("auto", *VARIANTS),
     )
     mt_weights: str = option(
@@ -161,7 +166,9 @@ class MTConfig:
     mt_loss_weight: str = option(
         "0.1", "lambda of eq. 6, or one each: masked=0.1,label=0.05; 0 trains the purely conditional twin"
     )
-    mt_drop_prob: float = option(0.0, "share of samples trained as pure generation", least=0, most=1)
+    mt_drop_prob: float = option(
+        0.0, "share of samples trained as pure generation, with no modality and no class", least=0, most=1
+    )
     mt_given_prob: float = option(0.5, "variant any: how often a modality is given to the network", least=0, most=1)
     mt_encoding_norm: str = option("none", "rms: rescale the network's own encodings E(x) to RMS 1", ENCODING_NORMS)
     mt_encoder_refresh: int = option(
@@ -203,6 +210,8 @@ def saved_config(weights: Path) -> dict[str, Any]:
                 f"{file}: was trained with the modality '{name}'{nearest(name, TASKS)}, which this script doesn't know; "
                 "run the file that adds it to TASKS (docs/new_modality.md)"
             )
+    if "mt_loss_weight" in saved:
+        saved["mt_loss_weight"] = str(saved["mt_loss_weight"])  # a number in runs of version 0.1
     known = [field for section in run_sections() for field in section.__dataclass_fields__]
     return check_keys(saved, known, file)
 

@@ -150,13 +150,14 @@ class TrainLoop(Loop):
 
     def measure_conflict(self, batch: Batch) -> None:
         """Norms of the tasks' gradients on the shared backbone and the cosines between them, on this step's first images."""
+        self.seed_dropout()
         # The network itself, not its wrapper: nothing is to be accumulated or sent along the way.
         losses, _, weights = self.task_losses(self.model, batch, slice(0, self.microbatch))
         objectives = {"denoising": (losses.denoising * weights).mean()}
         for name in self.modalities:
             objectives[name] = (self.loss_weight[name] * losses.kept * losses.terms[name] * weights).mean()
         shared = [p for name, p in self.model.named_parameters() if not checkpoint.is_own(name)]
-        self.averages.add_scalars(task_conflict(objectives, shared, self.processes))
+        self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
 
     def learn(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
         for name, variance in self.model.head_variance.items():
@@ -167,8 +168,9 @@ class TrainLoop(Loop):
         return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        saved = state["modalities"] if "modalities" in state else {name: {} for name in self.modalities}  # version 0.1
         for name, modality in self.modalities.items():
-            modality.load_state_dict({key: x.to(self.device) for key, x in state["modalities"][name].items()})
+            modality.load_state_dict({key: x.to(self.device) for key, x in saved[name].items()})
 
     # ------------------------------------------------------------ now and then
 
@@ -196,7 +198,8 @@ class TrainLoop(Loop):
         y = images.labels if self.config.class_cond else None
         seeds = range(len(images.x_start))
         rows = [generator.draw(seeds, settings, labels=y).x_start]
-        for name, modality in self.modalities.items():
+        trained = self.modalities if self.config.mt_drop_prob < 1 else {}  # else no head is
+        for name, modality in trained.items():
             x = modality.from_batch(images, SampleStreams(torch.tensor(seeds), index=1, device=self.device))
             picture = modality.picture(x)
             rows += [images.x_start, *([] if picture is None else [picture])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from PIL import Image
 from tiny import DIGITS, ROOT, assert_same, contents, flags, progress, step_folder, words
 
 from guided_mt.commands import nll, restore, sample, train
+from guided_mt.data import open_source
 from guided_mt.errors import UserError
+from guided_mt.modalities import LabelModality, MaskedImage, VectorModality
 
 
 def complaint(command, argv: list[str]) -> str:
@@ -201,6 +204,29 @@ def test_vectors_of_another_width_or_name(runs, tmp_path):
     assert "representation_size (5 there, 6 here)" in complaint(train, [*argv, *words(**again)])
     scoring = words(model_path=runs["vectors"], data_dir="builtin:digits-test", out=tmp_path / "n.npz")
     assert "has 1437 vectors for the 360 images of builtin:digits-test" in complaint(nll, scoring)
+
+
+def test_a_damaged_compressed_file_is_one_line(tmp_path):
+    """Whatever it is read as: the damage shows only while its arrays are decompressed."""
+    file, rng = tmp_path / "damaged.npz", np.random.default_rng(0)
+    arrays = {"arr_0": rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8), "arr_1": rng.integers(0, 9, 5000)}
+    np.savez_compressed(
+        file, **arrays, representation=rng.standard_normal((50, 5), dtype=np.float32), masked=arrays["arr_0"]
+    )
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        starts = [info.header_offset + 80 for info in archive.infolist()]
+    for start in starts:
+        content[start : start + 40] = bytes(255 - byte for byte in content[start : start + 40])
+    file.write_bytes(bytes(content))
+    for read in (
+        lambda: LabelModality(9).read(str(file), 8, None),
+        lambda: VectorModality("representation", 5).read(str(file), 8, None),
+        lambda: MaskedImage(patch=2).read(str(file), 8, None),
+        lambda: open_source(str(file)),
+    ):
+        with pytest.raises(UserError, match=r"damaged\.npz"):
+            read()
 
 
 # ---------------------------------------------------------------- resuming

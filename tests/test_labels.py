@@ -231,6 +231,19 @@ def test_a_label_in_the_frame_shows_the_null_token():
     assert not torch.allclose(model(z, t, {}).output, without)
 
 
+def test_a_modality_of_several_tokens_that_is_not_given_shows_one_null_token():
+    """As where nothing is given at all: its null token, repeated, would weigh more in the attention."""
+    _, model, _ = trained("--mt_task", "label", "--mt_variant", "any")
+    width = model.null_token["label"].shape[1]
+    model.context_in["label"] = nn.Sequential(nn.Embedding(CLASSES, 3 * width), nn.Unflatten(1, (3, width)))
+    z, t, ids = torch.randn(2, 3, 8, 8), torch.tensor([10, 500]), torch.tensor([1, 2])
+    shown, everything = torch.tensor([False, True]), model(z, t, {"label": ids}).output
+    output = model(z, t, {"label": ids}, given={"label": shown}).output
+    close(output[0], model(z, t, {}).output[0])
+    close(output[1], everything[1])
+    assert not torch.allclose(output[0], everything[0])
+
+
 def plain_unet(model: nn.Module) -> nn.Module:
     """ADM's U-Net with the ADM part of the weights."""
     options = {"channel_mult": "1,1", "learn_sigma": True, "attention_resolutions": "4", "num_heads": 4}

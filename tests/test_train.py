@@ -101,6 +101,29 @@ def test_kill_9_and_the_same_command_again_change_nothing(variant, tmp_path):
     assert not marker.exists(), "plain python imported mpi4py"
 
 
+@pytest.mark.parametrize("variant", ["U", "X"])
+def test_a_run_of_version_0_1_goes_on(variant, tmp_path):
+    """Its --mt_loss_weight was a number, its modalities had no state, and its log had fewer values."""
+    settled = {"mt_variant": variant, "log_interval": 3, "save_interval": 2}
+    run = few_steps(tmp_path, 3, **settled)
+    whole = progress(run)
+    shutil.rmtree(step_folder(run, 3))  # as if stopped between steps 2 and 3
+    checkpoint = step_folder(run, 2)
+    settings = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(settings.replace("mt_loss_weight: '0.1'", "mt_loss_weight: 0.1"))
+    assert "mt_loss_weight: '0.1'" in settings
+    state = torch.load(checkpoint / "training_state.pt", weights_only=True)
+    del state["modalities"]
+    averages = state["averages"]
+    count = averages["sums"].shape[1] - (variant == "U")  # rms_masked is new
+    state["averages"] = {key: averages[key][:, :count] for key in ("sums", "counts")}
+    state["averages"]["norms"] = averages["scalars"]["grad_norm"]
+    torch.save(state, checkpoint / "training_state.pt")
+    few_steps(run, 3, **settled)
+    (found,), (expected,) = progress(run), whole
+    assert all(found[name] == expected[name] for name in ("loss", "masked", "masked_q0", "grad_norm"))
+
+
 def test_a_log_interval_goes_on_after_resuming(tmp_path):
     """Saved in the middle of an interval: its line is that of the run without a break."""
     run = few_steps(tmp_path, 4, log_interval=4, save_interval=3)

@@ -18,10 +18,14 @@ from ..noisy_classifier import build_classifier, build_process, saved_settings
 from .console import announce, rename_flag, run
 from .training import check_run, run_lines, train
 
+ADM_BATCH_SIZE = 4  # per process, where none is given
+
 
 def main(argv: Sequence[str]) -> None:
     config, classes = resolve(argv)
     check_run(config, averaged=False)
+    if config.batch_size < 0 and config.global_batch_size < 0:
+        config[ClassifierLoopConfig].batch_size = ADM_BATCH_SIZE
     if config.anneal_lr and not config.lr_anneal_steps:
         config[ClassifierLoopConfig].lr_anneal_steps = config.total_steps
     processes = distributed.setup(config.device)
@@ -63,7 +67,10 @@ def open_classes(config: Config, path: str, classes: Sequence[str] | None) -> Im
     """Images with classes, whose ids are the places in `classes`. Raises UserError for none, unknown or too many."""
     source = open_source(path, class_names=classes)
     if source.labels is None:
-        raise UserError(f"{path}: a classifier needs classes (sub-folders, or names like CLASS_0001.png)")
+        raise UserError(
+            f"{path}: a classifier needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz), "
+            f"and {source.without_class()} has none"
+        )
     most = int(source.labels.max()) + 1
     if most > config.num_classes:
         raise UserError(f"{path}: has {most} classes; raise --num_classes {config.num_classes} to {most}")

@@ -44,7 +44,9 @@ class ClassifyConfig:
     num_samples: int = option(-1, "how many images, spread evenly over the data; -1: all", least=1)
     labelled: bool = option(True, "False: take no classes from the data's names")
     timesteps: str = option(
-        "", "noise levels to classify at, as in 0,20,40 (0 to diffusion_steps - 1); empty: 0, 4, 8 and 12 % of them"
+        "",
+        "noise levels to classify at, as in 0,20,40 (0 to diffusion_steps - 1); empty: 0, 4, 8 and 12 % of them, "
+        "or less where the frame is larger sooner",
     )
     draws: int = option(4, "noise draws at each timestep", least=1)
     seed: int = option(0, "seed of the noise", least=0, most=2**32 - 1)
@@ -114,12 +116,13 @@ def open_head(argv: Sequence[str]) -> Network:
     config = with_saved_config(argv, (ClassifyConfig,), __doc__)
     weights = find_weights(config.model_path, config.ema)
     check_head(config, weights)
-    timesteps = read_timesteps(config.timesteps, config.diffusion_steps)
+    diffusion = build_diffusion(config)
+    timesteps = read_timesteps(config.timesteps, config.diffusion_steps, diffusion.aggregation)
 
     def load(device: torch.device) -> Callable[..., Tensor]:
         generator = Generator.load(config, device)
         options = {"timesteps": timesteps, "draws": config.draws}
-        return partial(head_probabilities, generator.model, build_diffusion(config), generator.modalities, **options)
+        return partial(head_probabilities, generator.model, diffusion, generator.modalities, **options)
 
     return Network(config, weights, read_classes(weights.parent), noisy(timesteps, config.draws), load)
 

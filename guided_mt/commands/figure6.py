@@ -121,7 +121,8 @@ def load_held_out(config: Config, classes: Sequence[str] | None, image_size: int
     source = open_source(config.val_data_dir, class_names=classes)
     if source.labels is None:
         raise UserError(
-            f"--val_data_dir {config.val_data_dir}: has no classes (sub-folders, or names like CLASS_0001.png)"
+            f"--val_data_dir {config.val_data_dir}: has no classes (sub-folders, names like CLASS_0001.png, or arr_1 in an "
+            f".npz): {source.without_class()} has none"
         )
     chosen = spread(source, config.val_images)
     loaded = load_images(chosen, image_size)

@@ -104,8 +104,9 @@ def read_given(config: Config, generator: Generator) -> dict[str, torch.Tensor]:
         name, equals, text = part.partition("=")
         if name not in generator.modalities:
             known = ", ".join(generator.modalities) or "no modality"
+            other = "; --class chooses its class" if config.class_cond and name == "label" else ""
             raise UserError(
-                f"--given {part}: this model has no modality '{name}'{nearest(name, generator.modalities)}; it has {known}"
+                f"--given {part}: this model has no modality '{name}'{nearest(name, generator.modalities)}; it has {known}{other}"
             )
         if not equals or not text:
             raise UserError(f"--given {part}: write {name}=VALUE")

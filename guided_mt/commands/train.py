@@ -40,7 +40,10 @@ def main(argv: Sequence[str]) -> None:
     if announce(config, processes, *run_lines(config, processes, folder, parameters)):
         return
     source = open_source(config.data_dir, class_names=saved_classes(folder) if needs_labels(config) else None)
+    announced = config.num_classes
     count_classes(config, source)
+    if processes.is_main and config.num_classes != announced:
+        print(f"# num_classes {config.num_classes}: that of the data, and not {announced}", flush=True)
     check_labels(config, source)
     train(TrainLoop(config, processes, source, folder))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from guided_mt.data.sources import ArraySource, check_classes
-from guided_mt.errors import UserError, nearest
+from guided_mt.errors import NPZ_ERRORS, UserError, nearest
 
 BUILTIN = ("digits", "digits-test")
 _DIGITS_HELD_OUT = 5  # every fifth digit is held out
@@ -36,7 +36,7 @@ def open_npz(path: str, file: Path, class_names: Sequence[str] | None) -> NpzSou
                 raise UserError(f"{file}: no array arr_0 (it has {', '.join(found) or 'none'}); save it as arr_0")
             images = _load(file, archive, "arr_0")
             labels = _load(file, archive, "arr_1") if "arr_1" in found else None
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, struct.error) as error:
+    except NPZ_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not a whole .npz file ({error}); copy or write it again") from error

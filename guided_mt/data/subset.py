@@ -25,6 +25,9 @@ class Subset(ImageSource):
     def name(self, index: int) -> str:
         return self.source.name(int(self.numbers[index]))
 
+    def without_class(self) -> str:
+        return self.source.without_class()
+
 
 def spread(source: ImageSource, count: int) -> Subset:
     """`count` images evenly spread over the source, since its first ones are often of one class; all where it has fewer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..data import load_images, open_source
 from ..data.sources import IMAGE_SUFFIXES
 from ..data.transforms import center_crop_arr
-from ..errors import UserError, reason
+from ..errors import NPZ_ERRORS, UserError, reason
 from ..images import from_uint8, to_nhwc
 from ..random import SampleStreams
 from .base import Gaussian, Images
@@ -123,5 +122,5 @@ def _array_of(path: Path, name: str, where: str) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return file[name] if name in file.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{where}: can't be read as .npz ({reason(error)})") from None

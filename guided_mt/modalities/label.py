@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..classes import class_id
 from ..distributed import Processes
-from ..errors import UserError, reason
+from ..errors import NPZ_ERRORS, UserError, reason
 from ..random import SampleStreams
 from .base import Images, Modality
 from .tokens import rms
@@ -57,14 +56,13 @@ class LabelModality(Modality):
             return super().encode(x)
         if self.table is not None:
             return self.table[x]
-        if self.num_classes <= len(
-            x
-        ):  # each class once; which ones occur is not asked, since that would wait for a GPU
+        # Each class once; which ones occur is not asked, since that would wait for a GPU.
+        if self.num_classes <= len(x):
             return self._encode_ids(torch.arange(self.num_classes, device=x.device))[x]
         if x.device.type == "cpu":
             distinct, where = x.unique(return_inverse=True)
-            return super().encode(distinct)[where]
-        return super().encode(x)
+            return self._encode_ids(distinct)[where]
+        return self._encode_ids(x)
 
     def _encode_ids(self, ids: Tensor) -> Tensor:
         return torch.cat([super(LabelModality, self).encode(part) for part in ids.split(_PASS)])
@@ -110,7 +108,7 @@ class LabelModality(Modality):
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = next((file[key] for key in ("arr_1", "labels", "label") if key in file.files), None)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        except NPZ_ERRORS as error:
             raise UserError(f"--given {self.name}={path}: can't be read as .npz ({reason(error)})") from None
         if found is None or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
             raise UserError(f"--given {self.name}={path}: needs class ids [N] as array arr_1 or labels")
@@ -121,10 +119,11 @@ class LabelModality(Modality):
         return torch.from_numpy(found.astype(np.int64))
 
     def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
-        """arr_1, as ADM writes labels; with an estimated one also `label_probabilities`."""
+        """The ids: of `label` arr_1, as ADM writes labels, else of the modality's name. Where estimated also NAME_probabilities."""
+        ids = "arr_1" if self.name == "label" else self.name
         if not x.is_floating_point():
-            return {"arr_1": x.cpu().numpy()}
-        return {"arr_1": x.argmax(dim=-1).cpu().numpy(), f"{self.name}_probabilities": x.float().cpu().numpy()}
+            return {ids: x.cpu().numpy()}
+        return {ids: x.argmax(dim=-1).cpu().numpy(), f"{self.name}_probabilities": x.float().cpu().numpy()}
 
 
 class RandomLabel(LabelModality):
@@ -135,10 +134,6 @@ class RandomLabel(LabelModality):
 
     def use_classes(self, names: Sequence[str]) -> None:
         """Its classes are none of the images'."""
-
-    def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
-        named = super().arrays(x)
-        return {self.name if key == "arr_1" else key: value for key, value in named.items()}
 
     def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
         return super().read(text, size, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSource
-from ..errors import UserError, reason
+from ..errors import NPZ_ERRORS, UserError, reason
 from ..random import SampleStreams
 from .base import Gaussian, Images
 
@@ -79,7 +78,7 @@ def read_vectors(file: str, name: str, size: int | None, where: str) -> np.ndarr
                 found = content[key]
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{where}: can't be read as .npz or .npy ({reason(error)})") from None
     if found.ndim != 2 or found.dtype.kind != "f" or not found.size:
         raise UserError(f"{where}: vectors must be floats [N, D], not {found.dtype} {list(found.shape)}")
