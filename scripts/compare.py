@@ -50,6 +50,7 @@ CONDITIONED_ROW = "label-m"
 COLUMNS = (
     Column("frechet", "Frechet distance", 2),
     Column("frechet_given", "Frechet distance, label given", 2),
+    Column("class_frequencies", "class frequencies: total variation from held-out"),
     Column("accuracy", "accuracy on held-out images"),
     Column("joint_agreement", "drawn label is the drawn image's"),
     Column("given_agreement", "given label is the drawn image's"),
@@ -73,6 +74,9 @@ ROWS = {
     "label-m-rms": Row("label-{}-m", ("label",), ("--mt_encoding_norm", "rms")),
     "label-e": Row("label-{}-e", ("label",)),
     "random-label": Row("label-{}-m", ("random-label",), ("--mt_task", "random-label")),
+    # E(y) stands nowhere: what is left of the second task is its loss on the shared network
+    "label-m-noframe": Row("label-{}-m", ("label",), ("--mt_weights", "none")),
+    "random-label-noframe": Row("label-{}-m", ("random-label",), ("--mt_task", "random-label", "--mt_weights", "none")),
     "masked": Row("masked-{}", ("masked",)),  # form X, as the preset
     "masked-label": Row("masked-label-{}", ("masked", "label")),  # form any
     # not in the default run
@@ -82,7 +86,7 @@ ROWS = {
     "masked-u": Row("masked-{}", ("masked",), ("--mt_variant", "U")),
     "masked-any": Row("masked-{}", ("masked",), ("--mt_variant", "any")),
 }
-DEFAULT_ROWS = ("none", "label-m", "label-m-rms", "label-e", "random-label", "masked", "masked-label")
+DEFAULT_ROWS = tuple(name for name in ROWS if name not in ("random-label-rms", "masked-u", "masked-any"))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import signal
@@ -105,7 +106,8 @@ class ImageStream:
             prefetch_factor=4 if self.num_workers else None,
             generator=torch.Generator(),  # or each start would draw from the global generator
         )
-        iterator = iter(loader)
+        with _signals_held():
+            iterator = iter(loader)  # starts the workers
         self._iterators.append(iterator)
         try:
             for item in iterator:
@@ -133,6 +135,16 @@ class ImageStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait. A worker started meanwhile is deaf to them from its first instant, before it can ignore them."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _leave_signals_to_main(_: int) -> None:
