@@ -27,14 +27,14 @@ import numpy as np
 import torch
 
 from evaluations.metrics import frechet_distance
-from evaluations.moments import Statistics, statistics
+from evaluations.moments import statistics
 from evaluations.seeds import Column, Measured, markdown_table, plot_seeds, write_seeds_csv
 from guided_mt.commands.restore import region_errors
 from guided_mt.data import load_images, open_source
 from guided_mt.errors import UserError
 from guided_mt.images import save_npz
 from guided_mt.noisy_classifier import load_classifier
-from guided_mt.reading import Reader
+from guided_mt.reading import Reader, Reading
 
 SCRIPTS = Path(__file__).resolve().parent
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
@@ -278,21 +278,10 @@ class Comparison:
         held_out = load_images(open_source(self.test_data, class_names=reader.classes), reader.size)
         trained_on = load_images(open_source(self.train_data, class_names=reader.classes), reader.size)
         held_out_images, training_images = (to_arrays(loaded.images) for loaded in (held_out, trained_on))
-        read = reader.read(held_out_images)
-        accuracy = float((read.classes == held_out.labels.numpy()).mean())
-        real = statistics(read.features)
+        real = reader.read(held_out_images)
+        accuracy = float((real.classes == held_out.labels.numpy()).mean())
         results = [self.measure(row, seed, reader, real) for row in self.rows for seed in self.seeds]
-        # What the numbers are without a model: as many training images, and their mean in the place of what is masked.
-        spread = np.linspace(0, len(training_images) - 1, min(self.samples, len(training_images))).astype(int)
-        reference = {"frechet": distance(statistics(reader.read(training_images[spread]).features), real)}
-        restored = [self.file(row, self.seeds[0], "restored") for row in self.rows if "masked" in ROWS[row].tasks]
-        if restored:
-            mean = training_images.mean(axis=0).round().astype(np.uint8)
-            with np.load(restored[0]) as file:
-                reference["restoration"] = region_errors(
-                    {**file, "restored": np.broadcast_to(mean, file["original"].shape)}
-                )["masked_mse"]
-        results.append(Measured("training images, their mean", None, reference))
+        results.append(self.measure_training_images(training_images, reader, real))
         seeds = ", ".join(map(str, self.seeds))
         table = markdown_table(results, COLUMNS)
         text = (
@@ -307,11 +296,23 @@ class Comparison:
         if self.conditioning and CONDITIONED_ROW in self.rows:
             self.report_conditioning(reader, real)
 
-    def measure(self, row: str, seed: int, reader: Reader, real: Statistics) -> Measured:
+    def measure_training_images(self, images: np.ndarray, reader: Reader, real: Reading) -> Measured:
+        """What the numbers are without a model: as many training images, and their mean in the place of what is masked."""
+        spread = np.linspace(0, len(images) - 1, min(self.samples, len(images))).astype(int)
+        values = likeness(reader.read(images[spread]), real)
+        restored = [self.file(row, self.seeds[0], "restored") for row in self.rows if "masked" in ROWS[row].tasks]
+        if restored:
+            mean = images.mean(axis=0).round().astype(np.uint8)
+            with np.load(restored[0]) as file:
+                filled = {**file, "restored": np.broadcast_to(mean, file["original"].shape)}
+            values["restoration"] = region_errors(filled)["masked_mse"]
+        return Measured("training images, their mean", None, values)
+
+    def measure(self, row: str, seed: int, reader: Reader, real: Reading) -> Measured:
         tasks, values = ROWS[row].tasks, {}
         with np.load(self.file(row, seed, "joint")) as file:
             drawn = reader.read(file["arr_0"])
-            values["frechet"] = distance(statistics(drawn.features), real)
+            values |= likeness(drawn, real)
             if "label" in tasks:
                 values["joint_agreement"] = float((drawn.classes == file["arr_1"]).mean())
         if "label" in tasks:
@@ -324,13 +325,13 @@ class Comparison:
         values["seconds_per_step"] = seconds_per_step(self.folder(row, seed) / "progress.csv")
         return Measured(row, seed, values)
 
-    def measure_given(self, row: str, seed: int, what: str, reader: Reader, real: Statistics) -> tuple[float, float]:
+    def measure_given(self, row: str, seed: int, what: str, reader: Reader, real: Reading) -> tuple[float, float]:
         """(Frechet distance, agreement of the given label with the reading) of a file drawn with given labels."""
         with np.load(self.file(row, seed, what)) as file:
             drawn = reader.read(file["arr_0"])
-            return distance(statistics(drawn.features), real), float((drawn.classes == file["arr_1"]).mean())
+            return distance(drawn, real), float((drawn.classes == file["arr_1"]).mean())
 
-    def report_conditioning(self, reader: Reader, real: Statistics) -> None:
+    def report_conditioning(self, reader: Reader, real: Reading) -> None:
         """How a known label is used: RUN/conditioning.md and .csv."""
         columns = [column for column in COLUMNS if column.key in ("given_agreement", "frechet_given")]
         found = []
@@ -349,8 +350,16 @@ def to_arrays(images: torch.Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def distance(a: Statistics, b: Statistics) -> float:
-    return frechet_distance(*a, *b)
+def distance(a: Reading, b: Reading) -> float:
+    """The Frechet distance of their features."""
+    return frechet_distance(*statistics(a.features), *statistics(b.features))
+
+
+def likeness(drawn: Reading, real: Reading) -> dict[str, float]:
+    """How far drawn images are from real ones: features, and how often each class occurs (half the sum of differences)."""
+    count = 1 + max(drawn.classes.max(), real.classes.max())
+    shares = [np.bincount(read.classes, minlength=count) / len(read.classes) for read in (drawn, real)]
+    return {"frechet": distance(drawn, real), "class_frequencies": float(np.abs(shares[0] - shares[1]).sum() / 2)}
 
 
 def seconds_per_step(progress: Path) -> float:

@@ -100,10 +100,10 @@ def test_compare(tmp_path):
     rows = {row["row"]: row for row in csv.DictReader((run / "compare.csv").open())}
     assert list(rows) == ["label-m", "masked", "training images, their mean"]
     numbers = {name: {key for key, value in row.items() if value} - {"row", "seed"} for name, row in rows.items()}
-    both = {"frechet", "seconds_per_step"}
+    both = {"frechet", "class_frequencies", "seconds_per_step"}
     assert numbers["label-m"] == both | {"frechet_given", "accuracy", "joint_agreement", "given_agreement"}
     assert numbers["masked"] == both | {"restoration"}
-    assert numbers["training images, their mean"] == {"frechet", "restoration"}
+    assert numbers["training images, their mean"] == {"frechet", "class_frequencies", "restoration"}
     assert 0 < float(rows["training images, their mean"]["restoration"]) < 0.5
     table = (run / "compare.md").read_text()
     assert "| masked |" in table and "2 training steps, seeds 0" in table
