@@ -9,17 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_mt.errors import UserError
-from guided_mt.unet import (
-    BlockFactory,
-    GroupNorm32,
-    UNetEncoder,
-    attention_heads,
-    linear1x1,
-    parse_attention_resolutions,
-    parse_channel_mult,
-    split_heads,
-    zero_module,
-)
+from guided_mt.layers import GroupNorm32, attention_heads, linear1x1, split_heads, zero_module
+from guided_mt.unet import BlockFactory, UNetEncoder, parse_attention_resolutions, parse_channel_mult
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HEAD_CHANNELS = 64  # per attention head, fixed in ADM

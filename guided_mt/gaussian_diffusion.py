@@ -44,6 +44,7 @@ class ModelVarType(enum.Enum):
 
 class LossType(enum.Enum):
     MSE = "mse"
+    L1 = "l1"  # latent-diffusion's loss_type l1: absolute errors
     RESCALED_MSE = "rescaled_mse"  # the bound of the hybrid loss scaled to steps of 1/1000
     KL = "kl"
     RESCALED_KL = "rescaled_kl"  # an unbiased estimate of the whole bound
@@ -505,7 +506,7 @@ class GaussianDiffusion:
     def losses_from_output(
         self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        """ADM's loss terms, each [B]: `loss`, and `mse` and `vb` where they are part of it."""
+        """ADM's loss terms, each [B]: `loss`, and `mse` (or `l1`) and `vb` where they are part of it."""
         if self.loss_type.is_vb:
             loss = self.vb_terms_bpd(output, x_start, x_t, t, clip_denoised=False)["output"]
             return {"loss": loss * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else loss}
@@ -518,8 +519,10 @@ class GaussianDiffusion:
             terms["vb"] = self.vb_terms_bpd(frozen, x_start, x_t, t, clip_denoised=False)["output"]
             if self.loss_type is LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
-        terms["mse"] = mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)
-        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        error = self._target(x_start, x_t, t, noise) - prediction
+        name, values = ("l1", error.abs()) if self.loss_type is LossType.L1 else ("mse", error**2)
+        terms[name] = mean_flat(values)
+        terms["loss"] = terms[name] + terms["vb"] if "vb" in terms else terms[name]
         return terms
 
     def training_losses(

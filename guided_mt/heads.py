@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .classifier import EncoderUNetModel
 from .gaussian_diffusion import GaussianDiffusion
-from .unet import UNetModel, make_output_block
+from .layers import make_output_block
+from .unet import UNetModel
 
 
 class HeadInputs(NamedTuple):

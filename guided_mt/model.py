@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .gaussian_diffusion import ModelOutput
 from .heads import HeadInputs, HeadVariance
-from .unet import Context, UNetModel
+from .layers import Context
+from .unet import UNetModel
 
 __all__ = ["MTModel", "ModelOutput"]
 
@@ -28,7 +29,8 @@ class MTModel(UNetModel):
 
     heads: {modality name: function of this U-Net that makes the head}. image_inputs: {name: channels} of the modalities that
     enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens [B, L, width]}.
-    tracked: names of the modalities whose head's squared error is tracked over num_timesteps. The rest are the U-Net's keywords.
+    tracked: names of the modalities whose head's squared error is tracked over num_timesteps. conditioned: whether the caller
+    brings tokens of its own as `context`. The rest are the U-Net's keywords.
 
     variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
     frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
@@ -45,6 +47,7 @@ class MTModel(UNetModel):
         variant: str = "U",
         num_timesteps: int = 1000,
         context_dim: int | None = None,
+        conditioned: bool = False,
         **unet: Any,
     ):
         if variant not in VARIANTS:
@@ -52,7 +55,7 @@ class MTModel(UNetModel):
         inputs = dict(image_inputs or {}) if variant != "U" else {}
         indicators = len(inputs) if variant == "any" else 0
         unet["condition_channels"] = sum(inputs.values()) + indicators
-        super().__init__(**unet, context_dim=context_dim if token_inputs else None)
+        super().__init__(**unet, context_dim=context_dim if token_inputs or conditioned else None)
         self.variant, self.image_inputs = variant, inputs
         self.heads = nn.ModuleDict({name: make(self) for name, make in heads.items()})
         self.head_variance = nn.ModuleDict({name: HeadVariance(num_timesteps) for name in heads if name in tracked})
@@ -77,11 +80,13 @@ class MTModel(UNetModel):
         *,
         given: Mapping[str, Tensor] | None = None,
         pure: Tensor | bool | None = None,
+        context: Tensor | None = None,
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
         given: {name: bool [B]} where only some samples are given a modality; pure: bool [B], or True for all: the samples that
-        are seen as ADM sees them, with no modality at all (nor class). Raises ValueError for a modality that this form isn't
+        are seen as ADM sees them, with no modality at all (nor class, nor context). context [B, L, context_dim]: tokens of the
+        caller, beside those of the modalities. Raises ValueError for a modality that this form isn't
         given.
         """
         x = dict(modalities or {})
@@ -92,10 +97,10 @@ class MTModel(UNetModel):
                 )
                 raise ValueError(f"variant {self.variant} is given {wanted}; got {name}")
         condition = self._condition(z_t, x, given or {}, pure) if self.image_inputs else None
-        context = None if pure is True else self._context(len(z_t), x, given or {}, pure)
+        shown = None if pure is True else self._context(len(z_t), x, given or {}, pure, context)
         if y is not None and pure is not None:
             y = torch.full_like(y, -1) if pure is True else torch.where(pure, -1, y)
-        tokens, mask = context or (None, None)
+        tokens, mask = shown or (None, None)
         features = self.features(z_t, timesteps, y, tokens, condition, mask)
         output = self.output(features)
         seen = HeadInputs(features.last, features.middle, z_t, timesteps, output)
@@ -128,9 +133,20 @@ class MTModel(UNetModel):
                 parts.append(shown.expand(-1, 1, *z_t.shape[2:]))
         return torch.cat(parts, dim=1)
 
-    def _context(self, batch: int, x: Mapping[str, Tensor], given: Mapping[str, Tensor], pure: Any) -> Context | None:
-        """The tokens [B, L, width] of all modalities that have some, or None; a mask where some are left out of some samples."""
+    def _context(
+        self,
+        batch: int,
+        x: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        pure: Any,
+        own: Tensor | None = None,
+    ) -> Context | None:
+        """The caller's `own` tokens, then those of all modalities that have some, [B, L, width], or None; a mask where some are
+        left out of some samples."""
         tokens, shown, partly = [], [], pure is not None
+        if own is not None:
+            tokens.append(own)
+            shown.append(own.new_ones(own.shape[:2], dtype=torch.bool))
         for name, module in self.context_in.items():
             null = self.null_token[name].expand(batch, -1, -1) if name in self.null_token else None
             part = module(x[name]) if name in x else null

@@ -127,9 +127,13 @@ def create_gaussian_diffusion(
         rescale_timesteps=rescale_timesteps,
         aggregation=Aggregation.from_weights(mt_weights or {}, betas),
     )
-    if isinstance(timestep_respacing, str) and timestep_respacing.startswith("frame"):
-        kept = frame_timesteps(base.aggregation, steps, _count(timestep_respacing[5:], timestep_respacing))
-    else:
-        kept = space_timesteps(steps, timestep_respacing or [steps])
     # Always through respace, as ADM does: its betas are recomputed from abar_t even when every step is kept.
-    return respace(base, kept)
+    return respace(base, kept_timesteps(base, timestep_respacing))
+
+
+def kept_timesteps(diffusion: GaussianDiffusion, timestep_respacing: str | Sequence[int]) -> list[int]:
+    """The timesteps of `space_timesteps`, or of "frameN", see `frame_timesteps`; "" keeps all. Raises UserError."""
+    steps = diffusion.num_timesteps
+    if isinstance(timestep_respacing, str) and timestep_respacing.startswith("frame"):
+        return frame_timesteps(diffusion.aggregation, steps, _count(timestep_respacing[5:], timestep_respacing))
+    return space_timesteps(steps, timestep_respacing or [steps])

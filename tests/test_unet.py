@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from guided_mt.classifier import create_classifier
 from guided_mt.errors import UserError
-from guided_mt.unet import AttentionBlock, Context, GroupNorm32, UNetModel, create_model, make_output_block
+from guided_mt.layers import AttentionBlock, Context, GroupNorm32, make_output_block
+from guided_mt.unet import UNetModel, create_model
 
 GOLDEN = Path(__file__).parent / "golden"
 RELEASED = json.loads(gzip.decompress((GOLDEN / "adm_released_keys.json.gz").read_bytes()))
