@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[mpi,eval,tensorflow,parquet,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[mpi,eval,latent,tensorflow,parquet,dev]"
 	touch $@
 
 lint: $(STAMP)

@@ -89,10 +89,15 @@ def nearest_class(rgb: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 def read_classes(path: Path) -> list[LabelClass]:
     """Classes of a file in the order of its lines. Raises EvaluationError naming the file and line."""
+    return parse_classes(path.read_bytes(), str(path))
+
+
+def parse_classes(content: bytes, source: str) -> list[LabelClass]:
+    """The same of a file's bytes, for files inside archives; `source` names it in messages."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not a text file of classes (index name R G B)") from error
+        raise EvaluationError(f"{source}: not a text file of classes (index name R G B)") from error
     classes: list[LabelClass] = []
     first = True
     for number, line in enumerate(lines, start=1):
@@ -102,7 +107,7 @@ def read_classes(path: Path) -> list[LabelClass]:
         header = first and not any(field.isdecimal() for field in fields)
         first = False
         if not header:
-            classes.append(_parse(fields, classes, f"{path}, line {number}"))
+            classes.append(_parse(fields, classes, f"{source}, line {number}"))
     return classes
 
 

@@ -15,7 +15,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,10 @@ def read_classes(checkpoint: Path) -> list[str] | None:
 # ---------------------------------------------------------------- reading
 
 
+class RefusedFile(UserError):
+    """A weights file that holds objects other than tensors, or is damaged: nothing of it was unpickled."""
+
+
 def read_state(path: Path) -> Any:
     """Tensors of a .safetensors or a .pt file, on the CPU. Raises UserError for a damaged file or one that holds code."""
     try:
@@ -166,8 +170,9 @@ def read_state(path: Path) -> Any:
             return load_file(str(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0][:160] if str(error) else "not a weights file"
-        raise UserError(f"{path}: refused, it is damaged or holds objects other than tensors ({first})") from None
+        named = re.search(r"GLOBAL (\S+)", str(error))  # torch's first line is only advice to load it all the same
+        first = named.group(1) if named else (str(error).splitlines() or ["not a weights file"])[0][:160]
+        raise RefusedFile(f"{path}: refused, it is damaged or holds objects other than tensors ({first})") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(
@@ -197,16 +202,20 @@ def load_weights(
     one saved beside the file. Returns the new keys. Raises UserError naming what differs.
     """
     state = read_weights(path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    new = [key for key in missing if is_own(key)]
-    extra = [key for key in state if key not in own and not (allow_new and is_own(key))]
-    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
-    absent = [key for key in missing if not (allow_new and key in new)]
-    if absent or extra or shapes:
-        what = _difference(state, own, absent, extra, shapes)
+    what = difference(state, model.state_dict(), optional=is_own if allow_new else None)
+    if what:
         different = differing_keys(read_config(path) or {}, _network_settings(settings or {}))
         raise UserError(f"{path}: another architecture: {what}; compare {', '.join(different) or 'the model flags'}")
+    return fill(model, state)
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Load the entries of `state` that `model` has; condition inputs that it lacks are set to zero (see `load_weights`).
+
+    Returns the keys of ours that `state` lacks.
+    """
+    own = model.state_dict()
+    new = [key for key in own if key not in state and is_own(key)]
     model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     with torch.no_grad():
         for key in new:
@@ -215,19 +224,24 @@ def load_weights(
     return new
 
 
-def _difference(
-    state: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    absent: Sequence[str],
-    extra: Sequence[str],
-    shapes: Sequence[str],
+def difference(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: Callable[[str], bool] | None = None
 ) -> str:
-    """The first of what keeps `state` from being loaded into a model with the entries `own`."""
+    """The first of what keeps `state` from being loaded into a model with the entries `own`; '' where nothing does.
+
+    optional: keys that one of the two may have alone.
+    """
+    needed = [key for key in own if not (optional and optional(key))]
+    absent = [key for key in needed if key not in state]
+    extra = [key for key in state if key not in own and not (optional and optional(key))]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
     if absent:
         return f"it lacks {len(absent)} of the model's {len(own)} entries, first '{absent[0]}'"
     if extra:
         return f"it has {len(extra)} entries that the model lacks, first '{extra[0]}'"
-    return f"'{shapes[0]}' is {list(state[shapes[0]].shape)} there and {list(own[shapes[0]].shape)} here"
+    if shapes:
+        return f"'{shapes[0]}' is {list(state[shapes[0]].shape)} there and {list(own[shapes[0]].shape)} here"
+    return ""
 
 
 def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -248,12 +262,10 @@ def load_classifier_weights(model: nn.Module, path: Path, settings: Mapping[str,
 
     settings: the model's configuration, to compare with the one saved beside the file. Raises UserError naming what differs.
     """
-    state, own = classifier_state(read_weights(path), path), model.state_dict()
-    absent, extra = [key for key in own if key not in state], [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
-    if absent or extra or shapes:
+    state = classifier_state(read_weights(path), path)
+    what = difference(state, model.state_dict())
+    if what:
         different = differing_keys(read_config(path) or {}, settings)
-        what = _difference(state, own, absent, extra, shapes)
         raise UserError(
             f"{path}: another classifier: {what}; compare {', '.join(different) or 'the classifier flags and --num_classes'}"
         )

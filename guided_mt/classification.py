@@ -41,7 +41,7 @@ def read_timesteps(text: str, num_timesteps: int, aggregation: Aggregation | Non
 
 
 @torch.no_grad()
-def head_probabilities(
+def head_estimates(
     model: Callable,
     diffusion: GaussianDiffusion,
     modalities: Mapping[str, Modality],
@@ -51,7 +51,8 @@ def head_probabilities(
     streams: SampleStreams,
     name: str = "label",
 ) -> Tensor:
-    """[B, K]: the estimates of modality `name` by its head, averaged over `timesteps` and `draws` noises at each.
+    """The estimates [B, ...] of modality `name` by its head, averaged over `timesteps` and `draws` noises at each: for a label the
+    probabilities [B, K].
 
     x_start [B, C, H, W] is known; all `modalities` are unknown and stand in the frame. As in Algorithm 1 they start from their
     priors at the largest timestep. What their heads estimate there, averaged over the draws, is encoded into the frame of the next.

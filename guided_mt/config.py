@@ -337,6 +337,16 @@ def check_keys(values: Mapping[str, Any], known: Collection[str], source: str | 
     return dict(values)
 
 
+def make_section(section: type, values: Mapping[str, Any], source: str | Path) -> Any:
+    """A dataclass of options with these values. Raises UserError for unknown keys and bad values."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    known = check_keys(values, fields, source)
+    try:
+        return section(**{name: _convert(fields[name], value) for name, value in known.items()})
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix('--')}") from None
+
+
 def preset_names() -> list[str]:
     folder = resources.files("guided_mt") / "presets"
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))

@@ -68,9 +68,9 @@ class Processes:
 
 def setup(device: str = "") -> Processes:
     """Join the other processes, choose the device ("" = the GPU of the local rank, or the CPU) and divide the CPU's threads."""
-    launcher, rank, world_size, local_rank, local_size = _detect(os.environ)
+    launcher, rank, world_size, local_rank, local_size = detect(os.environ)
     if launcher == "mpi":
-        _rendezvous_over_mpi()
+        rendezvous_over_mpi()
     elif launcher == "slurm":
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
@@ -106,7 +106,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _detect(env) -> tuple[str, int, int, int, int]:
+def detect(env) -> tuple[str, int, int, int, int]:
     """(launcher, rank, world size, local rank, processes on this machine)."""
     if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
         world = int(env["WORLD_SIZE"])
@@ -138,10 +138,10 @@ def _detect(env) -> tuple[str, int, int, int, int]:
 
 def rank_of_launcher() -> int:
     """The rank that the launcher gave this process, before any `setup`."""
-    return _detect(os.environ)[1]
+    return detect(os.environ)[1]
 
 
-def _rendezvous_over_mpi() -> None:
+def rendezvous_over_mpi() -> None:
     try:
         from mpi4py import MPI
     except ImportError as error:

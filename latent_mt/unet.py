@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,6 +105,8 @@ def unet_options(
 class UNetModel(SharedUNet):
     """LDM's `UNetModel(**unet_config.params)`: x [B, in_channels, H, W], timesteps [B], context [B, L, context_dim], classes y [B]
     -> [B, out_channels, H, W]. Keywords as `unet_options`."""
+
+    __signature__ = inspect.signature(unet_options)  # what a configuration may hold
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(**unet_options(*args, **keywords))

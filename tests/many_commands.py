@@ -56,7 +56,7 @@ def meet_once(true_rendezvous: Callable[[], None]) -> Callable[[], None]:
 
 def main(file: Path) -> None:
     torch.set_num_threads(1)
-    distributed._rendezvous_over_mpi = meet_once(distributed._rendezvous_over_mpi)
+    distributed.rendezvous_over_mpi = meet_once(distributed.rendezvous_over_mpi)
     for row in json.loads(file.read_text()):
         if row["dies_at"] is None:
             {"train": train, "sample": sample}[row["command"]].main(row["argv"])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, finish, flags, start, step_folder, torchrun, words
 
 from evaluations import classification as scoring
-from guided_mt.classification import classifier_probabilities, head_probabilities, read_timesteps
+from guided_mt.classification import classifier_probabilities, head_estimates, read_timesteps
 from guided_mt.commands import classifier_train, classify, train
 from guided_mt.data import load_images, open_source
 from guided_mt.data.subset import spread
@@ -126,12 +126,12 @@ class Oracle:
         return ModelOutput(z, {"label": self.log_p(z, int(t[0])), "other": z - z})
 
 
-def test_head_probabilities_are_the_posteriors_mean_and_the_estimate_stands_in_the_next_frame():
+def test_head_estimates_are_the_posteriors_mean_and_the_estimate_stands_in_the_next_frame():
     oracle, labels = Oracle(), torch.tensor([0, 1, 2, 2])
     x_start = oracle.MEANS[labels].view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     modalities = {"label": oracle.label, "other": oracle.other}
     streams = SampleStreams(5, torch.arange(4))
-    found = head_probabilities(oracle, oracle.diffusion, modalities, x_start, [10, 90], 2, streams)
+    found = head_estimates(oracle, oracle.diffusion, modalities, x_start, [10, 90], 2, streams)
 
     again = SampleStreams(5, torch.arange(4))
     estimate, total = oracle.label.prior((3, 4, 4), again), 0
@@ -144,7 +144,7 @@ def test_head_probabilities_are_the_posteriors_mean_and_the_estimate_stands_in_t
         estimate = torch.stack([oracle.log_p(z, step).softmax(1) for z in draws]).mean(0)
         total = total + estimate / 2
     torch.testing.assert_close(found, total)
-    sure = head_probabilities(oracle, oracle.diffusion, modalities, x_start, [0, 1], 1, streams)
+    sure = head_estimates(oracle, oracle.diffusion, modalities, x_start, [0, 1], 1, streams)
     assert (sure.argmax(1) == labels).all() and sure.max(1).values.min() > 0.99
 
 
@@ -233,7 +233,7 @@ def test_data_without_classes_and_with_others(runs, tmp_path, capsys):
 
 def test_a_diverged_model_is_one_line(runs, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        classify, "head_probabilities", lambda *_, **options: torch.full((len(options["streams"]), 10), torch.nan)
+        classify, "head_estimates", lambda *_, **options: torch.full((len(options["streams"]), 10), torch.nan)
     )
     with pytest.raises(UserError, match=r"o.npz: 200 probabilities are not finite"):
         script("image_classify").main(

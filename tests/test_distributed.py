@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from guided_mt import distributed
-from guided_mt.distributed import Processes, _detect, choose_device, first_host
+from guided_mt.distributed import Processes, detect, choose_device, first_host
 from guided_mt.errors import UserError
 
 TORCHRUN = {
@@ -80,7 +80,7 @@ SLURM_STEP = {
     ],
 )
 def test_launchers_are_told_apart(environment, expected):
-    assert _detect(environment) == expected
+    assert detect(environment) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
-from ..classification import classifier_probabilities, head_probabilities, read_timesteps
+from ..classification import classifier_probabilities, head_estimates, read_timesteps
 from ..config import Config, option, parse
 from ..data import ImageSource, load_images, open_source
 from ..data.dataset import LoadedImages
@@ -122,7 +122,7 @@ def open_head(argv: Sequence[str]) -> Network:
     def load(device: torch.device) -> Callable[..., Tensor]:
         generator = Generator.load(config, device)
         options = {"timesteps": timesteps, "draws": config.draws}
-        return partial(head_probabilities, generator.model, diffusion, generator.modalities, **options)
+        return partial(head_estimates, generator.model, diffusion, generator.modalities, **options)
 
     return Network(config, weights, read_classes(weights.parent), noisy(timesteps, config.draws), load)
 

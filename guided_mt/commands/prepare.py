@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from guided_mt.data import ImageSource, open_source
 from guided_mt.data.dataset import BrokenImage, BrokenTally, decode
+from guided_mt.data.loader import end_with_parent
 from guided_mt.errors import UserError, nearest
 
 _CHUNK = 32  # images per message between processes
@@ -181,14 +182,7 @@ def _start_worker(source: ImageSource, size: int, stop: Event) -> None:
     _worker_task = (source, size, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _encode_in_worker(chunk: range) -> list[Encoded]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_mt.data.sources import FileSource, ProcessFile, is_image_name
+from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource, ProcessFile, is_image_name
 from guided_mt.errors import UserError, nearest
 
 _TAR_BLOCK = 512
@@ -21,7 +21,14 @@ _TAR_BLOCK = 512
 class TarSource(FileSource):
     """Images of an uncompressed .tar. Of files with the same name the last one counts, as when unpacking."""
 
-    def __init__(self, path: str, file: Path, inner: str, class_names: Sequence[str] | None):
+    def __init__(
+        self,
+        path: str,
+        file: Path,
+        inner: str,
+        class_names: Sequence[str] | None,
+        suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    ):
         entries: dict[str, tuple[int, int]] = {}  # name: offset, bytes
         try:
             with tarfile.open(file, "r:") as archive:
@@ -29,7 +36,7 @@ class TarSource(FileSource):
                     name = _clean(member.name)
                     if member.islnk() and _clean(member.linkname) in entries:
                         entries[name] = entries[_clean(member.linkname)]
-                    elif member.isfile() and is_image_name(name):
+                    elif member.isfile() and is_image_name(name, suffixes):
                         entries[name] = (member.offset_data, member.size)
                     archive.members.clear()  # the index is `entries`; tarfile's own is many times as large
                 end = archive.offset
@@ -52,13 +59,20 @@ class TarSource(FileSource):
 class ZipSource(FileSource):
     """Images of a .zip, stored or deflated, found through its central directory."""
 
-    def __init__(self, path: str, file: Path, inner: str, class_names: Sequence[str] | None):
+    def __init__(
+        self,
+        path: str,
+        file: Path,
+        inner: str,
+        class_names: Sequence[str] | None,
+        suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    ):
         entries: dict[str, tuple[int, int, int, int]] = {}  # name: offset of the header, bytes in the file, method, CRC
         try:
             with zipfile.ZipFile(file) as archive:
                 for info in archive.infolist():
                     name = _clean(info.filename)
-                    if info.is_dir() or not is_image_name(name):
+                    if info.is_dir() or not is_image_name(name, suffixes):
                         continue
                     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                         raise UserError(

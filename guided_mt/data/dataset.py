@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from guided_mt.data.sources import ImageSource
-from guided_mt.data.transforms import center_crop_arr, random_crop_arr
 from guided_mt.errors import UserError
 
 logger = logging.getLogger("guided_mt")
@@ -60,21 +59,16 @@ class BrokenImage(Exception):
 
 
 def decode(source: ImageSource, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
-    """Image number `index`, centre-cropped, or cropped at random by three `uniforms`: uint8 [3, H, W].
+    """The source's item number `index`, [*source.item_shape(image_size)] of source.dtype.
 
-    Raises BrokenImage.
+    Raises BrokenImage, and UserError where not one file but the data as a whole is wrong.
     """
     try:
-        image = source.read(index)
-        if uniforms is None:
-            array = center_crop_arr(image, image_size)
-        else:
-            array = random_crop_arr(image, image_size, uniforms=uniforms)
-    except MemoryError:
+        return source.decode(index, image_size, uniforms)
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes; the warning gives the reason
         raise BrokenImage(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    return array.transpose(2, 0, 1)
 
 
 class BrokenTally:
@@ -133,14 +127,24 @@ class StepDataset(torch.utils.data.Dataset):
         self._broken: dict[int, str] = {}  # image number: reason; known to this process
         self._cache: np.ndarray | None = None
         if cache:
-            self._cache = np.empty((len(source), 3, image_size, image_size), dtype=np.uint8)
+            self._cache = np.empty((len(source), *source.item_shape(image_size)), dtype=source.dtype)
             self._cached = np.zeros(len(source), dtype=bool)
 
     def __getitem__(self, step: int) -> dict[str, object]:
-        """images uint8 [b, 3, H, W], indices and positions int64 [b], broken [(image number, reason)]."""
+        """images [b, *item_shape], indices and positions int64 [b], broken [(image number, reason)].
+
+        Or refused, the message of a UserError, which would lose its form on the way out of a worker process.
+        """
+        try:
+            return self._batch(step)
+        except UserError as error:
+            return {"refused": str(error)}
+
+    def _batch(self, step: int) -> dict[str, object]:
         positions = self.part.positions(step)
         indices = self.order.indices(positions)
-        images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
+        shape = self.source.item_shape(self.image_size)
+        images = np.empty((len(indices), *shape), dtype=self.source.dtype)
         broken: list[tuple[int, str]] = []
         for k, (index, position) in enumerate(zip(indices.tolist(), positions.tolist(), strict=True)):
             indices[k] = self._fill(images[k], index, position, broken)
@@ -152,7 +156,7 @@ class StepDataset(torch.utils.data.Dataset):
         }
 
     def _fill(self, out: np.ndarray, index: int, position: int, broken: list[tuple[int, str]]) -> int:
-        """Put image `index`, or the next one that is not broken, into `out` [3, H, W]; returns its number.
+        """Put image `index`, or the next one that is not broken, into `out`; returns its number.
 
         Notes broken ones in `broken`, and stops at one more than are allowed: the tally then ends the run.
         """
@@ -181,9 +185,9 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 class LoadedImages(NamedTuple):
-    """Images in the source's order: uint8 [n, 3, H, W], class ids int64 [n] or None, their names, their numbers int64 [n]."""
+    """Images in the source's order, class ids int64 [n] or None, their names, their numbers int64 [n]."""
 
-    images: torch.Tensor
+    images: torch.Tensor  # [n, *item_shape], uint8 [n, 3, H, W] where the source is of images
     labels: torch.Tensor | None
     names: list[str]
     indices: torch.Tensor
@@ -198,7 +202,7 @@ def load_images(source: ImageSource, image_size: int, limit: int | None = None, 
     if not numbers:
         raise UserError(f"{source.path}: no image from number {offset} on; it has {len(source)}")
     tally = BrokenTally(source)
-    images = np.empty((len(numbers), 3, image_size, image_size), dtype=np.uint8)
+    images = np.empty((len(numbers), *source.item_shape(image_size)), dtype=source.dtype)
     kept: list[int] = []
     for index in numbers:
         try:

@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from guided_mt.data.sources import FileSource, is_image_name
+from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource, is_image_name
 from guided_mt.errors import UserError
 
 
 class FolderSource(FileSource):
     """All images below a local folder. Links are followed, each folder at most once on the way down."""
 
-    def __init__(self, path: str, folder: Path, class_names: Sequence[str] | None):
+    def __init__(
+        self, path: str, folder: Path, class_names: Sequence[str] | None, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+    ):
         try:
-            names = sorted(_walk(str(folder), "", frozenset()))
+            names = sorted(_walk(str(folder), "", frozenset(), suffixes))
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
         if not names:
@@ -51,7 +53,7 @@ class CloudFolderSource(FileSource):
             return handle.read()
 
 
-def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
+def _walk(folder: str, prefix: str, above: frozenset[str], suffixes: tuple[str, ...]) -> Iterator[str]:
     """Names of images below `folder`, relative to the root; `above`: real paths of the folders we are in."""
     real = os.path.realpath(folder)
     if real in above:
@@ -61,6 +63,6 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
             name = prefix + entry.name
             if entry.is_dir():
                 if not entry.name.startswith("."):
-                    yield from _walk(entry.path, name + "/", above | {real})
-            elif is_image_name(name):
+                    yield from _walk(entry.path, name + "/", above | {real}, suffixes)
+            elif is_image_name(name, suffixes):
                 yield name

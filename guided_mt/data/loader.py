@@ -6,9 +6,13 @@ import atexit
 import contextlib
 import functools
 import itertools
+import math
+import multiprocessing
+import os
 import signal
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +27,7 @@ from guided_mt.errors import UserError
 class Batch:
     """One process's part of a global batch of b samples."""
 
-    images: torch.Tensor  # uint8 [b, 3, H, W]
+    images: torch.Tensor  # uint8 [b, 3, H, W], or the source's own item shape and type
     labels: torch.Tensor | None  # int64 [b], None where the data has no classes
     positions: torch.Tensor  # int64 [b], global sample positions: step * global_batch + i
     indices: torch.Tensor  # int64 [b], the images' numbers in the source; stays on the host
@@ -43,7 +47,8 @@ class ImageStream:
     A batch is a pure function of (source, image_size, seed, global sample positions): not of num_workers, and the
     ranks' batches put together not of world_size. To resume is to start at another step; there is no state to save.
     Raises UserError where the source is smaller than a global batch, or the batch does not divide by world_size; while
-    iterating, where over 1 % of the images turn out broken. Use as a context manager, or call close(), to end early.
+    iterating, where over 1 % of the images turn out broken, or the data as a whole wrong. Use as a context manager, or
+    call close(), to end early.
     """
 
     def __init__(
@@ -73,7 +78,8 @@ class ImageStream:
             )
         self.source = source
         # workers would only copy what is an array already
-        in_process = source.is_array and not random_crop and len(source) * 3 * image_size**2 <= CACHE_BYTES
+        item_bytes = math.prod(source.item_shape(image_size)) * source.dtype.itemsize
+        in_process = source.is_array and not random_crop and len(source) * item_bytes <= CACHE_BYTES
         self.dataset = StepDataset(
             source,
             image_size,
@@ -96,18 +102,7 @@ class ImageStream:
             steps = itertools.count(self.start_step)
         else:
             steps = range(self.start_step, self.total_steps)
-        loader = DataLoader(
-            self.dataset,
-            sampler=steps,
-            batch_size=None,  # an item is a batch
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            worker_init_fn=_leave_signals_to_main if self.num_workers else None,
-            prefetch_factor=4 if self.num_workers else None,
-            generator=torch.Generator(),  # or each start would draw from the global generator
-        )
-        with _signals_held():
-            iterator = iter(loader)  # starts the workers
+        iterator = start_loader(self.dataset, steps, self.num_workers, self.pin_memory)
         self._iterators.append(iterator)
         try:
             for item in iterator:
@@ -115,9 +110,11 @@ class ImageStream:
         finally:
             if iterator in self._iterators:
                 self._iterators.remove(iterator)
-                _stop(iterator)
+                stop_loader(iterator)
 
     def _batch(self, item: dict[str, object]) -> Batch:
+        if "refused" in item:
+            raise UserError(item["refused"])
         for index, reason in item["broken"]:
             self.tally.add(index, reason)
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[item["indices"].numpy()])
@@ -128,13 +125,31 @@ class ImageStream:
     def close(self) -> None:
         """Stop the worker processes. Called at exit for every stream that is still open."""
         while self._iterators:
-            _stop(self._iterators.pop())
+            stop_loader(self._iterators.pop())
 
     def __enter__(self) -> ImageStream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def start_loader(
+    dataset: torch.utils.data.Dataset, steps: Iterable[int], num_workers: int, pin_memory: bool = False
+) -> Iterator[dict[str, object]]:
+    """The dataset's items number `steps`, each a batch, made ahead by worker processes. Ended by `stop_loader`."""
+    loader = DataLoader(
+        dataset,
+        sampler=steps,
+        batch_size=None,  # an item is a batch
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # or each start would draw from the global generator
+    )
+    with _signals_held():
+        return iter(loader)  # starts the workers
 
 
 @contextlib.contextmanager
@@ -147,16 +162,25 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _leave_signals_to_main(_: int) -> None:
+def _start_worker(_: int) -> None:
     """Launchers send SIGTERM and Ctrl-C to workers too; these must live on while the main process saves.
 
-    They end when the main process closes the stream, or within seconds of its death (DataLoader's watchdog).
+    They end when the main process closes the stream, or dies: DataLoader's own watchdog misses a death before its first look.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _stop(iterator: object) -> None:
+def end_with_parent() -> None:
+    """Wait for the parent process's end, then end this one at once. For a thread of a worker process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def stop_loader(iterator: object) -> None:
     """End a DataLoader iterator's workers now, by force where they are stuck (they ignore SIGTERM)."""
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()

@@ -16,10 +16,13 @@ _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
-def open_source(path: str | Path, class_names: Sequence[str] | None = None) -> ImageSource:
+def open_source(
+    path: str | Path, class_names: Sequence[str] | None = None, *, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> ImageSource:
     """Open a folder, .tar, .zip, folder inside one (x.tar/train), .npz, builtin:NAME or cloud folder (gs://...).
 
     class_names: the names whose places are the class ids (from a checkpoint); None: sorted names of this data.
+    suffixes: of the files to take, in local folders, .tar and .zip.
     Raises UserError where there is nothing to read, or a class that is not in class_names.
     """
     text = str(path)
@@ -29,14 +32,16 @@ def open_source(path: str | Path, class_names: Sequence[str] | None = None) -> I
         return CloudFolderSource(text, class_names)
     local = Path(path).expanduser()
     if local.is_dir():
-        return FolderSource(text, local, class_names)
+        return FolderSource(text, local, class_names, suffixes)
     archive = next((p for p in (local, *local.parents) if p.is_file()), None)
     if archive is None:
         raise UserError(f"{text}: no such file or folder{_suggest(local)}")
-    return _open_file(text, archive, local.relative_to(archive).as_posix(), class_names)
+    return _open_file(text, archive, local.relative_to(archive).as_posix(), class_names, suffixes)
 
 
-def _open_file(text: str, file: Path, inner: str, class_names: Sequence[str] | None) -> ImageSource:
+def _open_file(
+    text: str, file: Path, inner: str, class_names: Sequence[str] | None, suffixes: tuple[str, ...]
+) -> ImageSource:
     """A file, and the folder inside it ("." for all of it)."""
     try:
         with file.open("rb") as handle:
@@ -52,9 +57,9 @@ def _open_file(text: str, file: Path, inner: str, class_names: Sequence[str] | N
             raise UserError(f"{text}: an .npz has no folders; give {file}")
         return open_npz(text, file, class_names)
     if suffix == ".zip":
-        return ZipSource(text, file, inner, class_names)
+        return ZipSource(text, file, inner, class_names, suffixes)
     if suffix == ".tar":
-        return TarSource(text, file, inner, class_names)
+        return TarSource(text, file, inner, class_names, suffixes)
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"{file}: is one image; give the folder that holds it")
     raise UserError(f"{file}: not a folder, .tar, .zip or .npz")

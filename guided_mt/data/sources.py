@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from guided_mt.data.transforms import center_crop_arr, random_crop_arr
 from guided_mt.errors import UserError, nearest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
@@ -21,7 +22,8 @@ class ImageSource:
     path: str  # as the user wrote it
     labels: np.ndarray | None  # int64 [N], or None: no classes
     class_names: list[str]  # class_names[id]; empty where labels is None
-    is_array: bool = False  # uint8 arrays already: reading costs next to nothing
+    is_array: bool = False  # arrays already: reading costs next to nothing
+    dtype: np.dtype = np.dtype(np.uint8)  # of what `decode` gives
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -29,6 +31,22 @@ class ImageSource:
     def read(self, index: int) -> Image.Image | np.ndarray:
         """One image: a PIL image, or uint8 [H, W, 3]. Raises anything at all where the file is broken."""
         raise NotImplementedError
+
+    def item_shape(self, image_size: int) -> tuple[int, ...]:
+        """The shape of what `decode` gives."""
+        return (3, image_size, image_size)
+
+    def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
+        """Item number `index`, centre-cropped, or cropped at random by three `uniforms` in [0, 1): what training sees.
+
+        Raises UserError where the data as a whole is not what it should be, and anything else where one file is broken.
+        """
+        image = self.read(index)
+        if uniforms is None:
+            array = center_crop_arr(image, image_size)
+        else:
+            array = random_crop_arr(image, image_size, uniforms=uniforms)
+        return array.transpose(2, 0, 1)
 
     def name(self, index: int) -> str:
         """The file's path within the source, with "/" between the parts."""
@@ -110,9 +128,9 @@ class ProcessFile:
         return {"path": self.path, "_handle": None, "_pid": -1}
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a "/"-separated name is an image to read: the suffix, no dotfile, no macOS resource fork."""
-    if not name.lower().endswith(IMAGE_SUFFIXES):
+def is_image_name(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
+    """Whether a "/"-separated name is a file to read: one of the suffixes, no dotfile, no macOS resource fork."""
+    if not name.lower().endswith(suffixes):
         return False
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 

@@ -14,6 +14,7 @@ class Subset(ImageSource):
     def __init__(self, source: ImageSource, numbers: np.ndarray):
         self.source, self.numbers = source, numbers
         self.path, self.class_names, self.is_array = source.path, source.class_names, source.is_array
+        self.dtype = source.dtype
         self.labels = None if source.labels is None else source.labels[numbers]
 
     def __len__(self) -> int:
@@ -21,6 +22,12 @@ class Subset(ImageSource):
 
     def read(self, index: int) -> Image.Image | np.ndarray:
         return self.source.read(int(self.numbers[index]))
+
+    def item_shape(self, image_size: int) -> tuple[int, ...]:
+        return self.source.item_shape(image_size)
+
+    def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
+        return self.source.decode(int(self.numbers[index]), image_size, uniforms)
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.numbers[index]))

@@ -25,9 +25,7 @@ def center_crop_arr(image: Image.Image | np.ndarray, image_size: int) -> np.ndar
     """ADM's centre crop: the short side to `image_size`, then the middle. uint8 [image_size, image_size, 3]."""
     if isinstance(image, np.ndarray) and image.shape == (image_size, image_size, 3):
         return image
-    array = _resize_short_side(to_rgb(image), image_size)
-    top, left = (array.shape[0] - image_size) // 2, (array.shape[1] - image_size) // 2
-    return array[top : top + image_size, left : left + image_size]
+    return crop_window(resize_short_side(to_rgb(image), image_size), image_size)
 
 
 def random_crop_arr(
@@ -42,18 +40,41 @@ def random_crop_arr(
 
     uniforms: three numbers in [0, 1) that choose the scale, the top and the left. uint8 [image_size, image_size, 3].
     """
+    short_side = random_short_side(image_size, min_crop_frac, max_crop_frac, uniform=uniforms[0])
+    return crop_window(resize_short_side(to_rgb(image), short_side), image_size, uniforms)
+
+
+def random_short_side(
+    image_size: int, min_crop_frac: float = 0.8, max_crop_frac: float = 1.0, *, uniform: float
+) -> int:
+    """What ADM's random crop makes of the image's short side, pixels."""
     smallest, largest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
-    short_side = smallest + int(uniforms[0] * (largest - smallest + 1))
-    array = _resize_short_side(to_rgb(image), short_side)
-    top = int(uniforms[1] * (array.shape[0] - image_size + 1))
-    left = int(uniforms[2] * (array.shape[1] - image_size + 1))
+    return smallest + int(uniform * (largest - smallest + 1))
+
+
+def crop_window(array: np.ndarray, image_size: int, uniforms: Sequence[float] | None = None) -> np.ndarray:
+    """The middle of an array [H, W, ...], or the window that uniforms[1] and uniforms[2] place: [image_size, image_size, ...]."""
+    spare_height, spare_width = array.shape[0] - image_size, array.shape[1] - image_size
+    if uniforms is None:
+        top, left = spare_height // 2, spare_width // 2
+    else:
+        top, left = int(uniforms[1] * (spare_height + 1)), int(uniforms[2] * (spare_width + 1))
     return array[top : top + image_size, left : left + image_size]
 
 
-def _resize_short_side(image: Image.Image, size: int) -> np.ndarray:
+def sizes_to(width: int, height: int, size: int) -> list[tuple[int, int]]:
+    """ADM's steps to a short side of `size`: halved while the result stays at least that, then the last size. (width, height)."""
+    steps = [(width, height)]
+    while min(steps[-1]) >= 2 * size:
+        steps.append((steps[-1][0] // 2, steps[-1][1] // 2))
+    width, height = steps[-1]
+    scale = size / min(width, height)
+    return [*steps[1:], (round(width * scale), round(height * scale))]
+
+
+def resize_short_side(image: Image.Image, size: int) -> np.ndarray:
     """Halve with BOX while the result stays at least `size`, then BICUBIC. uint8 [H, W, 3], min(H, W) = size."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    return np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    *halves, last = sizes_to(*image.size, size)
+    for half in halves:
+        image = image.resize(half, resample=Image.Resampling.BOX)
+    return np.asarray(image.resize(last, resample=Image.Resampling.BICUBIC))

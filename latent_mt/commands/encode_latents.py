@@ -1,0 +1,143 @@
+"""Encode the images of a configuration once, so that training reads latents: give the folder as data.params.latents."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from guided_mt.checkpoint import find_weights, read_config
+from guided_mt.commands.console import run
+from guided_mt.errors import UserError, nearest
+from latent_mt.configuration import instantiate, load_config
+from latent_mt.latents import PRECISIONS, first_stage_hash, write_cache
+
+_FIRST_STAGE = "model.params.first_stage_config"
+_FLAGS = [
+    f"--{name}"
+    for name in (
+        "help",
+        "config",
+        "out",
+        "splits",
+        "first_stage",
+        "batch_size",
+        "precision",
+        "device",
+        "num_workers",
+        "dry_run",
+    )
+]
+
+
+def console() -> NoReturn:
+    """Run as a command: bad input is one line on stderr and exit code 2."""
+    run(main)
+    sys.exit(0)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, encode each split, print a summary line for each. Raises UserError."""
+    args = _parse(argv)
+    config = load_config(args.config, args.overrides)
+    if not config.get("data"):
+        raise UserError(
+            f"{args.config}: has no data section; write data: {{target: latent_mt.data.PairData, params: ...}}"
+        )
+    data = instantiate(config["data"], "data")
+    splits = [name.strip() for name in args.splits.split(",")] if args.splits else [s for s in data.splits if s]
+    sources = {split: data.pixel_source(split) for split in splits}
+    first_stage = _first_stage(config, args)
+    made_by = first_stage_hash(first_stage)
+    for split, source in sources.items():
+        print(f"# {split}: {len(source)} items of {source.path}, {data.image_size} pixels, first stage {made_by[:12]}")
+    if args.dry_run:
+        return
+    first_stage.to(_device(args.device))
+    for split, source in sources.items():
+        start = time.perf_counter()
+        cache = write_cache(
+            source,
+            first_stage,
+            data.image_size,
+            args.out / split,
+            batch_size=args.batch_size,
+            precision=args.precision,
+            num_workers=data.num_workers if args.num_workers is None else args.num_workers,
+        )
+        seconds = time.perf_counter() - start
+        megabytes = (args.out / split / "latents.bin").stat().st_size / 1e6
+        _, sides, _, moments, channels, height, width = cache.shape
+        print(
+            f"{args.out / split}: {len(cache)} items, {sides} side(s) of {channels}x{height}x{width}, {moments} moment(s), "
+            f"plain and mirrored, {seconds:.1f} s, {len(cache) / seconds:.1f} items/s, {megabytes:.1f} MB",
+            flush=True,
+        )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="encode_latents.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="YAML file with data, and with the first stage in its model")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; it gets a folder for each split")
+    parser.add_argument("--splits", help="such as train,val (default: those of the data section)")
+    parser.add_argument("--first_stage", help="weights of the first stage: a run, checkpoint folder or file")
+    parser.add_argument("--batch_size", type=int, default=8, help="items encoded at once, each side plain and mirrored")
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the stored latents")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU where there is one")
+    parser.add_argument(
+        "--num_workers", type=int, help="processes that decode images (default: those of the data section)"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what would be encoded, and stop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the YAML file, as data.params.limit=8"
+    )
+    for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if flag not in _FLAGS:  # before parsing, which would rather complain about what is missing
+            raise UserError(f"unknown flag {flag}{nearest(flag, _FLAGS)}")
+    args = parser.parse_intermixed_args(argv)
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    return args
+
+
+def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> nn.Module:
+    """The autoencoder with its weights: that of the configuration, or of the run that --first_stage names."""
+    described = (config["model"].get("params") or {}).get("first_stage_config")
+    where = f"{args.config}: {_FIRST_STAGE}"
+    if described is None:
+        if args.first_stage is None:
+            raise UserError(f"{where}: missing; write it there, or name a run of autoencoder_train.py by --first_stage")
+        saved = read_config(find_weights(args.first_stage, flag="--first_stage"))
+        if not isinstance((saved or {}).get("model"), dict):
+            raise UserError(f"{where}: missing, and {args.first_stage} has no config.yaml that says what it is")
+        described, where = saved["model"], f"{args.first_stage}: model"
+        described = {key: described[key] for key in ("target", "params") if key in described}
+    if args.first_stage is not None:
+        described = {**described, "params": {**(described.get("params") or {}), "ckpt_path": args.first_stage}}
+    first_stage = instantiate(described, where)
+    if any(True for _ in first_stage.parameters()) and not (described.get("params") or {}).get("ckpt_path"):
+        raise UserError(f"{where}: has no weights; set its params.ckpt_path, or name them by --first_stage")
+    return first_stage.requires_grad_(False)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,184 @@
+"""What the training commands of latent models share: the command line, what is announced and checked, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from guided_mt.config import make_section
+from guided_mt.errors import UserError
+
+from ..configuration import instantiate, load_config, parameters, replaced, resolve, trainer_options
+from ..data import LatentCache
+from ..latents import first_stage_hash
+from ..run import RunConfig, RunFolder, fit, flatten, make_trainer, newest_checkpoint, refuse_other_settings
+
+DEFAULT_RATE = 1e-4
+
+
+@dataclass
+class Command:
+    """A training command as read: the configuration with everything resolved, and what follows from it."""
+
+    config: dict[str, Any]
+    run: RunConfig
+    folder: Path
+    dry_run: bool
+
+    @property
+    def yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.config))
+
+
+def read_command(argv: Sequence[str], description: str, kind: type) -> Command:
+    """`--config FILE [--dry_run] [key=value ...]`; model.target must be a `kind`. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "-b", "--config", "--base", metavar="FILE", default="", help="the YAML file, as latent-diffusion's"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the resolved configuration and the model's size, then stop"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values of the YAML file, such as run.total_steps=1000"
+    )
+
+    def refuse(message: str) -> None:
+        raise UserError(message)
+
+    parser.error = refuse
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(
+            f"don't know what to do with '{unknown[0]}'; settings are written key=value, as in run.total_steps=1000"
+        )
+    if not args.config:
+        raise UserError("--config is missing: a YAML file such as latent_mt/configs/camvid_mt.yaml")
+    config = load_config(args.config, args.overrides)
+    target = resolve(config["model"]["target"])
+    if not issubclass(target, kind):
+        raise UserError(f"{args.config}: model.target {config['model']['target']} is not what this script trains")
+    settings = make_section(RunConfig, config.get("run") or {}, f"{args.config}: run")
+    settings.log_dir = settings.log_dir or f"runs/{Path(args.config).stem}"
+    if settings.ema_rate and not _is_rate(settings.ema_rate):
+        raise UserError(
+            f"{args.config}: run.ema_rate '{settings.ema_rate}': write one rate between 0 and 1, or leave it empty"
+        )
+    config["run"] = dict(vars(settings))
+    config["model"], config["data"] = with_defaults(config["model"]), with_defaults(config.get("data") or {})
+    if not config.get("data"):
+        raise UserError(f"{args.config}: has no 'data: {{target, params}}'")
+    return Command(config, settings, Path(settings.log_dir), args.dry_run)
+
+
+def with_defaults(config: Any) -> Any:
+    """A configuration with the defaults of every `params` written out, so that it says the same whatever they become."""
+    if not isinstance(config, dict):
+        return config
+    filled = {key: with_defaults(value) for key, value in config.items()}
+    if isinstance(config.get("target"), str):
+        known = parameters(resolve(config["target"]))
+        defaults = {key: p.default for key, p in known.items() if p.default is not p.empty}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+        filled["params"] = plain | (filled.get("params") or {})
+    return filled
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
+
+
+def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[Any], Any] | None = None) -> None:
+    """Build model and data, announce them, and fit. check(module, data) raises UserError where they don't fit together.
+
+    wrap: what is trained, made of the model that the configuration describes (default: the model itself).
+    """
+    config, settings = command.config, command.run
+    data = instantiate(config["data"], "data")
+    folder = RunFolder(command.folder, settings, "")
+    trainer = make_trainer(folder, trainer_options(config))
+    images = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    if settings.images_per_step not in (-1, images):
+        raise UserError(
+            f"run.images_per_step {settings.images_per_step}, but data.params.batch_size {data.batch_size} x {trainer.world_size} "
+            f"processes x {trainer.accumulate_grad_batches} accumulated batches are {images}: change one of them"
+        )
+    config["run"]["images_per_step"] = settings.images_per_step = images
+    folder.config_yaml = command.yaml
+    newest = newest_checkpoint(command.folder)
+    if newest is not None:
+        refuse_other_settings(newest, fixed_settings(config))
+    torch.manual_seed(settings.seed)  # the same initial weights on every process
+    model = instantiate({key: config["model"][key] for key in ("target", "params") if key in config["model"]}, "model")
+    module = wrap(model) if wrap else model
+    module.base_rate = learning_rate_of(config["model"], images)
+    if trainer.is_global_zero:
+        print(command.yaml, end="")
+        for line in replaced(config):
+            print(f"# {line}")
+        print(f"# run folder {command.folder}")
+        print(f"# {images} images per step, learning rate {module.base_rate:g}")
+        print(
+            f"# {sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6:.2f} M parameters to train",
+            flush=True,
+        )
+    if command.dry_run:
+        return
+    data.open()
+    check(module, data)
+    fit(trainer, folder, module, data)
+
+
+def learning_rate_of(model: dict[str, Any], images: int) -> float:
+    """`model.learning_rate`, or LDM's `base_learning_rate` times the images of a step."""
+    if "base_learning_rate" in model:
+        return float(model["base_learning_rate"]) * images
+    return float(model.get("learning_rate", DEFAULT_RATE))
+
+
+def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} that must not change within a run."""
+    free = ("model.params.ckpt_path", "model.params.monitor", "model.params.log_every_t")
+    fixed = {
+        key: value for key, value in flatten(config).items() if key.startswith("model.params.") and key not in free
+    }
+    return fixed | {f"run.{key}": config["run"][key] for key in ("seed", "images_per_step")}
+
+
+def check_first_stage(module: Any, data: Any) -> None:
+    """Raises UserError where the data's sides or the size of their latents are not what the model is configured for."""
+    sides = [side.name for side in getattr(data.source, "sides", ())]
+    if module.sides and len(sides) != 2:
+        raise UserError(
+            f"model.params.mt_sides {list(module.sides)} needs pairs of images (data.target latent_mt.data.PairData)"
+        )
+    if sides and not module.sides:
+        raise UserError(f"the data are pairs of {' and '.join(sides)}: name them in model.params.mt_sides")
+    if sides and sides != list(module.sides):
+        raise UserError(f"model.params.mt_sides {list(module.sides)}, but the data's sides are {sides}")
+    if isinstance(data.source, LatentCache):
+        data.source.check(first_stage_hash(module.first_stage_model))
+        found = data.source.shape[-1]
+    else:
+        module.first_stage_model.check_size(data.image_size, data.image_size)
+        found = data.image_size // module.first_stage_model.downsampling
+    if found != module.image_size:
+        raise UserError(
+            f"images of {data.image_size} pixels give latents of {found}, but model.params.image_size is {module.image_size}"
+        )
+    divisor = module.network.size_divisor
+    if found % divisor:
+        raise UserError(
+            f"latents of {found} pixels can't be halved as often as unet_config.channel_mult asks: take a multiple of {divisor}"
+        )

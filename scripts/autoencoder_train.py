@@ -1,0 +1,6 @@
+"""python scripts/autoencoder_train.py --config latent_mt/configs/autoencoder_kl_camvid.yaml data.params.path=camvid.tar ..."""
+
+from latent_mt.commands.autoencoder_train import console
+
+if __name__ == "__main__":
+    console()

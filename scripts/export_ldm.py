@@ -1,0 +1,6 @@
+"""python scripts/export_ldm.py --model_path RUN --out model.ckpt"""
+
+from latent_mt.commands.export_ldm import console
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,6 @@
+"""python scripts/latent_sample.py --model_path RUN --given photo"""
+
+from latent_mt.commands.latent_sample import console
+
+if __name__ == "__main__":
+    console()
