@@ -85,7 +85,7 @@ _FOREIGN = {
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """A YAML file with `a.b.c=value` overrides applied in their order, as plain dictionaries and lists of known shape.
 
-    Raises UserError for a file that can't be read, an override that can't be applied, and as `check_shape` does.
+    An override of a `target` by another class empties its `params`. Raises UserError for a file that can't be read, an override that can't be applied, and as `check_shape` does.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -105,6 +105,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
             raise UserError(f"don't know what to do with '{word}'; overrides are written key.of.the.file=value")
         try:
             given = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+            if key.endswith(".target") and OmegaConf.select(config, key) not in (None, value):
+                # Another class takes other keys: its params come after it on the command line.
+                OmegaConf.select(config, key.removesuffix(".target"))["params"] = {}
             OmegaConf.update(config, key, given["value"], merge=True)
         except Exception as error:
             raise UserError(f"{word}: can't be applied to {path} ({reason(error)})") from None

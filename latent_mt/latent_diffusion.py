@@ -36,6 +36,7 @@ from guided_mt.respacing import kept_timesteps, respace
 
 from . import configuration
 from .configuration import instantiate, resolve
+from .ldm_checkpoint import load_ldm
 from .modalities import PAIRED, PairedLatent
 from .run import RunConfig, guard_step
 from .schedules import ddim_timesteps, make_beta_schedule
@@ -518,11 +519,13 @@ class LatentMTDiffusion(pl.LightningModule):
             state = checkpoint.read_weights(file)
             self.ema.load(rate, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
 
-    def load_ldm(self, path: Path, ignore_keys: Sequence[str] = (), *, only_unet: bool = False) -> None:
-        """Load LDM's `.ckpt` (or .safetensors of the same entries); heads and condition inputs may be new. Raises UserError."""
-        from .ldm_checkpoint import load_ldm
-
-        load_ldm(self, path, ignore_keys, only_unet=only_unet)
+    def load_ldm(
+        self, path: Path, ignore_keys: Sequence[str] = (), *, only_unet: bool = False, ema: bool = False
+    ) -> None:
+        """Load LDM's `.ckpt` (or .safetensors of the same entries); heads and condition inputs may be new. ema: the averages where
+        the file has some, which LDM samples with. Raises UserError."""
+        found = load_ldm(self, path, ignore_keys, only_unet=only_unet, ema=ema)
+        self.scale_known |= found.scale_factor is not None
 
     def run_state(self) -> dict[str, Any]:
         return {"averages": self.averages.state_dict(), "skipped": self.skipped}

@@ -62,6 +62,15 @@ LIGHTNING = (
     "native_amp_scaling_state",
     "amp_scaling_state",
 )
+# What Lightning 1.x pickled beside the weights of LDM's released files. None of it is imported: an `Inert` stands for each.
+PICKLED = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
 AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "quantize.")
 TRAINING_ONLY = ("loss.", "model_ema.")  # entries of an autoencoder that only its own training needs
 log = logging.getLogger("latent_mt")
@@ -90,14 +99,26 @@ class LDMCheckpoint:
 # ---------------------------------------------------------------- reading
 
 
+class Inert:
+    """In the place of an object that is not loaded: takes whatever it is made of, and does nothing."""
+
+    def __init__(self, *parts: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_state_dict(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the state dict, what stands beside it) of a .ckpt, .pt or .safetensors file of `kind` "diffusion" or "autoencoder".
 
-    Raises UserError for a damaged file, one with objects other than tensors, and one of the other kind.
+    Objects that Lightning 1.x left beside the weights of LDM's released files become `Inert`. Raises UserError for a damaged file,
+    one with any other objects, and one of the other kind.
     """
     path = Path(path)
     try:
-        content = checkpoint.read_state(path)
+        with torch.serialization.safe_globals([(Inert, name) for name in PICKLED]):
+            content = checkpoint.read_state(path)
     except checkpoint.RefusedFile as error:
         raise UserError(
             f"{error}; if you trust where it is from, keep its weights alone: import torch; torch.save({{'state_dict': "
@@ -263,14 +284,12 @@ def load_ldm(
     """Load a checkpoint into a LatentMTDiffusion; float16 files are widened. Returns what the file holds.
 
     ignore_keys: entries that begin with one of these are left out, as in LDM. only_unet: first and conditioning stage stay as
-    they are. ema: take the averaged weights, which LDM samples with; also done where the file has no others. Heads and
+    they are. ema: take the averaged weights, which LDM samples with, where the file has some (it may have no others). Heads and
     condition inputs of ours may be new, and then change nothing (guided_mt.checkpoint.load_weights). Raises UserError for
     parts that differ, for entries that the model has no place for, and for another noise schedule.
     """
     network = module.model.diffusion_model
     found = read_ldm(path, network.state_dict(), ignore_keys)
-    if ema and found.ema is None:
-        raise UserError(f"{path}: has no averaged weights (model_ema.*)")
     # Averages are of parameters alone; buffers, if any, come from the network itself.
     weights = {**found.model, **found.ema} if found.ema is not None and (ema or not found.model) else found.model
     _load_part(network, weights, f"{path}: U-Net", "unet_config", new=True)

@@ -360,3 +360,13 @@ def test_ldms_schedules_are_built_and_constant_after_the_warm_up():
     rate = instantiate(config, "scheduler_config")
     assert rate.schedule(0) == 1e-6 and rate.schedule(5000) == pytest.approx(0.5, abs=1e-3)
     assert rate.schedule(10_000) == rate.schedule(500_000) == 1.0
+
+
+def test_another_target_starts_with_empty_params(tmp_path):
+    """So that one of LDM's files can be given data of ours on the command line."""
+    path = write(tmp_path, CONFIGS["ldm/celeba256"] if "ldm/celeba256" in CONFIGS else next(iter(CONFIGS.values())))
+    own = ["data.target=latent_mt.data.ImageData", "data.params.path=faces", "data.params.batch_size=8"]
+    config = load_config(path, own)
+    assert config["data"] == {"target": "latent_mt.data.ImageData", "params": {"path": "faces", "batch_size": 8}}
+    again = load_config(path, [*own, "data.target=latent_mt.data.ImageData"])  # the same class again keeps them
+    assert again["data"] == config["data"]
