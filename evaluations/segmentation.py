@@ -52,10 +52,12 @@ __all__ = ["SegmentationScores", "confusion_matrix", "count", "main", "nearest_c
 
 FAR = 30.0  # in RGB; compression and smoothing stay below it, colours of another palette seldom do
 
-# Table 4 of the MT-Diffusion paper: per-pixel accuracy, per-class accuracy, class IoU
-QUOTED = {
+# Table 4 of the MT-Diffusion paper: per-pixel accuracy, per-class accuracy, class IoU; None: not stated. InternImage-H, a
+# network for segmentation alone, is Wang et al., CVPR 2023.
+QUOTED: dict[str, tuple[float | None, ...]] = {
     "CycleGAN": (0.58, 0.22, 0.16),
     "pix2pix": (0.85, 0.40, 0.32),
+    "InternImage-H": (None, None, 0.86),
     "MT-Diffusion paper, single-task": (0.72, 0.54, 0.32),
     "MT-Diffusion paper": (0.95, 0.85, 0.70),
 }
@@ -160,7 +162,9 @@ def table(found: SegmentationScores, palette: Palette) -> str:
     rows.append((f"this run ({Path(palette.source).name})", own))
     width = max(len(name) for name, _ in rows)
     lines = [f"{'photo -> labels':{width}}  per-pixel acc.  per-class acc.  class IoU"]
-    lines += [f"{name:{width}}  {a:14.2f}  {b:14.2f}  {c:9.2f}" for name, (a, b, c) in rows]
+    for name, values in rows:
+        a, b, c = ("-" if value is None else f"{value:.2f}" for value in values)
+        lines.append(f"{name:{width}}  {a:>14}  {b:>14}  {c:>9}")
     return "\n".join(lines)
 
 

@@ -85,7 +85,8 @@ _FOREIGN = {
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """A YAML file with `a.b.c=value` overrides applied in their order, as plain dictionaries and lists of known shape.
 
-    An override of a `target` by another class empties its `params`. Raises UserError for a file that can't be read, an override that can't be applied, and as `check_shape` does.
+    An override of a `target` by another class empties its `params`. Raises UserError for a file that can't be read, an override
+    that can't be applied, and as `check_shape` does.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

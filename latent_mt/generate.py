@@ -30,6 +30,7 @@ PREVIEW_COUNT, PREVIEW_STEPS = 8, 20
 class LatentSampleConfig(SampleConfig):
     """Sampling"""
 
+    out: str = option("", "the folder to write to; empty: samples in the run's folder")
     clip_denoised: bool = option(False, "clip the predicted z_0 to [-1, 1]; for a first stage whose latents lie there")
 
 
@@ -64,14 +65,50 @@ class LatentGenerator:
             raise UserError(f"'{name}' is no side of this model{nearest(name, sides)}; it has {' and '.join(sides)}")
         return sides.index(name)
 
+    def generates(self, source: int) -> bool:
+        """Whether the model was trained to generate the other side from side `source`."""
+        return 1 - source in self.roles
+
+    def reads(self, source: int) -> bool:
+        """Whether the model has a head that was trained to read the other side off side `source`."""
+        return source in self.roles and self.model.network.variant != "X" and self._head_trained
+
+    @property
+    def _head_trained(self) -> bool:
+        always_given = self.model.network.variant == "any" and self.model.given_prob == 1
+        return self.model.loss_weight > 0 and not always_given
+
+    def check(self, route: str, source: int) -> None:
+        """Raises UserError where the model wasn't trained to make the other side of `source` by this one of ROUTES."""
+        generates, reads = self.generates(source), self.reads(source)
+        if {"generate": generates, "read": reads}[route]:
+            return
+        swap = f"(mt_swap_prob {self.model.swap_prob:g})"
+        if route == "generate":
+            made, given = self.model.sides[1 - source], self.model.sides[source]
+            instead = "read its head instead (--route read), or " if reads else ""
+            raise UserError(
+                f"this model was not trained to generate {made} from {given} {swap}; {instead}train with mt_swap_prob 0.5"
+            )
+        why = f"z_0 was never {self.model.sides[source]} in this model's training {swap}"
+        if self.model.network.variant == "X":
+            why = "the head of a form-X model was always given what it is to predict"
+        elif not self._head_trained:
+            settings = f"mt_loss_weight {self.model.loss_weight:g}, mt_given_prob {self.model.given_prob:g}"
+            why = f"this model's head was never trained ({settings})"
+        raise UserError(f"{why}; {'use --route generate' if generates else 'give the other side'}")
+
     def network(self, role: int, conditions: Mapping[str, Any] | None = None) -> Callable:
         """(z_t, t, modalities, ...) -> ModelOutput with z_0 in this role."""
-        model, both = self.model.model, self.model.both_roles
+        model, both, conditions = self.model.model, self.model.both_roles, dict(conditions or {})
+        classes = conditions.pop("y", None)
 
         def run(z_t: Tensor, t: Tensor, modalities: Mapping[str, Tensor], **options: Any) -> ModelOutput:
             if both:
                 options["y"] = torch.full((len(z_t),), role, device=z_t.device)
-            return model(z_t, t, modalities, **options, **(conditions or {}))
+            elif classes is not None:
+                options["y"] = classes.repeat(len(z_t) // len(classes))  # guidance doubles the batch
+            return model(z_t, t, modalities, **options, **conditions)
 
         return run
 
@@ -89,14 +126,8 @@ class LatentGenerator:
 
         Raises UserError where the model was not trained to generate that side.
         """
-        role = 1 - source
-        if role not in self.roles:
-            made, given = self.model.sides[role], self.model.sides[source]
-            raise UserError(
-                f"this model was not trained to generate {made} from {given} (mt_swap_prob {self.model.swap_prob:g}); "
-                "read its head instead (--route read), or train with mt_swap_prob 0.5"
-            )
-        return self._sample(role, {PAIRED: latents}, seeds, settings, respacing)[0]
+        self.check("generate", source)
+        return self._sample(1 - source, {PAIRED: latents}, seeds, settings, respacing)[0]
 
     def pairs(
         self,
@@ -128,7 +159,7 @@ class LatentGenerator:
         respacing: str,
         conditions: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        modalities = self.model.modalities()
+        modalities = self.model.modalities(role)
         variant = self.model.network.variant
         framed = variant == "U" and settings.mt_condition == "own-head"
         if known and framed and not modalities[PAIRED].has_log_prob:
@@ -158,12 +189,9 @@ class LatentGenerator:
         """The other side's latents [B, C, h, w] as the head reads them off the latents of side `source`, which are z_0 at little
         noise, averaged over `timesteps` (see `classification.read_timesteps`) and noise `draws`.
 
-        Raises UserError for form X, whose head was always told, and where z_0 was never that side.
+        Raises UserError for a head that was always told or never trained, and where z_0 was never that side.
         """
-        if self.model.network.variant == "X":
-            raise UserError("the head of a form-X model was always given what it is to predict; use --route generate")
-        if source not in self.roles:
-            raise UserError(f"z_0 was never {self.model.sides[source]} in this model's training; use --route generate")
+        self.check("read", source)
         diffusion = self.model.respaced()
         chosen = read_timesteps(timesteps, diffusion.num_timesteps, diffusion.aggregation)
         streams = SampleStreams(torch.as_tensor(seeds), index=3, device=self.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from guided_mt import distributed
-from guided_mt.distributed import Processes, detect, choose_device, first_host
+from guided_mt.distributed import Processes, choose_device, detect, first_host
 from guided_mt.errors import UserError
 
 TORCHRUN = {

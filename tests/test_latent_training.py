@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import signal
 
+import numpy as np
 import pytest
 import torch
+from make_golden_traces import FILE, LATENT_TRACES, latent_loss_trace
 from PIL import Image
 from tiny import finish, mpiexec, start, torchrun, wait_for
 from tiny_latent import LATENT, SIZE, UNET, newest_weights, train, write_config, write_pairs
@@ -151,6 +154,14 @@ def test_grids_and_validation(pairs, tmp_path):
     assert list((tmp_path / "a").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize("name", LATENT_TRACES)
+def test_golden_loss_trace(name, tmp_path):
+    """As guided_mt's in test_train."""
+    expected = json.loads(FILE.read_text())[name]
+    assert len(expected) == 20
+    np.testing.assert_allclose(latent_loss_trace(name, tmp_path), expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -190,6 +201,26 @@ def test_bad_settings(pairs, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), override)
     assert not (tmp_path / "a/checkpoints").exists()
+
+
+@pytest.mark.parametrize("word", ["--total_steps", "total_steps", "--limt"])
+def test_words_that_are_no_settings(pairs, tmp_path, word):
+    with pytest.raises(UserError, match=f"don't know what to do with '{word}'"):
+        train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), "run.seed=1", word)
+
+
+def test_limit_and_dry_run(pairs, tmp_path, capsys):
+    train(
+        write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"),
+        "--dry_run",
+        "run.seed=1",
+        "--limit",
+        "5",
+        "run.seed=2",
+    )
+    printed = capsys.readouterr().out
+    assert "limit: 5" in printed and "seed: 2" in printed and "M parameters to train" in printed
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,7 @@ def test_as_a_program_from_another_folder(tmp_path, classes):
     done = subprocess.run([*command, "--table"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"pix2pix \(quoted, Cityscapes\) +0\.85 +0\.40 +0\.32", done.stdout)
+    assert re.search(r"InternImage-H \(quoted, Cityscapes\) +- +- +0\.86", done.stdout)
     assert re.search(r"this run \(classes\.txt\) +1\.00 +1\.00 +1\.00", done.stdout)
     done = subprocess.run([*command[:3], "none", *command[4:]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,11 @@ from ..configuration import instantiate, load_config
 from ..data import PairData, PairSource
 from ..generate import ROUTES, LatentGenerator, LatentSampleConfig
 from ..latent_diffusion import LatentMTDiffusion
+from ..ldm_checkpoint import load_ldm
 
 GRID = 8  # columns of a picture grid
 DEFAULT_PAIRS = 16
+OF_PAIRS = ("route", "data_dir", "split", "timesteps", "draws")  # flags that say nothing without --given
 
 
 @dataclass
@@ -59,19 +62,32 @@ class TranslateConfig:
 
 def main(argv: Sequence[str]) -> None:
     config = parse(argv, (LatentSampleConfig, TranslateConfig), description=__doc__)
+    check_flags(config)
     weights = checkpoint.find_weights(config.model_path, config.ema)
     saved = read_saved(weights, config.config)
     out = Path(config.out) if config.out else samples_folder(weights)
     processes = distributed.setup(config.device)
     if announce(config, processes, f"weights {weights}", f"writing to {out}"):
         return
-    generator = LatentGenerator(load_model(saved, weights, processes.device))
+    generator = LatentGenerator(load_model(saved, weights, processes.device, averaged=config.ema != "none"))
     signature = {**config.as_dict(), "weights": str(weights)}
     if config[TranslateConfig].given:
         translate(config, saved, generator, out, processes, signature)
     else:
         draw_pairs(config, generator, out, processes, signature)
     processes.close()
+
+
+def check_flags(config: Config) -> None:
+    """Raises UserError for flags that contradict each other."""
+    options = config[TranslateConfig]  # config.given are the flags that were typed
+    if Path(config.out).suffix == ".npz":
+        raise UserError(f"--out {config.out}: names a folder here; the .npz files in it have names of their own")
+    alone = [name for name in OF_PAIRS if name in config.given and not options.given]
+    if alone:
+        raise UserError(f"--{alone[0]} goes with --given, the side that is translated, as in --given photo")
+    if options.given and "class_id" in config.given:
+        raise UserError("--class_id is of class-conditional models, which draw from nothing; leave out --given")
 
 
 def read_saved(weights: Path, file: str) -> dict[str, Any]:
@@ -84,8 +100,10 @@ def read_saved(weights: Path, file: str) -> dict[str, Any]:
     return load_config(file or beside)
 
 
-def load_model(saved: Mapping[str, Any], weights: Path, device: torch.device) -> LatentMTDiffusion:
-    """The trained model, ready to draw from. Raises UserError."""
+def load_model(
+    saved: Mapping[str, Any], weights: Path, device: torch.device, averaged: bool = True
+) -> LatentMTDiffusion:
+    """The trained model, ready to draw from. averaged: take the averages of a foreign file. Raises UserError."""
     params = {**(saved["model"].get("params") or {}), "ckpt_path": None}
     # The weights file holds the first stage too.
     stage = params.get("first_stage_config") or {}
@@ -93,7 +111,13 @@ def load_model(saved: Mapping[str, Any], weights: Path, device: torch.device) ->
     model = instantiate({"target": saved["model"]["target"], "params": params}, "model")
     if not isinstance(model, LatentMTDiffusion):
         raise UserError(f"{weights}: is no latent diffusion model but {saved['model']['target']}")
-    model.load_ldm(weights)
+    found = load_ldm(model, weights, ema=averaged)
+    lacking = model.network.state_dict().keys() - found.model.keys() - (found.ema or {}).keys()
+    if lacking:
+        raise UserError(
+            f"{weights}: has no heads or condition inputs ({len(lacking)} entries, such as '{min(lacking)}'), as "
+            "latent-diffusion's own models have none: take mt_sides out of the YAML file, or give a run's own weights"
+        )
     model.network.to_fast_layout()
     return model.to(device).eval().requires_grad_(False)
 
@@ -110,7 +134,7 @@ def translate(
     signature: dict,
 ) -> None:
     """Write NAME.npz, NAME/*.png and NAME.png for every route, and the truth beside them."""
-    name_given = config[TranslateConfig].given  # config.given are the flags that were typed
+    name_given = config[TranslateConfig].given
     source_side = generator.side(name_given)
     target = generator.model.sides[1 - source_side]
     routes = _routes(config, generator, source_side)
@@ -149,16 +173,19 @@ def translate(
 
 
 def _routes(config: Config, generator: LatentGenerator, source: int) -> list[str]:
-    """Those of --route that this model has; where the flag was typed, all of it. Raises UserError."""
+    """Those of --route that this model has. Raises UserError where it has none, or not all that were typed."""
     routes = [word.strip() for word in config.route.split(",") if word.strip()]
     for word in routes:
         if word not in ROUTES:
             raise UserError(f"--route: '{word}' is none of {', '.join(ROUTES)}{nearest(word, ROUTES)}")
-    if "route" in config.given:
-        return routes
-    can = {"generate": 1 - source in generator.roles}
-    can["read"] = source in generator.roles and generator.model.network.variant != "X"
-    return [route for route in routes if can[route]]
+    if not routes:
+        raise UserError(f"--route '{config.route}': name {' or '.join(ROUTES)}, or both")
+    can = {"generate": generator.generates(source), "read": generator.reads(source)}
+    possible = [route for route in routes if can[route]]
+    if "route" in config.given or not possible:
+        for route in routes:
+            generator.check(route, source)
+    return possible
 
 
 def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[PairSource, int]:
@@ -176,7 +203,7 @@ def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[PairSource, in
 def unique_stems(names: Sequence[str], path: str) -> list[str]:
     """File names without folder and suffix. Raises UserError where two are the same."""
     stems = [Path(name).stem for name in names]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    twice = next((stem for stem, count in Counter(stems).items() if count > 1), None)
     if twice is not None:
         raise UserError(
             f"{path}: two images are called {twice}, so their results would overwrite each other; rename one"
@@ -246,20 +273,24 @@ def draw_pairs(config: Config, generator: LatentGenerator, out: Path, processes:
 
 def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: int) -> dict[str, Any]:
     """LDM's condition for samples: a class, chosen or each sample's own. Raises UserError for other kinds of condition."""
-    if model.conditioning_key is None:
+    if model.conditioning_key is None and (model.sides or model.network.num_classes is None):
+        if class_id >= 0:
+            raise UserError(f"--class_id {class_id}: this model knows of no classes; leave the flag out")
         return {}
     stage = getattr(model, "cond_stage_model", None)
-    if model.cond_stage_key != "class_label" or model.conditioning_key != "crossattn" or stage is None:
+    by_class = model.cond_stage_key == "class_label" and model.conditioning_key == "crossattn" and stage is not None
+    by_label = model.conditioning_key in (None, "adm") and model.network.num_classes is not None  # ADM's own way
+    if not by_class and not by_label:
         raise UserError(
             f"this model is conditioned on {model.cond_stage_key} ({model.conditioning_key}), which has no flag; in Python, pass "
             "it as `conditions` of LatentGenerator.pairs"
         )
-    device, count = model.scale_factor.device, stage.embedding.num_embeddings
+    device, count = model.scale_factor.device, stage.embedding.num_embeddings if by_class else model.network.num_classes
     if class_id >= count:
         raise UserError(f"--class_id {class_id}: this model has classes 0 to {count - 1}")
     own = SampleStreams(torch.as_tensor(list(seeds)), index=5, device=device).integers(count)
     classes = own if class_id < 0 else torch.full_like(own, class_id)
-    return {"c_crossattn": stage({stage.key: classes})}
+    return {"c_crossattn": stage({stage.key: classes})} if by_class else {"y": classes}
 
 
 def console() -> None:

@@ -39,7 +39,10 @@ class Command:
 def read_command(argv: Sequence[str], description: str, kind: type) -> Command:
     """`--config FILE [--dry_run] [key=value ...]`; model.target must be a `kind`. Raises UserError."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        usage="%(prog)s --config FILE [--dry_run] [--limit N] [key=value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "-b", "--config", "--base", metavar="FILE", default="", help="the YAML file, as latent-diffusion's"
@@ -47,22 +50,22 @@ def read_command(argv: Sequence[str], description: str, kind: type) -> Command:
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved configuration and the model's size, then stop"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="values of the YAML file, such as run.total_steps=1000"
-    )
+    parser.add_argument("--limit", metavar="N", help="use the first N items only, as data.params.limit=N")
 
     def refuse(message: str) -> None:
         raise UserError(message)
 
     parser.error = refuse
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(
-            f"don't know what to do with '{unknown[0]}'; settings are written key=value, as in run.total_steps=1000"
-        )
+    args, words = parser.parse_known_args(argv)  # key=value between flags too
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            raise UserError(
+                f"don't know what to do with '{word}'; settings are written key=value, as in run.total_steps=1000"
+            )
+    overrides = [*words, *([f"data.params.limit={args.limit}"] if args.limit else [])]
     if not args.config:
         raise UserError("--config is missing: a YAML file such as latent_mt/configs/camvid_mt.yaml")
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, overrides)
     target = resolve(config["model"]["target"])
     if not issubclass(target, kind):
         raise UserError(f"{args.config}: model.target {config['model']['target']} is not what this script trains")
