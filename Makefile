@@ -26,6 +26,7 @@ smoke: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/latent_step.py
 	$(BIN)/python benchmarks/samplers.py --samples 5000
 	$(BIN)/python benchmarks/evaluator.py
 

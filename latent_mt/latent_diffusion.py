@@ -23,7 +23,7 @@ from guided_mt.data import Batch
 from guided_mt.distributed import Processes
 from guided_mt.errors import UserError
 from guided_mt.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelOutput, ModelVarType
-from guided_mt.heads import ImageHead
+from guided_mt.heads import HeadVariance, ImageHead
 from guided_mt.images import from_uint8
 from guided_mt.metrics import QUARTILES, Averages
 from guided_mt.modalities import Images
@@ -46,6 +46,7 @@ from .validation import val_batches
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 LOSSES = {"l1": LossType.L1, "l2": LossType.MSE}
 TARGETS = {"eps": ModelMeanType.EPSILON, "x0": ModelMeanType.START_X}
+SWAPPED = f"{PAIRED}_swapped"  # the head's tracked variance in role 1, where there are two
 SCALE_BATCHES = 8  # on which `scale_by_std` measures
 VAL_TIMESTEPS = 8  # evenly spaced, per validation image
 
@@ -82,6 +83,8 @@ class DiffusionWrapper(nn.Module):
             z_t = torch.cat([z_t, c_concat.repeat(repeats, 1, 1, 1)], dim=1)
         if c_crossattn is not None:
             options["context"] = c_crossattn.repeat(repeats, 1, 1)
+        if options.get("y") is not None:
+            options["y"] = options["y"].repeat(len(z_t) // len(options["y"]))
         return self.diffusion_model(z_t, timesteps, modalities, **options)
 
 
@@ -227,7 +230,7 @@ class LatentMTDiffusion(pl.LightningModule):
             keywords["num_classes"] = 2
         options = unet_options(**keywords)
         paired = bool(self.sides)
-        return MTModel(
+        network = MTModel(
             heads={PAIRED: lambda unet: ImageHead(unet, self.channels)} if paired else {},
             image_inputs={PAIRED: self.channels} if paired else {},
             tracked=(PAIRED,) if paired else (),
@@ -236,6 +239,10 @@ class LatentMTDiffusion(pl.LightningModule):
             conditioned=options["context_dim"] is not None,
             **options,
         )
+        if self.both_roles and variant == "U":
+            # Own head divides by the head's squared error, which is larger in the direction that leaves more open.
+            network.head_variance[SWAPPED] = HeadVariance(timesteps)
+        return network
 
     def _check_channels(self) -> None:
         """UserError where first stage, U-Net and `channels` don't fit."""
@@ -263,11 +270,14 @@ class LatentMTDiffusion(pl.LightningModule):
     def modality_names(self) -> list[str]:
         return [PAIRED] if self.sides else []
 
-    def modalities(self) -> dict[str, PairedLatent]:
-        """{name: modality}, with the head's tracked variance where it was trained."""
+    def modalities(self, role: int = 0) -> dict[str, PairedLatent]:
+        """{name: modality}, with the head's tracked variance in this role where it was trained."""
         tracked = self.network.head_variance
-        values = {n: v.value() for n, v in tracked.items() if bool(v.error_count.any())}
-        return {name: PairedLatent(self.channels, values.get(name)) for name in self.modality_names}
+        found = {}
+        for name in self.modality_names:
+            own = tracked[SWAPPED] if role == 1 and SWAPPED in tracked else tracked[name]
+            found[name] = PairedLatent(self.channels, own.value() if bool(own.error_count.any()) else None)
+        return found
 
     def respaced(self, timestep_respacing: str = "") -> GaussianDiffusion:
         """The process on fewer timesteps: as guided_mt's `timestep_respacing`, or "ldmN" for LDM's N DDIM steps."""
@@ -314,11 +324,12 @@ class LatentMTDiffusion(pl.LightningModule):
 
     # ------------------------------------------------------------ training
 
-    def losses(self, batch: Batch, streams: SampleStreams, t: Tensor | None = None) -> tuple[Losses, Tensor]:
-        """(losses, timesteps [B]) of a batch: Algorithm 2 on its latents. t: these timesteps instead of drawn ones."""
+    def losses(self, batch: Batch, streams: SampleStreams, t: Tensor | None = None) -> tuple[Losses, Tensor, Tensor]:
+        """(losses, timesteps [B], roles [B]) of a batch: Algorithm 2 on its latents. t: these timesteps instead of drawn ones."""
         first, *others = self.latents(batch, streams)
         kwargs = self._conditions(batch)
         loaded = {}
+        swap = torch.zeros_like(batch.positions, dtype=torch.bool)
         if others:
             swap = streams.uniform() < self.swap_prob  # (B,)
             chosen = swap.view(-1, 1, 1, 1)
@@ -344,7 +355,7 @@ class LatentMTDiffusion(pl.LightningModule):
             given_prob=self.given_prob,
             model_kwargs=kwargs,
         )
-        return losses, t
+        return losses, t, swap.long()
 
     def _conditions(self, batch: Batch) -> dict[str, Tensor]:
         """LDM's own condition of a training batch. Raises UserError for a `cond_stage_key` that the data don't have."""
@@ -364,21 +375,26 @@ class LatentMTDiffusion(pl.LightningModule):
             # The only draw that is torch's own: tied to the step, so that resuming repeats it.
             torch.manual_seed((self.run.seed * 1_000_003 + self.steps_done) * 4096 + self.processes.rank)
         streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
-        losses, t = self.losses(batch, streams)
+        losses, t, role = self.losses(batch, streams)
         values = [losses.loss, *(losses.terms[name] for name in self.terms)]
         ones = torch.ones_like(losses.kept)
         kept = [losses.predicted.get(name, ones) for name in ("loss", *self.terms)]
-        record = torch.stack([t.float(), *(v.detach() for v in values), *kept], dim=1)
+        record = torch.stack([t.float(), role.float(), *(v.detach() for v in values), *kept], dim=1)
         self._track(self.processes.all_gather(record))
         return self.l_simple_weight * losses.loss.mean()
 
     @torch.no_grad()
     def _track(self, record: Tensor) -> None:
-        t, values, kept = record[:, 0].long(), *record[:, 1:].chunk(2, dim=1)
+        t, role, (values, kept) = record[:, 0].long(), record[:, 1], record[:, 2:].chunk(2, dim=1)
         self.averages.add(t, values, kept)
-        for name, variance in self.network.head_variance.items():
+        tracked = self.network.head_variance
+        for name in self.modality_names:
             column = 1 + self.terms.index(name)
-            variance.update(t, values[:, column], kept[:, column])
+            error, seen = values[:, column], kept[:, column]
+            if SWAPPED in tracked:
+                tracked[SWAPPED].update(t, error, seen * role)
+                seen = seen * (1 - role)
+            tracked[name].update(t, error, seen)
 
     @property
     def terms(self) -> list[str]:
@@ -466,7 +482,7 @@ class LatentMTDiffusion(pl.LightningModule):
                 batch = batch.to(self.device)
                 for k in range(VAL_TIMESTEPS):
                     t = torch.full_like(batch.positions, int((k + 0.5) * self.diffusion.num_timesteps / VAL_TIMESTEPS))
-                    losses, _ = self.losses(batch, SampleStreams(batch.positions, 1 + k, device=self.device), t)
+                    losses, *_ = self.losses(batch, SampleStreams(batch.positions, 1 + k, device=self.device), t)
                     values = torch.stack([losses.loss, *(losses.terms[name] for name in self.terms)])
                     kept = torch.stack(
                         [losses.predicted.get(n, torch.ones_like(losses.kept)) for n in ("loss", *self.terms)]

@@ -53,6 +53,41 @@ if command -v mpiexec > /dev/null; then
     --log_dir "$work/mpi" "${tiny[@]}" --total_steps 2 > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 fi
 
+python - "$work/pairs" << 'END'
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+rng = np.random.default_rng(0)
+for split, count in (("train", 6), ("val", 2)):
+    folder = Path(sys.argv[1]) / split
+    folder.mkdir(parents=True)
+    for k in range(count):
+        day = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(np.concatenate([day, day // 4], axis=1)).save(folder / f"{k}.png")
+END
+data=(data.params.path="$work/pairs" data.params.image_size=16 data.params.batch_size=2 run.save_interval=2 run.log_interval=1
+      lightning.trainer.accelerator=cpu)
+first=model.params.first_stage_config.params
+layers=(ch=32 ch_mult=[1,1] norm_groups=8)
+latent=("${data[@]}" model.params.image_size=8 model.params.unet_config.params.image_size=8 "${layers[@]/#/$first.ddconfig.}"
+        model.params.unet_config.params.model_channels=32 model.params.unet_config.params.channel_mult=[1,1])
+configs=latent_mt/configs
+run autoencoder_train.py --config $configs/autoencoder_kl_daynight.yaml "${data[@]}" "${layers[@]/#/model.params.ddconfig.}" \
+  run.log_dir="$work/autoencoder" run.total_steps=2
+run encode_latents.py --config $configs/daynight_mt.yaml --out "$work/latents" --first_stage "$work/autoencoder" "${latent[@]}"
+latent+=(data.params.latents="$work/latents")
+one=(--config $configs/daynight_mt.yaml "${latent[@]}" $first.ckpt_path="$work/autoencoder" run.log_dir="$work/latent")
+run latent_train.py "${one[@]}" run.total_steps=2 run.sample_interval=2
+run latent_train.py "${one[@]}" run.total_steps=4
+grep -q '^4,' "$work/latent/progress.csv"
+run latent_sample.py --model_path "$work/latent" --given day --steps 2
+run latent_sample.py --model_path "$work/latent" --num_samples 2 --steps 2
+run export_ldm.py --model_path "$work/latent" --out "$work/ldm.ckpt"
+# which also translates the other way
+run table4.py --preset daynight --autoencoder "$work/autoencoder" --latents "$work/latents" --run "$work/table4" --seeds 0 \
+  --sample_steps 2 run.total_steps=2 "${latent[@]}"
+
 score() { echo "+ python evaluations/$*"; python "evaluations/$@" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }
 export MT_DIFFUSION_CACHE=$work/cache
 python - "$work" << 'END'

@@ -22,6 +22,16 @@ TRACES = {
     "label E": {"mt_task": "label", "mt_variant": "U", "num_classes": 10, "mt_label_head": "E", **CLASSIFIER},
     "masked,label any": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10, "mt_drop_prob": 0.2},
 }
+LATENT_TRACES = {
+    "latent any, both roles": {"mt_variant": "any"},
+    "latent U, both roles": {"mt_variant": "U", "mt_weights": "bridge"},
+    "latent X": {
+        "mt_variant": "X",
+        "mt_swap_prob": 0.0,
+        "mt_loss_weight": 0.0,
+    },  # a single task: one side from the other
+    "latent none, l1": {"mt_sides": [], "loss_type": "l1"},
+}
 
 
 def loss_trace(name: str, run: Path) -> list[float]:
@@ -30,9 +40,22 @@ def loss_trace(name: str, run: Path) -> list[float]:
     return column(run, "loss")
 
 
+def latent_loss_trace(name: str, folder: Path) -> list[float]:
+    """The same of a row of LATENT_TRACES; its data are written to `folder` too."""
+    from tiny_latent import train, write_config, write_images, write_pairs
+
+    params = LATENT_TRACES[name]
+    data = write_pairs(folder / "pairs") if params.get("mt_sides", True) else write_images(folder / "images")
+    train(write_config(folder / "config.yaml", data, folder / "run", **params), f"run.total_steps={STEPS}")
+    return column(folder / "run", "loss")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         traces = {name: loss_trace(name, Path(folder) / name) for name in TRACES}
+        for name in LATENT_TRACES:
+            (Path(folder) / name).mkdir()
+            traces[name] = latent_loss_trace(name, Path(folder) / name)
     FILE.write_text(json.dumps(traces, indent=1) + "\n")
     print(f"wrote {FILE}")
