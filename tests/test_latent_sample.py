@@ -144,6 +144,16 @@ def test_pairs_from_nothing(run, tmp_path):
         np.testing.assert_array_equal(other[name], images[[2, 0, 1]])
 
 
+@pytest.mark.parametrize(
+    "weights, sampler, warned", [("paper", "dpm++", 1), ("paper", "ddpm", 0), ("bridge", "dpm++", 0)]
+)
+def test_a_frame_that_is_large_at_the_start_is_warned_of(streets, tmp_path, caplog, weights, sampler, warned):
+    """See test_latent_model: deterministic samplers end far from the data there."""
+    model = write_run(tmp_path / "run", streets, **{**MAPS, "mt_weights": weights})
+    draw(model, tmp_path, "--num_samples", 1, "--sampler", sampler)
+    assert caplog.text.count("want --sampler ddpm") == warned
+
+
 # ---------------------------------------------------------------- seeds, batches, processes, resuming
 
 
