@@ -24,6 +24,7 @@ from .quantize import Quantized, VectorQuantizer, widened
 
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
+ADAM_BETAS = (0.5, 0.9)
 ATTENTION = ("vanilla", "none")
 TRAINING_ONLY = ("loss.", "model_ema.")  # entries of LDM's autoencoder checkpoints that no first stage needs
 log = logging.getLogger("latent_mt")
@@ -34,7 +35,11 @@ log = logging.getLogger("latent_mt")
 
 @dataclass(frozen=True)
 class DDConfig:
-    """LDM's `ddconfig`: sizes of encoder and decoder. resolution only decides where attention stands."""
+    """LDM's `ddconfig`: sizes of encoder and decoder. resolution only decides where attention stands.
+
+    norm_groups (ours): LDM's group norms have 32 groups, which with 32 channels are one channel each: they then remove every
+    channel's mean over the image, and with it the image's colour. LDM's own 128 channels make groups of four.
+    """
 
     ch: int
     out_ch: int
@@ -51,6 +56,7 @@ class DDConfig:
     attn_type: str = "vanilla"
     tanh_out: bool = False
     give_pre_end: bool = False
+    norm_groups: int = NORM_GROUPS
 
     @property
     def downsampling(self) -> int:
@@ -102,17 +108,24 @@ def _checked(key: str, value: Any) -> Any:
     return value
 
 
+def check_betas(values: Sequence[float]) -> tuple[float, float]:
+    """Raises UserError where these are no betas of Adam."""
+    numbers = isinstance(values, Sequence) and all(isinstance(v, (int, float)) and 0 <= v < 1 for v in values)
+    if not numbers or len(values) != 2:
+        raise UserError(f"adam_betas {values!r}: write two numbers from 0 up to 1, such as [0.5, 0.9]")
+    return float(values[0]), float(values[1])
+
+
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def normalize(channels: int) -> nn.GroupNorm:
-    """LDM's `Normalize`: group norm over 32 groups, eps 1e-6."""
-    if channels % NORM_GROUPS:
+def normalize(channels: int, groups: int) -> nn.GroupNorm:
+    """LDM's `Normalize`: group norm, eps 1e-6."""
+    if channels % groups:
         raise UserError(
-            f"ddconfig: a layer would have {channels} channels, but group norm needs a multiple of {NORM_GROUPS}: change ch or "
-            "ch_mult"
+            f"ddconfig: a layer would have {channels} channels, but group norm needs a multiple of {groups}: change ch or ch_mult"
         )
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -122,12 +135,12 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
 class ResnetBlock(nn.Module):
     """[B, in_channels, H, W] -> [B, out_channels, H, W]."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    def __init__(self, config: DDConfig, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = normalize(in_channels)
+        self.norm1 = normalize(in_channels, config.norm_groups)
         self.conv1 = conv3x3(in_channels, out_channels)
-        self.norm2 = normalize(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = normalize(out_channels, config.norm_groups)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -141,9 +154,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention over positions with one head of all channels."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = NORM_GROUPS):
         super().__init__()
-        self.norm = normalize(channels)
+        self.norm = normalize(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,8 +166,8 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(attended[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-def make_attention(channels: int, attn_type: str) -> nn.Module:
-    return AttnBlock(channels) if attn_type == "vanilla" else nn.Identity()
+def make_attention(config: DDConfig, channels: int) -> nn.Module:
+    return AttnBlock(channels, config.norm_groups) if config.attn_type == "vanilla" else nn.Identity()
 
 
 class Downsample(nn.Module):
@@ -188,10 +201,10 @@ class Level(nn.Module):
     def __init__(self, config: DDConfig, channels: int, out_channels: int, blocks: int, resolution: int):
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(out_channels if i else channels, out_channels, config.dropout) for i in range(blocks)
+            ResnetBlock(config, out_channels if i else channels, out_channels) for i in range(blocks)
         )
         attended = blocks if resolution in config.attn_resolutions else 0
-        self.attn = nn.ModuleList(make_attention(out_channels, config.attn_type) for _ in range(attended))
+        self.attn = nn.ModuleList(make_attention(config, out_channels) for _ in range(attended))
 
     def forward(self, h: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -204,9 +217,9 @@ class Level(nn.Module):
 class Middle(nn.Module):
     def __init__(self, config: DDConfig, channels: int):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, config.dropout)
-        self.attn_1 = make_attention(channels, config.attn_type)
-        self.block_2 = ResnetBlock(channels, channels, config.dropout)
+        self.block_1 = ResnetBlock(config, channels, channels)
+        self.attn_1 = make_attention(config, channels)
+        self.block_2 = ResnetBlock(config, channels, channels)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(h)))
@@ -228,7 +241,7 @@ class Encoder(nn.Module):
                 resolution //= 2
             self.down.append(level)
         self.mid = Middle(config, channels)
-        self.norm_out = normalize(channels)
+        self.norm_out = normalize(channels, config.norm_groups)
         self.conv_out = conv3x3(channels, config.z_channels * (2 if config.double_z else 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -257,7 +270,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(channels, config.resamp_with_conv)
                 resolution *= 2
             self.up.insert(0, level)  # numbered as the encoder's
-        self.norm_out = normalize(channels)
+        self.norm_out = normalize(channels, config.norm_groups)
         self.conv_out = conv3x3(channels, config.out_ch)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -385,8 +398,8 @@ class ConvolutionalAutoencoder(Autoencoder):
 class AutoencoderKL(ConvolutionalAutoencoder):
     """A Gaussian latent.
 
-    lossconfig, and scheduler_config (ours; LDM has it for VQModel alone), are kept for training; monitor and image_key are LDM's
-    and without meaning here.
+    lossconfig, and scheduler_config and adam_betas (ours; LDM has the one for VQModel alone and the other fixed), are kept for
+    training; monitor and image_key are LDM's and without meaning here.
     """
 
     def __init__(
@@ -400,9 +413,11 @@ class AutoencoderKL(ConvolutionalAutoencoder):
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
+        adam_betas: Sequence[float] = ADAM_BETAS,
     ):
         super().__init__(ddconfig, embed_dim, double_z=True)
         self.lossconfig, self.image_key, self.scheduler_config = lossconfig, image_key, scheduler_config
+        self.adam_betas = check_betas(adam_betas)
         self._add_convolutions(moments=2)
         self._finish(colorize_nlabels, monitor, ckpt_path, ignore_keys)
 
@@ -428,7 +443,7 @@ class AutoencoderKL(ConvolutionalAutoencoder):
 class VQModel(ConvolutionalAutoencoder):
     """A latent of codebook entries. beta, legacy: see VectorQuantizer, whose defaults are what LDM's configurations get.
 
-    use_ema, lr_g_factor, batch_resize_range, scheduler_config and lossconfig say how it is trained and are kept as given.
+    use_ema, lr_g_factor, batch_resize_range, scheduler_config, adam_betas and lossconfig are kept for training.
     """
 
     def __init__(
@@ -450,8 +465,10 @@ class VQModel(ConvolutionalAutoencoder):
         use_ema: bool = False,
         beta: float = 0.25,
         legacy: bool = True,
+        adam_betas: Sequence[float] = ADAM_BETAS,
     ):
         super().__init__(ddconfig, embed_dim, double_z=False)
+        self.adam_betas = check_betas(adam_betas)
         if type(n_embed) is not int or n_embed < 1:
             raise UserError(f"n_embed {n_embed!r}: write a whole number of 1 or more")
         self.n_embed, self.lossconfig, self.image_key = n_embed, lossconfig, image_key
@@ -528,6 +545,7 @@ class IdentityFirstStage(Autoencoder):
 def load_first_stage(model: nn.Module, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
     """Load LDM's autoencoder checkpoint, or one of ours, into `model` (see Autoencoder). Raises UserError for entries that
     are missing, unknown or of another shape; what only training needs is left out and named in the log."""
+    _refuse_other_ddconfig(model, checkpoint.find_weights(path, flag="ckpt_path"))
     state = read_state_dict(path)
     ignored = [key for key in state if key.startswith(tuple(ignore_keys))]
     left_out = [key for key in state if key.startswith(TRAINING_ONLY) and key not in ignored]
@@ -536,6 +554,21 @@ def load_first_stage(model: nn.Module, path: str | Path, ignore_keys: Sequence[s
     if dropped:
         kinds = sorted({".".join(key.split(".")[:2]) for key in dropped})
         log.info("%s: %d entries not loaded into the autoencoder: %s", path, len(dropped), ", ".join(kinds))
+
+
+def _refuse_other_ddconfig(model: nn.Module, file: Path) -> None:
+    """UserError where the run that `file` is from had another network: not every difference shows in the entries' shapes."""
+    saved: Any = checkpoint.read_config(file) or {}
+    for key in ("model", "params", "ddconfig"):
+        saved = saved.get(key) if isinstance(saved, dict) else None
+    if not isinstance(saved, dict) or not isinstance(model, ConvolutionalAutoencoder):
+        return
+    own, theirs = dataclasses.asdict(model.ddconfig), dataclasses.asdict(read_ddconfig(saved))
+    for free in ("dropout", "resolution"):
+        del own[free]
+    different = checkpoint.differing_keys(theirs, own)
+    if different:
+        raise UserError(f"ckpt_path {file}: was trained with another ddconfig: {', '.join(different)}; repeat it here")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

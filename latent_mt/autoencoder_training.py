@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from guided_mt import checkpoint
 from guided_mt.data import Batch, ImageSource, load_images
+from guided_mt.data.subset import Subset, spread
 from guided_mt.distributed import Processes
 from guided_mt.errors import UserError
 from guided_mt.images import from_uint8, make_grid, to_nhwc, to_uint8
@@ -27,13 +28,14 @@ from guided_mt.metrics import Averages
 from guided_mt.optim import Ema, learning_rate
 from guided_mt.random import SampleStreams
 
-from .autoencoder import AutoencoderKL, ConvolutionalAutoencoder, load_entries, load_first_stage, read_state_dict
+from .autoencoder import AutoencoderKL, ConvolutionalAutoencoder, load_entries, read_state_dict
 from .configuration import instantiate
+from .data.ordered import ordered_batches
 from .losses import AdversarialLoss, LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from .quantize import Quantized, codebook_usage
+from .reconstruction import figure_names, measure
 from .run import RunConfig, guard_step
 
-BETAS = (0.5, 0.9)
 PREVIEW = 8  # items of a grid
 LOSS_PREFIX = "loss."
 LOSSES = {True: LPIPSWithDiscriminator, False: VQLPIPSWithDiscriminator}  # by whether the latent is Gaussian
@@ -198,10 +200,10 @@ class AutoencoderTraining(pl.LightningModule):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        # The rates are set at every step.
-        adams = [torch.optim.Adam(self._generator_parameters(), betas=BETAS, fused=True)]
+        betas = tuple(self.autoencoder.adam_betas)  # the rates are set at every step
+        adams = [torch.optim.Adam(self._generator_parameters(), betas=betas, fused=True)]
         if self.loss.discriminator is not None:
-            adams.append(torch.optim.Adam(self.loss.discriminator.parameters(), betas=BETAS, fused=True))
+            adams.append(torch.optim.Adam(self.loss.discriminator.parameters(), betas=betas, fused=True))
         return adams
 
     def _generator_parameters(self) -> list[nn.Parameter]:
@@ -240,7 +242,9 @@ class AutoencoderTraining(pl.LightningModule):
 
     def columns(self) -> list[str]:
         codes = [] if self.gaussian else ["codes_used", "code_perplexity"]
-        figures = self._figures() if self.run.val_interval and self.data.val_source is not None else []
+        figures = (
+            figure_names(self.data.val_source) if self.run.val_interval and self.data.val_source is not None else []
+        )
         return [*self.loss.names(), *codes, *figures, "grad_norm", "lr", "skipped_steps"]
 
     def report_row(self) -> dict[str, float]:
@@ -255,55 +259,31 @@ class AutoencoderTraining(pl.LightningModule):
 
     # ------------------------------------------------------------ what it can do
 
-    def side_names(self) -> list[str]:
-        """Names of the images of an item; [""] for one."""
-        sides = getattr(self.data.source, "sides", ())
-        return [side.name for side in sides] if len(sides) > 1 else [""]
-
-    def _figures(self) -> list[str]:
-        """Columns of `evaluate`: of each image of an item PSNR in dB and SSIM, of painted label maps the share of right pixels."""
-        names = [f"val_{kind}{'_' * bool(side)}{side}" for side in self.side_names() for kind in ("psnr", "ssim")]
-        sides = getattr(self.data.source, "sides", ())
-        return [*names, *(f"val_accuracy_{side.name}" for side in sides if side.palette is not None)]
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Figures of the averaged weights on the validation split, from the posterior's mean; each process takes a part of it."""
         source = self.data.val_source
         if source is None:
             return {}
-        names = self._figures()
+        names = figure_names(source)
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
         with self.averaged():
-            for images in self._items(source, self.processes.rank, self.processes.world_size):
-                sums += torch.stack([torch.stack(figure) for figure in self._measure(images, source)])
+            for batch in self._my_part(source):
+                images = batch.images.to(self.device)
+                made = [to_uint8(self.reconstruct(from_uint8(side))) for side in self._sides(images)]
+                sums += measure(images, torch.cat(made, dim=1), source)
         sums = self.processes.all_gather(sums[None]).sum(dim=0)
         return dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
 
-    def _items(self, source: ImageSource, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        """Items of a source as uint8 [b, sides * C, H, W], every world_size-th batch."""
+    def _sides(self, items: Tensor) -> tuple[Tensor, ...]:
+        """Items [B, sides * C, H, W] as images [B, C, H, W]."""
+        return items.split(self.autoencoder.in_channels, dim=1)
+
+    def _my_part(self, source: ImageSource) -> Iterator[Batch]:
+        """Batches of this process's items of a source."""
+        mine = Subset(source, np.arange(self.processes.rank, len(source), self.processes.world_size))
         size = max(1, self.data.batch_size // self.microbatches)
-        for start in range(rank * size, len(source), world_size * size):
-            yield load_images(source, self.data.image_size, size, start).images.to(self.device)
-
-    def _measure(self, images: Tensor, source: ImageSource) -> list[tuple[Tensor, Tensor]]:
-        """(sum, count) of each of `_figures` over items uint8 [b, sides * C, H, W]."""
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-        figures, accuracies = [], []
-        sides = getattr(source, "sides", ())
-        for index, side in enumerate(images.split(self.autoencoder.in_channels, dim=1)):
-            made = to_uint8(self.reconstruct(from_uint8(side)))
-            true, found = side.float() / 255, made.float() / 255
-            count = torch.full((), float(len(side)), dtype=torch.float64, device=side.device)
-            error = (true - found).square().flatten(1).mean(dim=1).double()
-            # An exact reconstruction counts as one that is off by 1 of 255 in one value of a thousand: 78 dB.
-            psnr = -10 * error.clamp(min=1e-3 / 255**2).log10()
-            ssim = structural_similarity_index_measure(found, true, data_range=1.0, reduction="none")
-            figures += [(psnr.sum(), count), (ssim.double().sum(), count)]
-            if len(sides) > 1 and sides[index].palette is not None:
-                accuracies.append(_label_accuracy(side, made, sides[index].palette))
-        return figures + accuracies
+        return ordered_batches(mine, self.data.image_size, size, self.data.num_workers)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> images, by way of the posterior's mean, or of the nearest codebook entries."""
@@ -312,14 +292,11 @@ class AutoencoderTraining(pl.LightningModule):
     @torch.no_grad()
     def preview(self) -> np.ndarray:
         """Rows of PREVIEW images from all over the split, and under each its reconstruction by the averaged weights."""
-        source = self.data.val_source or self.data.source
-        count = min(PREVIEW, len(source))
-        places = [index * len(source) // count for index in range(count)]
-        images = torch.cat([load_images(source, self.data.image_size, 1, place).images for place in places])
-        images = images.to(self.device)
+        source = spread(self.data.val_source or self.data.source, PREVIEW)
+        images = load_images(source, self.data.image_size).images.to(self.device)
         rows = []
         with self.averaged():
-            for side in images.split(self.autoencoder.in_channels, dim=1):
+            for side in self._sides(images):
                 x = from_uint8(side)
                 rows += [x, self.reconstruct(x)]
         return make_grid(np.concatenate([to_nhwc(self._visible(row)) for row in rows]), columns=len(images))
@@ -394,14 +371,3 @@ def _add(total: dict[str, Tensor], record: Mapping[str, Tensor], share: float) -
 
 def _channels_seen(network: nn.Module) -> int:
     return next(layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
-
-
-def _label_accuracy(true: Tensor, made: Tensor, palette: Any) -> tuple[Tensor, Tensor]:
-    """(right pixels, pixels that aren't void): the nearest palette colour of `made` against that of `true`, uint8 [B, 3, H, W]."""
-    colours = torch.as_tensor(palette.colours, device=true.device).double()
-    classes = [torch.cdist(x.permute(0, 2, 3, 1).reshape(-1, 3).double(), colours).argmin(dim=1) for x in (true, made)]
-    scored = classes[0] < len(palette.classes)
-    return ((classes[0] == classes[1]) & scored).sum().double(), scored.sum().double()
-
-
-__all__ = ["AutoencoderTraining", "load_first_stage"]

@@ -312,9 +312,8 @@ class LatentMTDiffusion(pl.LightningModule):
             images = from_uint8(batch.images)
             images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
             return [self.encode_images(side, streams) for side in images.chunk(count, dim=1)]
-        moments = batch.images.float().unflatten(
-            1, (count, 2, -1, self.channels)
-        )  # (B, sides, mirrorings, moments, C, h, w)
+        sizes = (count, 2, -1, self.channels)  # sides, mirrorings, moments, channels
+        moments = batch.images.float().unflatten(1, sizes)
         moments = torch.where(flip.view(-1, 1, 1, 1, 1, 1), moments[:, :, 1], moments[:, :, 0])
         found = []
         for side in moments.unbind(1):

@@ -147,6 +147,12 @@ def test_options_of_ddconfig():
     assert AutoencoderKL(DDCONFIG, 2, colorize_nlabels=5).state_dict()["colorize"].shape == (3, 5, 1, 1)
 
 
+def test_norm_groups():
+    model = AutoencoderKL({**DDCONFIG, "norm_groups": 8}, 4)
+    assert {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
+    assert set(model.state_dict()) == set(AutoencoderKL(DDCONFIG, 4).state_dict())
+
+
 def test_batch_of_any_size_gives_the_same_latent():
     model = fill(AutoencoderKL(DDCONFIG, 4), seed=2).eval()
     x = torch.randn(3, 3, 16, 16)
@@ -305,6 +311,7 @@ def test_bad_arguments():
     without = {key: value for key, value in DDCONFIG.items() if key != "z_channels"}
     assert "ddconfig.z_channels is missing" in complaint(lambda: AutoencoderKL(without, 4))
     assert "embed_dim 0" in complaint(lambda: AutoencoderKL(DDCONFIG, 0))
+    assert "adam_betas [0.5, 1.0]" in complaint(lambda: AutoencoderKL(DDCONFIG, 4, adam_betas=[0.5, 1.0]))
     assert "n_embed 0" in complaint(lambda: VQModel(VQ_DDCONFIG, 0, 4))
     assert "must be false" in complaint(lambda: VQModel(DDCONFIG, 8, 4))
     model = AutoencoderKL(DDCONFIG, 4)

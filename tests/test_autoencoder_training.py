@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 import yaml
 from PIL import Image
 from test_autoencoder import DDCONFIG, VQ_DDCONFIG, complaint
-from tiny import assert_same, column, contents, progress, step_folder
+from tiny import assert_same, column, contents, finish, progress, start, step_folder, torchrun
 from torch import Tensor, nn
 
+from evaluations.palettes import LabelClass, palette_of
 from guided_mt.checkpoint import read_weights
 from guided_mt.data import Batch
 from latent_mt import losses
@@ -23,8 +25,11 @@ from latent_mt.commands.autoencoder_train import main
 from latent_mt.configuration import load_config
 from latent_mt.losses import LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from latent_mt.quantize import Quantized
+from latent_mt.reconstruction import figure_names, measure
 
 CONFIGS = Path(__file__).resolve().parent.parent / "latent_mt" / "configs"
+CLASSES = [LabelClass(0, "Sky", (128, 128, 128)), LabelClass(1, "Wall", (128, 0, 0)), LabelClass(2, "Void", (0, 0, 0))]
+PALETTE = palette_of(CLASSES, "the test")
 PLAIN = {"disc_start": 0, "disc_factor": 0.0, "perceptual_weight": 0.0}
 DISC = {"disc_start": 1, "disc_num_layers": 1, "disc_ndf": 8, "perceptual_weight": 0.0}
 LOSS = {
@@ -188,6 +193,35 @@ def test_perceptual_term(tmp_path, monkeypatch):
     assert "not torchvision's VGG-16" in complaint(lambda: LPIPSWithDiscriminator(disc_start=0, disc_factor=0.0))
 
 
+# ---------------------------------------------------------------- figures
+
+
+def test_figures():
+    sides = (SimpleNamespace(name="photo", palette=None), SimpleNamespace(name="map", palette=PALETTE))
+    pairs = SimpleNamespace(sides=sides)
+    assert figure_names(pairs) == [
+        "val_psnr_photo",
+        "val_ssim_photo",
+        "val_psnr_map",
+        "val_ssim_map",
+        "val_accuracy_map",
+    ]
+    photo = torch.randint(20, 200, (2, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor(PALETTE.colours)[torch.randint(3, (2, 16, 16))].permute(0, 3, 1, 2)
+    same = measure(torch.cat([photo, labels], 1), torch.cat([photo, labels], 1), pairs)
+    means = (same[:, 0] / same[:, 1]).tolist()
+    assert means == pytest.approx([78.13, 1, 78.13, 1, 1], abs=0.01)
+    changed = labels.clone()
+    changed[0, :, :4] = labels[0, :, :4].flip(-1)
+    off = measure(torch.cat([photo, labels], 1), torch.cat([photo + 5, changed], 1), pairs)
+    assert off[0, 0] / off[0, 1] == pytest.approx(20 * np.log10(255 / 5)) and off[1, 0] / off[1, 1] < 1
+    scored = (labels.int().sum(1) > 0).sum()
+    right = ((labels == changed).all(1) & (labels.int().sum(1) > 0)).sum()
+    assert off[4].tolist() == [right, scored]
+    assert figure_names(SimpleNamespace()) == ["val_psnr", "val_ssim"]
+    assert measure(photo, photo, SimpleNamespace()).shape == (2, 2)
+
+
 # ---------------------------------------------------------------- a step
 
 
@@ -267,6 +301,10 @@ def test_run_and_exact_resume(tmp_path, kind):
     assert grid.shape == (2 * 66 + 2, 8 * 66 + 2, 3)
 
     cls, extra_args = (AutoencoderKL, {}) if kind == "kl" else (VQModel, {"n_embed": 16})
+    other = {**ddconfig, "norm_groups": 8}  # of the same shapes
+    assert "norm_groups (32 there, 8 here)" in complaint(
+        lambda: cls(other, embed_dim=4, ckpt_path=str(whole), **extra_args)
+    )
     loaded = cls(ddconfig, embed_dim=4, ckpt_path=str(whole), **extra_args)  # the averaged weights
     assert_same(dict(loaded.state_dict()), ours["ema_0.9.safetensors"])
 
@@ -294,7 +332,6 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 
 def test_pairs_and_label_accuracy(tmp_path):
     generator = np.random.default_rng(0)
-    colours = [(128, 128, 128), (128, 0, 0), (0, 0, 0)]
     for split, count in (("train", 6), ("val", 3)):
         for side in ("images", "labels"):
             (tmp_path / "data" / split / side).mkdir(parents=True)
@@ -303,10 +340,7 @@ def test_pairs_and_label_accuracy(tmp_path):
             photo = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(photo).save(tmp_path / "data" / split / "images" / f"{i}.png")
             Image.fromarray(classes).save(tmp_path / "data" / split / "labels" / f"{i}.png")
-    lines = [
-        f"{i} {name} {r} {g} {b}"
-        for i, (name, (r, g, b)) in enumerate(zip(["Sky", "Wall", "Void"], colours, strict=True))
-    ]
+    lines = [" ".join(map(str, (entry.index, entry.name, *entry.colour))) for entry in CLASSES]
     (tmp_path / "data" / "classes.txt").write_text("\n".join(lines))
     values = config(loss=PLAIN)
     pairs = {"path": str(tmp_path / "data"), "val_split": "val", "image_size": 16, "batch_size": 2, "num_workers": 0}
@@ -399,3 +433,19 @@ def test_diverged_loss_changes_nothing_and_stops(tmp_path):
     assert not saved.exists() or torch.equal(
         read_weights(saved / "model.safetensors")["decoder.conv_in.weight"], start["decoder.conv_in.weight"]
     )
+
+
+def test_two_processes_are_one_batch(tmp_path):
+    """With a discriminator, whose batch norm sees one process's part, the first step's figures are the same all the same."""
+    values = config()
+    values["run"]["total_steps"] = 2
+    one = train(values, tmp_path / "one")
+    values["data"]["params"]["batch_size"] = 2
+    values["lightning"]["trainer"]["devices"] = 2
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    words = ["--config", str(tmp_path / "two.yaml"), f"run.log_dir={tmp_path / 'two'}"]
+    finish(start("autoencoder_train.py", words, torchrun(2)))
+    assert column(one, "samples") == column(tmp_path / "two", "samples")
+    assert progress(one)[-1].keys() == progress(tmp_path / "two")[-1].keys()
+    for name in ("loss", "kl_loss", "grad_norm"):
+        assert column(one, name)[0] == pytest.approx(column(tmp_path / "two", name)[0], rel=1e-4), name
