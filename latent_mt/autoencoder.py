@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from guided_mt import checkpoint
 from guided_mt.errors import UserError, nearest
 
+from . import ldm_checkpoint
+from .ldm_checkpoint import TRAINING_ONLY
 from .quantize import Quantized, VectorQuantizer, widened
 
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 ADAM_BETAS = (0.5, 0.9)
 ATTENTION = ("vanilla", "none")
-TRAINING_ONLY = ("loss.", "model_ema.")  # entries of LDM's autoencoder checkpoints that no first stage needs
 log = logging.getLogger("latent_mt")
 
 
@@ -572,31 +573,13 @@ def _refuse_other_ddconfig(model: nn.Module, file: Path) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The entries of a checkpoint file or folder, without the "state_dict" that LDM's are wrapped in. Raises UserError."""
-    file = checkpoint.find_weights(path, flag="ckpt_path")
-    state = checkpoint.read_state(file)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"ckpt_path {file}: holds no state dict of tensors")
-    return dict(state)
+    """The entries of an autoencoder's checkpoint file or folder. Raises UserError."""
+    return ldm_checkpoint.read_state_dict(checkpoint.find_weights(path, flag="ckpt_path"), "autoencoder")[0]
 
 
 def load_entries(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, may_lack: Sequence[str] = ()) -> None:
     """Load `state` of `path` into `model`; entries that begin with one of `may_lack` may be missing. Raises UserError."""
-    own = model.state_dict()
-    absent = [key for key in own if key not in state and not key.startswith(tuple(may_lack))]
-    extra = [key for key in state if key not in own]
-    shapes = [key for key in state if key in own and own[key].shape != state[key].shape]
-    if any(key.startswith("first_stage_model.") for key in extra):
-        raise UserError(f"ckpt_path {path}: holds a latent diffusion model, not an autoencoder alone")
-    if shapes:
-        key = shapes[0]
-        what = f"'{key}' is {list(state[key].shape)} there and {list(own[key].shape)} here"
-    elif absent:
-        what = f"it lacks {len(absent)} of the {len(own)} entries, first '{absent[0]}'"
-    else:
-        what = f"it has {len(extra)} entries too many, first '{extra[0]}'" if extra else ""
+    what = checkpoint.difference(state, model.state_dict(), optional=lambda key: key.startswith(tuple(may_lack)))
     if what:
         raise UserError(f"ckpt_path {path}: another {type(model).__name__}: {what}; compare ddconfig and embed_dim")
     model.load_state_dict(state, strict=False)

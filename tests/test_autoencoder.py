@@ -278,7 +278,7 @@ def test_damaged_or_foreign_checkpoints(tmp_path):
     assert "'encoder.conv_in.bias'" in refused(
         {k: v for k, v in model.state_dict().items() if k != "encoder.conv_in.bias"}
     )
-    assert "latent diffusion model" in refused({"first_stage_model.encoder.conv_in.weight": torch.ones(1)})
+    assert "is a diffusion model's checkpoint" in refused({"model.diffusion_model.out.2.bias": torch.ones(1)})
     assert "no state dict" in refused([1, 2])
     assert "objects" in refused({"state_dict": model.state_dict(), "callbacks": Path("x")})
     path.write_bytes(b"PK\x03\x04 cut off")
