@@ -69,10 +69,23 @@ class Optimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         weight_decay = self.adamw.param_groups[0]["weight_decay"]
-        self.adamw.load_state_dict(state["adamw"])
+        load_optimizer(self.adamw, state["adamw"])
         self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
         self.log2_scale = state["log2_scale"].to(self.log2_scale)
         self.skipped = state["skipped"].to(self.skipped)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict`, with every moment in its parameter's memory format.
+
+    Runs on GPUs save them channels-last, and fused kernels walk through memory without a look at strides: resumed on a CPU, the
+    moments of other weights would be read.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 class Ema:
@@ -96,6 +109,12 @@ class Ema:
     def load(self, rate: str, state: Mapping[str, Tensor]) -> None:
         for name, average in zip(self.names, self.averages[rate], strict=True):
             average.copy_(state[name])
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the averages to where the parameters were moved, and into their memory format."""
+        for rate, average in self.averages.items():
+            self.averages[rate] = [torch.empty_like(p).copy_(a) for p, a in zip(self.parameters, average, strict=True)]
 
     def swap(self, rate: str) -> None:
         """Exchange the model's weights and the average, in place; a second call exchanges them back."""

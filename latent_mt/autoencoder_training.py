@@ -235,7 +235,7 @@ class AutoencoderTraining(pl.LightningModule):
         self.counts = torch.zeros(entries, dtype=torch.int64, device=self.device)
         if self.ema is None:
             self.ema = Ema(self.autoencoder, self._rates())
-        self.ema.averages = {rate: [a.to(self.device) for a in average] for rate, average in self.ema.averages.items()}
+        self.ema.follow()
 
     def after_step(self) -> None:
         self.ema.update()

@@ -248,6 +248,15 @@ def instantiate(config: Mapping[str, Any], where: str, **extra: Any) -> Any:
     """The object that {target, params} describes. extra: arguments that the program gives.
 
     where: the place in the file, for messages ("model.params.unet_config"). Nested configurations are handed on as they are.
+    Raises UserError as `arguments` does.
+    """
+    cls, keywords = arguments(config, where, extra)
+    return cls(**keywords, **extra)
+
+
+def arguments(config: Any, where: str, extra: Iterable[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """(class, keyword arguments) that {target, params} describes. extra: keys that the program gives.
+
     Raises UserError for an unknown target, unknown, missing or mistyped keys of params, and for LDM's marks.
     """
     if not isinstance(config, Mapping):
@@ -270,8 +279,7 @@ def instantiate(config: Mapping[str, Any], where: str, **extra: Any) -> Any:
     absent = [key for key in required if key not in params and key not in extra]
     if absent:
         raise UserError(f"{where}.params: lacks {', '.join(absent)} of {config['target']}")
-    typed = {key: _typed(value, known[key], f"{where}.params.{key}") for key, value in params.items()}
-    return cls(**typed, **extra)
+    return cls, {key: _typed(value, known[key], f"{where}.params.{key}") for key, value in params.items()}
 
 
 def parameters(cls: Callable) -> dict[str, inspect.Parameter]:
@@ -298,10 +306,10 @@ def _takes_keys(base: type) -> bool:
 
 
 def _typed(value: Any, parameter: inspect.Parameter, where: str) -> Any:
-    """`value` checked against a plain type hint (int, float, bool, str, each perhaps `| None`); 5e4 is an int too."""
+    """`value` checked against a plain type hint (int, float, bool, str, Sequence, each perhaps `| None`); 5e4 is an int too."""
     hint = parameter.annotation
     names = [part.strip() for part in (hint if isinstance(hint, str) else getattr(hint, "__name__", "")).split("|")]
-    kinds = [name for name in names if name != "None"]
+    kinds = [name.partition("[")[0] for name in names if name != "None"]
     if len(kinds) != 1 or kinds[0] not in _TYPES or (value is None and ("None" in names or parameter.default is None)):
         return value
     wanted, types = _TYPES[kinds[0]]
@@ -317,6 +325,7 @@ _TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "float": ("a number", (int, float)),
     "bool": ("true or false", (bool,)),
     "str": ("text", (str,)),
+    "Sequence": ("a list", (list, tuple)),
 }
 
 
@@ -395,6 +404,10 @@ def trainer_options(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key in _OF_THE_RUN:
             raise UserError(f"{where}.{key}: is set by the run; write {_OF_THE_RUN[key]} instead")
+        if key == "accumulate_grad_batches" and value is None:
+            continue
+        if key == "accumulate_grad_batches" and (type(value) is not int or value < 1):
+            raise UserError(f"{where}.{key} {value}: write a whole number of 1 or more")
         if key in _GONE:
             raise UserError(f"{where}.{key}: Lightning no longer has it; {_GONE[key]}")
         for name, translated in _translated(key, value, where).items():

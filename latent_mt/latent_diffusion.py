@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_mt import checkpoint
-from guided_mt.aggregation import Aggregation
-from guided_mt.config import check_keys
+from guided_mt.aggregation import WEIGHTS, Aggregation
 from guided_mt.data import Batch
 from guided_mt.distributed import Processes
 from guided_mt.errors import UserError
@@ -34,12 +33,12 @@ from guided_mt.random import SampleStreams
 from guided_mt.resample import UniformSampler
 from guided_mt.respacing import kept_timesteps, respace
 
-from . import configuration
-from .configuration import instantiate, resolve
+from .autoencoder import Autoencoder
+from .configuration import arguments, instantiate
 from .ldm_checkpoint import load_ldm
 from .modalities import PAIRED, PairedLatent
 from .run import RunConfig, guard_step
-from .schedules import ddim_timesteps, make_beta_schedule
+from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .unet import UNetModel, unet_options
 from .validation import val_batches
 
@@ -121,7 +120,7 @@ class LatentMTDiffusion(pl.LightningModule):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
-        monitor: str = "val/loss",
+        monitor: str | None = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
         image_size: int = 256,
@@ -156,6 +155,7 @@ class LatentMTDiffusion(pl.LightningModule):
             "use_positional_encodings": use_positional_encodings,
             "learn_logvar": learn_logvar,
             "num_timesteps_cond": num_timesteps_cond not in (None, 1),
+            "cond_stage_forward": cond_stage_forward is not None,
         }
         for name, wrong in refused.items():
             if wrong:
@@ -163,10 +163,12 @@ class LatentMTDiffusion(pl.LightningModule):
         for name, value, known in [
             ("loss_type", loss_type, LOSSES),
             ("parameterization", parameterization, TARGETS),
+            ("conditioning_key", conditioning_key, DiffusionWrapper.KEYS),
             ("mt_variant", mt_variant, VARIANTS),
+            ("mt_weights", mt_weights, WEIGHTS),
         ]:
             if value not in known:
-                raise UserError(f"model.params.{name} '{value}' is none of {', '.join(known)}")
+                raise UserError(f"model.params.{name} '{value}' is none of {', '.join(map(str, known))}")
         if len(mt_sides) not in (0, 2) or len(set(mt_sides)) != len(mt_sides):
             raise UserError(f"model.params.mt_sides {list(mt_sides)}: name the two sides of a pair, or none")
         for name, value in {
@@ -176,6 +178,14 @@ class LatentMTDiffusion(pl.LightningModule):
         }.items():
             if not 0 <= value <= 1:
                 raise UserError(f"model.params.{name} must be between 0 and 1, not {value}")
+        if not mt_loss_weight >= 0:
+            raise UserError(f"model.params.mt_loss_weight must be at least 0, not {mt_loss_weight}")
+        if not 0 < scale_factor < float("inf"):
+            raise UserError(f"model.params.scale_factor must be a number above 0, not {scale_factor}")
+        if given_betas is None:
+            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        else:
+            betas = check_betas(given_betas, "model.params.given_betas")
         self.sides, self.swap_prob = tuple(mt_sides), mt_swap_prob if mt_sides else 0.0
         self.both_roles = 0 < self.swap_prob < 1
         self.loss_weight, self.given_prob, self.drop_prob = mt_loss_weight, mt_given_prob, mt_drop_prob
@@ -189,8 +199,10 @@ class LatentMTDiffusion(pl.LightningModule):
         key = conditioning_key or ("concat" if concat_mode else "crossattn")
         self.conditioning_key = None if cond_stage_config == UNCONDITIONAL else key
         self.mt_weights = mt_weights
-        self.model = DiffusionWrapper(self._network(unet_config, mt_variant, timesteps), self.conditioning_key)
+        self.model = DiffusionWrapper(self._network(unet_config, mt_variant, len(betas)), self.conditioning_key)
         self.first_stage_model = instantiate(first_stage_config, "model.params.first_stage_config")
+        if not isinstance(self.first_stage_model, Autoencoder):
+            raise UserError(f"model.params.first_stage_config: {first_stage_config['target']} is no first stage")
         self.first_stage_model.requires_grad_(False).eval()
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
             self.cond_stage_model = instantiate(cond_stage_config, "model.params.cond_stage_config")
@@ -199,15 +211,12 @@ class LatentMTDiffusion(pl.LightningModule):
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         self.scale_known = not scale_by_std
 
-        betas = given_betas
-        if betas is None:
-            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         self.diffusion = GaussianDiffusion(
-            betas=np.asarray(betas, dtype=np.float64),
+            betas=betas,
             model_mean_type=TARGETS[parameterization],
             model_var_type=ModelVarType.FIXED_SMALL,  # LDM's v_posterior = 0
             loss_type=LOSSES[loss_type],
-            aggregation=Aggregation.from_weights(dict.fromkeys(self.modality_names, mt_weights), np.asarray(betas)),
+            aggregation=Aggregation.from_weights(dict.fromkeys(self.modality_names, mt_weights), betas),
         )
         self.run, self.processes = RunConfig(), Processes()
         self.base_rate, self.steps_done, self.random_flip = 1e-4, 0, False
@@ -218,10 +227,9 @@ class LatentMTDiffusion(pl.LightningModule):
             self.load_ldm(Path(ckpt_path), ignore_keys, only_unet=load_only_unet)
 
     def _network(self, unet_config: Mapping[str, Any], variant: str, timesteps: int) -> MTModel:
-        if resolve(str(unet_config.get("target"))) is not UNetModel:
+        cls, keywords = arguments(unet_config, "model.params.unet_config")
+        if cls is not UNetModel:
             raise UserError(f"model.params.unet_config: {unet_config['target']} is no U-Net")
-        known = configuration.parameters(UNetModel)
-        keywords = check_keys(unet_config.get("params") or {}, known, "model.params.unet_config.params")
         if self.both_roles:
             if keywords.get("num_classes") is not None:
                 raise UserError(
@@ -284,6 +292,12 @@ class LatentMTDiffusion(pl.LightningModule):
         if timestep_respacing.startswith("ldm") and timestep_respacing[3:].isdecimal():
             return respace(self.diffusion, ddim_timesteps(int(timestep_respacing[3:]), self.diffusion.num_timesteps))
         return respace(self.diffusion, kept_timesteps(self.diffusion, timestep_respacing))
+
+    def to_fast_layout(self) -> LatentMTDiffusion:
+        """Network and first stage in the device's fastest memory format; call after moving. Returns self."""
+        self.network.to_fast_layout()
+        self.first_stage_model.to_fast_layout()
+        return self
 
     # ------------------------------------------------------------ first stage
 
@@ -429,7 +443,7 @@ class LatentMTDiffusion(pl.LightningModule):
     def prepare(self, data: Any, resumed: bool) -> None:
         precisions = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
         self.network.precision = precisions.get(self.trainer.precision, self.network.precision)
-        self.network.to_fast_layout()
+        self.to_fast_layout()
         self.random_flip, self.data = data.random_flip, data
         self.first_stage_model.eval()
         self.averages = Averages(["loss", *self.terms], self.diffusion.num_timesteps, self.device)
@@ -437,7 +451,7 @@ class LatentMTDiffusion(pl.LightningModule):
         rates = [self.run.ema_rate] if self.run.ema_rate and self.use_ema else []
         if self.ema is None:
             self.ema = Ema(self.model, rates)
-        self.ema.averages = {rate: [a.to(self.device) for a in average] for rate, average in self.ema.averages.items()}
+        self.ema.follow()
         if not self.scale_known and not resumed:
             self._measure_scale(data)
 
@@ -537,9 +551,10 @@ class LatentMTDiffusion(pl.LightningModule):
     def load_ldm(
         self, path: Path, ignore_keys: Sequence[str] = (), *, only_unet: bool = False, ema: bool = False
     ) -> None:
-        """Load LDM's `.ckpt` (or .safetensors of the same entries); heads and condition inputs may be new. ema: the averages where
-        the file has some, which LDM samples with. Raises UserError."""
-        found = load_ldm(self, path, ignore_keys, only_unet=only_unet, ema=ema)
+        """Load LDM's `.ckpt` (or .safetensors of the same entries, or a run's folder: its averaged weights); heads and condition
+        inputs may be new. ema: the averages where the file has some, which LDM samples with. Raises UserError."""
+        file = checkpoint.find_weights(path, flag="model.params.ckpt_path")
+        found = load_ldm(self, file, ignore_keys, only_unet=only_unet, ema=ema)
         self.scale_known |= found.scale_factor is not None
 
     def run_state(self) -> dict[str, Any]:

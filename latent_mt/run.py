@@ -31,7 +31,9 @@ from guided_mt.errors import UserError, reason
 from guided_mt.images import save_png
 from guided_mt.loop import MAX_SKIPPED_IN_ROW, SIGNAL_INTERVAL
 from guided_mt.metrics import Reporter
+from guided_mt.optim import load_optimizer
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 log = logging.getLogger("latent_mt")
 
 
@@ -252,7 +254,7 @@ class RunFolder(pl.Callback):
         state = self.resumed
         try:
             for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                load_optimizer(optimizer, saved)
             trainer.precision_plugin.load_state_dict(state["precision"])
             module.load_run_state(state["run"])
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -292,13 +294,13 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any]) -> pl.Trainer:
     """A Trainer with these keywords of pl.Trainer, for `fit`. Raises UserError where they don't suit this machine."""
     options = _with_launcher(options)
     strategy = str(options.get("strategy", "auto"))
-    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true"):
+    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         raise UserError(
             f"lightning.trainer.strategy '{strategy}': checkpoints are written from whole replicas; use ddp"
         )
     try:
         with _quiet():
-            return pl.Trainer(
+            trainer = pl.Trainer(
                 **options,
                 max_epochs=1,
                 logger=False,
@@ -309,8 +311,14 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any]) -> pl.Trainer:
                 use_distributed_sampler=False,
                 callbacks=[folder],
             )
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"lightning.trainer: {reason(error)}") from None
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"lightning.trainer.precision {options['precision']}: weights and latents stay in float32 here; take one of "
+            f"{', '.join(PRECISIONS)}"
+        )
+    return trainer
 
 
 def fit(trainer: pl.Trainer, folder: RunFolder, module: Any, data: Any) -> None:
@@ -357,8 +365,10 @@ def _with_launcher(options: Mapping[str, Any]) -> dict[str, Any]:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(local_size), "TORCHELASTIC_RUN_ID": "mpi"}
     if launcher in ("mpi", "torchrun") and world_size > 1:
-        options.setdefault("devices", local_size)
-        options.setdefault("num_nodes", world_size // local_size)
+        # What the launcher started is what there is, whatever the file says for plain python; a list still chooses the GPUs.
+        if not isinstance(options.get("devices"), (list, tuple)):
+            options["devices"] = local_size
+        options["num_nodes"] = world_size // local_size
         options.setdefault("strategy", "ddp")
         options["plugins"] = [TorchElasticEnvironment()]
     return options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from guided_mt.errors import UserError, nearest
@@ -36,11 +38,28 @@ def make_beta_schedule(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
 ) -> np.ndarray:
-    """beta_t, float64 [T] (LDM's function of this name). Raises UserError for an unknown schedule."""
+    """beta_t, float64 [T] (LDM's function of this name). Raises UserError for an unknown schedule and for one that is none."""
     if schedule not in BETA_SCHEDULES:
         known = ", ".join(BETA_SCHEDULES)
         raise UserError(f"beta_schedule '{schedule}' is none of {known}{nearest(schedule, BETA_SCHEDULES)}")
-    return BETA_SCHEDULES[schedule](n_timestep, linear_start, linear_end, cosine_s)
+    if n_timestep < 1:
+        raise UserError(f"timesteps {n_timestep}: must be at least 1")
+    if schedule != "cosine" and not (0 < linear_start <= 1 and 0 < linear_end <= 1):
+        raise UserError(f"linear_start {linear_start} and linear_end {linear_end}: must be above 0 and at most 1")
+    return check_betas(
+        BETA_SCHEDULES[schedule](n_timestep, linear_start, linear_end, cosine_s), f"beta_schedule {schedule}"
+    )
+
+
+def check_betas(values: Sequence[float] | np.ndarray, where: str) -> np.ndarray:
+    """float64 [T] of a schedule. Raises UserError where these are no betas."""
+    try:
+        betas = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        betas = np.zeros(0)
+    if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+        raise UserError(f"{where}: betas must be a list of numbers above 0 and at most 1")
+    return betas
 
 
 def ddim_timesteps(count: int, num_timesteps: int) -> list[int]:

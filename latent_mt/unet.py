@@ -65,6 +65,10 @@ def unet_options(
         raise UserError(f"unet_config: this U-Net has no {', '.join(refused)} of that kind; leave it out")
     if num_heads == -1 and num_head_channels == -1:
         raise UserError("unet_config: set num_heads or num_head_channels")
+    if not len(channel_mult):
+        raise UserError("unet_config: channel_mult [] has no level; write a list such as [1, 2, 4]")
+    if not 0 <= dropout < 1:
+        raise UserError(f"unet_config: dropout {dropout} must be a share from 0 up to 1")
     if isinstance(context_dim, Sequence):
         if len(set(context_dim)) != 1:
             raise UserError(

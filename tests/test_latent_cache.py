@@ -257,6 +257,8 @@ def test_messages_of_the_command(tmp_path):
     config = write_config(tmp_path, data, None)
     command = ["--config", str(config), "--out", str(tmp_path / "out")]
     for words, message in (
+        (["--precision", "float8"], r"--precision: invalid choice"),
+        (["--batch_size", "few"], r"--batch_size: invalid int value"),
         (["--presicion", "float16"], r"unknown flag --presicion \(did you mean --precision\?\)"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--splits", "train,test"], r"split test: ImageData has train \(path\) and val"),

@@ -123,6 +123,10 @@ def test_another_split_and_other_data(run, streets, tmp_path):
     assert list(made) == ["map_of_photo_read", "map_truth"] and len(made["map_truth"]) == 4
     other = write_labelled_pairs(tmp_path / "other", val=1)
     assert len(draw(run, tmp_path / "b", "--given", "photo", "--data_dir", other)["map_truth"]) == 1
+    streets = write_labelled_pairs(tmp_path / "streets", val=1)
+    unnamed = write_run(tmp_path / "unnamed", streets, data={"sides": None}, **MAPS)
+    words = ["--model_path", unnamed, "--given", "photo", "--data_dir", write_pairs(tmp_path / "webcams")]
+    assert "its sides are A and B, but the model's are photo and map" in complaint(*words)
 
 
 def test_the_default_folder_is_the_runs(streets, tmp_path):

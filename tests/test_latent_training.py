@@ -106,6 +106,8 @@ def test_processes_change_nothing(pairs, tmp_path, launcher):
     else:
         words = {"torchrun": torchrun, "mpiexec": mpiexec}[launcher](2)
     argv = ["--config", str(file), "data.params.batch_size=2", *more]
+    if words:  # a launcher's processes count, not what the file says for plain python
+        argv.append("lightning.trainer.devices=1")
     printed = finish(start("latent_train.py", argv, words))
     assert printed.count("# run folder") == 1  # announced once
     one, two = newest_weights(tmp_path / "one"), newest_weights(tmp_path / "two")
@@ -187,6 +189,21 @@ def test_golden_loss_trace(name, tmp_path):
         ("model.params.loss_type=l3", "loss_type 'l3' is none of l1, l2"),
         ("model.params.learn_logvar=true", "learn_logvar: only its default"),
         ("model.params.beta_schedule=lineer", "did you mean linear"),
+        ("model.params.mt_weights=papre", "mt_weights 'papre' is none of paper, "),
+        ("model.params.mt_sides=day", "mt_sides takes a list, not 'day'"),
+        ("model.params.mt_loss_weight=-1", "mt_loss_weight must be at least 0"),
+        ("model.params.scale_factor=0", "scale_factor must be a number above 0"),
+        ("model.params.timesteps=0", "timesteps 0: must be at least 1"),
+        ("model.params.linear_start=-1", "linear_start -1 .*: must be above 0"),
+        ("model.params.given_betas=[0.1,2]", "given_betas: betas must be a list of numbers above 0"),
+        ("model.params.ignore_keys=betas", "ignore_keys takes a list, not 'betas'"),
+        ("model.params.ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such file or folder"),
+        ("model.params.unet_config=small", "unet_config: 'small' is no configuration"),
+        ("model.params.unet_config.params=null", "unet_config.params: lacks image_size, in_channels"),
+        ("model.params.unet_config.params.channel_mult=3", "channel_mult takes a list, not '3'"),
+        ("model.params.unet_config.params.dropout=2", "dropout 2 must be a share"),
+        ("model.params.first_stage_config.target=torch.nn.Identity", "torch.nn.Identity is no first stage"),
+        ("lightning.trainer.accumulate_grad_batches=0", "accumulate_grad_batches 0: write a whole number of 1 or more"),
         ("data.params.image_size=15", "15"),
         ("data.params.image_siz=15", "unknown key 'image_siz'"),
         ("run.total_step=15", "unknown key 'total_step' .did you mean total_steps"),
@@ -194,6 +211,7 @@ def test_golden_loss_trace(name, tmp_path):
         ("run.ema_rate=2", "ema_rate '2'"),
         ("run.images_per_step=3", "images_per_step 3, but .* are 4"),
         ("lightning.trainer.strategy=fsdp", "use ddp"),
+        ("lightning.trainer.precision=bf16-true", "bf16-true: .* take one of 32-true, bf16-mixed, 16-mixed"),
         ("lightning.trainer.precisio=16", "unknown key 'precisio'"),
     ],
 )

@@ -91,6 +91,8 @@ def test_dropped_and_masked_context_has_finite_gradients():
         ({"use_spatial_transformer": True, "context_dim": [8, 9]}, "one width"),
         ({"num_heads": 5}, "doesn't divide"),
         ({"model_channels": 40}, "model_channels"),
+        ({"channel_mult": []}, "channel_mult"),
+        ({"dropout": 1.0}, "dropout"),
     ],
 )
 def test_refusals(wrong, message):
@@ -124,3 +126,5 @@ def test_schedules():
     assert ddim_timesteps(3, 10) == [1, 4, 7]  # the parent's 10 is no timestep
     with pytest.raises(UserError, match=r"none of linear, .*did you mean linear"):
         make_beta_schedule("liner", 10)
+    with pytest.raises(UserError, match="must be above 0"):
+        make_beta_schedule("linear", 10, linear_start=-1.0)

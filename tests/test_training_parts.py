@@ -240,3 +240,34 @@ def test_averages_by_quartile():
     assert means["loss"] == 3.0 and means["loss_q0"] == 2.0 and means["loss_q3"] == 5.0
     assert means["masked"] == pytest.approx(80 / 3) and means["masked_q0"] == 10.0 and means["masked_q1"] == 40.0
     assert math.isnan(means["loss_q1"]) and math.isnan(averages.pop()["loss"])
+
+
+def test_moments_are_read_in_the_parameters_memory_format():
+    """A run saved channels-last goes on with contiguous weights as if it had been contiguous before."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layer, x = torch.nn.Conv2d(4, 8, 3), torch.randn(2, 4, 8, 8)
+        optimizer = Optimizer(layer.parameters())
+        layer(x).square().sum().backward()
+        optimizer.step(1e-2)
+        state = optimizer.state_dict()
+        state["adamw"]["state"] = {
+            k: {name: v.to(memory_format=layout) if v.ndim == 4 else v for name, v in moments.items()}
+            for k, moments in state["adamw"]["state"].items()
+        }
+        optimizer.load_state_dict(state)
+        (layer(x) - 1).square().sum().backward()
+        optimizer.step(1e-2)
+        found.append(layer.weight.detach())
+    assert torch.equal(*found)
+
+
+def test_averages_follow_the_parameters():
+    layer = torch.nn.Conv2d(4, 8, 3)
+    ema = Ema(layer, ["0.9"])
+    before = ema.averages["0.9"][0].clone()
+    layer.to(memory_format=torch.channels_last)
+    ema.follow()
+    average = ema.averages["0.9"][0]
+    assert torch.equal(average, before) and average.stride() == layer.weight.stride() and not average.requires_grad

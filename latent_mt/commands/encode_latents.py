@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from torch import nn
-
 from guided_mt.checkpoint import find_weights, read_config
 from guided_mt.commands.console import run
+from guided_mt.distributed import choose_device
 from guided_mt.errors import UserError, nearest
+from latent_mt.autoencoder import Autoencoder
 from latent_mt.configuration import instantiate, load_config
 from latent_mt.latents import PRECISIONS, first_stage_hash, write_cache
 
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"# {split}: {len(source)} items of {source.path}, {data.image_size} pixels, first stage {made_by[:12]}")
     if args.dry_run:
         return
-    first_stage.to(_device(args.device))
+    first_stage.to(choose_device("" if args.device == "auto" else args.device)).to_fast_layout()
     for split, source in sources.items():
         start = time.perf_counter()
         cache = write_cache(
@@ -97,6 +96,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the YAML file, as data.params.limit=8"
     )
+
+    def refuse(message: str) -> None:
+        raise UserError(message)
+
+    parser.error = refuse
     for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if flag not in _FLAGS:  # before parsing, which would rather complain about what is missing
             raise UserError(f"unknown flag {flag}{nearest(flag, _FLAGS)}")
@@ -108,7 +112,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> nn.Module:
+def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> Autoencoder:
     """The autoencoder with its weights: that of the configuration, or of the run that --first_stage names."""
     described = (config["model"].get("params") or {}).get("first_stage_config")
     where = f"{args.config}: {_FIRST_STAGE}"
@@ -123,20 +127,11 @@ def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> nn.Modu
     if args.first_stage is not None:
         described = {**described, "params": {**(described.get("params") or {}), "ckpt_path": args.first_stage}}
     first_stage = instantiate(described, where)
+    if not isinstance(first_stage, Autoencoder):
+        raise UserError(f"{where}: {described['target']} is no first stage")
     if any(True for _ in first_stage.parameters()) and not (described.get("params") or {}).get("ckpt_path"):
         raise UserError(f"{where}: has no weights; set its params.ckpt_path, or name them by --first_stage")
     return first_stage.requires_grad_(False)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 if __name__ == "__main__":

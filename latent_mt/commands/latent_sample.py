@@ -121,8 +121,7 @@ def load_model(
             f"{weights}: has no heads or condition inputs ({len(lacking)} entries, such as '{min(lacking)}'), as "
             "latent-diffusion's own models have none: take mt_sides out of the YAML file, or give a run's own weights"
         )
-    model.network.to_fast_layout()
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).to_fast_layout().eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- from one side to the other
@@ -142,6 +141,11 @@ def translate(
     target = generator.model.sides[1 - source_side]
     routes = _routes(config, generator, source_side)
     pairs, size = open_split(config, saved)
+    found = [side.name for side in pairs.sides]
+    if found != list(generator.model.sides):
+        raise UserError(
+            f"{pairs.path}: its sides are {' and '.join(found)}, but the model's are {' and '.join(generator.model.sides)}"
+        )
     loaded = load_images(pairs, size, limit=config.num_samples if config.num_samples > 0 else None)
     seeds = parse_seeds(config.seeds, len(loaded.images))
     sides = loaded.images.chunk(2, dim=1)  # uint8 (N, 3, H, W) each

@@ -152,10 +152,9 @@ def learning_rate_of(model: dict[str, Any], images: int) -> float:
 
 def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     """{dotted key: value} that must not change within a run."""
-    free = ("model.params.ckpt_path", "model.params.monitor", "model.params.log_every_t")
-    fixed = {
-        key: value for key, value in flatten(config).items() if key.startswith("model.params.") and key not in free
-    }
+    free = ("ckpt_path", "monitor", "log_every_t")  # weights are in the checkpoint, wherever they came from
+    flat = flatten(config["model"].get("params") or {}, "model.params.")
+    fixed = {key: value for key, value in flat.items() if key.rpartition(".")[2] not in free}
     return fixed | {f"run.{key}": config["run"][key] for key in ("seed", "images_per_step")}
 
 
