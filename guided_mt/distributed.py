@@ -137,8 +137,8 @@ def detect(env) -> tuple[str, int, int, int, int]:
 
 
 def rank_of_launcher() -> int:
-    """The rank that the launcher gave this process, before any `setup`."""
-    return detect(os.environ)[1]
+    """The rank that the launcher gave this process, before any `setup`. Lightning's own processes know their local rank alone."""
+    return detect(os.environ)[1] or int(os.environ.get("LOCAL_RANK", 0))
 
 
 def rendezvous_over_mpi() -> None:
