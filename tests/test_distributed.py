@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from guided_mt import distributed
-from guided_mt.distributed import Processes, choose_device, detect, first_host
+from guided_mt.distributed import Processes, choose_device, detect, first_host, rank_of_launcher
 from guided_mt.errors import UserError
 
 TORCHRUN = {
@@ -81,6 +81,23 @@ SLURM_STEP = {
 )
 def test_launchers_are_told_apart(environment, expected):
     assert detect(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),  # a process that Lightning started
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, 3),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, 0),
+    ],
+)
+def test_who_prints_an_error(monkeypatch, environment, rank):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert rank_of_launcher() == rank
 
 
 @pytest.mark.parametrize(
