@@ -26,7 +26,7 @@ from .gaussian_diffusion import GaussianDiffusion
 from .images import from_uint8
 from .metrics import QUARTILES, Averages, Reporter
 from .optim import Ema, Optimizer, learning_rate
-from .random import SampleStreams
+from .random import SampleStreams, seed_dropout
 from .resample import create_named_schedule_sampler
 
 MAX_SKIPPED_IN_ROW = 10
@@ -265,9 +265,8 @@ class Loop:
         return torch.cat(records)
 
     def seed_dropout(self) -> None:
-        """Dropout is the only draw that is torch's own: tied to the step, so that resuming repeats it."""
         if self.dropout > 0:
-            torch.manual_seed((self.seed * 1_000_003 + self.step) * 4096 + self.processes.rank)
+            seed_dropout(self.seed, self.step, self.processes.rank)
 
     def draw(self, batch: Batch, part: slice) -> tuple[SampleStreams, Tensor, Tensor, Tensor]:
         """A part of the batch as trained on: the samples' random numbers, x_start [b, 3, H, W], mirrored by halves where asked for,
@@ -321,12 +320,7 @@ class Loop:
 
     def refuse_divergence(self) -> None:
         """Stop a run that has stopped learning."""
-        longest = int(self.optimizer.longest_row)
-        if longest >= MAX_SKIPPED_IN_ROW:
-            raise UserError(
-                f"step {self.step}: the loss or its gradient was not finite {longest} steps in a row, so training stopped; "
-                "these steps changed nothing and the checkpoints are from before: lower --lr, or use --precision fp32"
-            )
+        refuse_divergence(self.step, self.optimizer.longest_row, "lower --lr, or use --precision fp32")
 
     def save(self) -> None:
         """Write a checkpoint on the main process. The others wait, and stop with it when it can't be written."""
@@ -370,6 +364,15 @@ class Loop:
             return self.stop_requested
         often = self.device.type == "cpu"  # on a GPU asking would wait for it
         return (often or self.step % SIGNAL_INTERVAL == 0) and self.processes.any(self.stop_requested)
+
+
+def refuse_divergence(step: int, in_row: Tensor, advice: str) -> None:
+    """UserError where `in_row`, 0-dim, counts too many steps in a row whose gradient was not finite."""
+    if (longest := int(in_row)) >= MAX_SKIPPED_IN_ROW:
+        raise UserError(
+            f"step {step}: the loss or its gradient was not finite {longest} steps in a row, so training stopped; these steps "
+            f"changed nothing and the checkpoints are from before: {advice}"
+        )
 
 
 def _with_batch(section: Any, global_batch: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,7 @@ class Optimizer:
         """One update from the parameters' gradients; returns their norm before clipping (0-dim, on the device)."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         scale = torch.exp2(self.log2_scale)
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True) / scale
-        bad = (~torch.isfinite(norm)).float()
-        # The fused kernel divides by grad_scale and does nothing where found_inf is 1: clipping, unscaling and skipping in
-        # the one pass over the weights that the update makes anyway.
-        too_long = (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0 else torch.ones_like(norm)
-        self.adamw.grad_scale = scale * too_long
-        self.adamw.found_inf = bad
+        norm, bad = guard_step(self.adamw, grads, self.grad_clip, scale)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -73,6 +67,24 @@ class Optimizer:
         self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
         self.log2_scale = state["log2_scale"].to(self.log2_scale)
         self.skipped = state["skipped"].to(self.skipped)
+
+
+@torch.no_grad()
+def guard_step(
+    optimizer: torch.optim.Optimizer, grads: Sequence[Tensor], grad_clip: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Prepare one step of a fused optimiser; returns (gradient norm, 1 where it is not finite else 0), both 0-dim.
+
+    grad_clip: largest norm, 0 for none. scale: what the loss was multiplied by. The fused kernel divides by grad_scale and does
+    nothing where found_inf is 1: clipping, unscaling and skipping in the one pass over the weights that the update makes anyway.
+    """
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    norm = norm if scale is None else norm / scale
+    bad = (~torch.isfinite(norm)).float()
+    too_long = (norm / grad_clip).clamp(min=1.0) if grad_clip > 0 else torch.ones_like(norm)
+    optimizer.grad_scale = too_long if scale is None else scale * too_long
+    optimizer.found_inf = bad
+    return norm, bad
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

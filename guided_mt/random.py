@@ -89,3 +89,8 @@ class SampleStreams:
         angle = torch.stack([w1, w3]).float().mul_(2.0 * math.pi * 2.0**-32)
         values = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
         return values.permute(1, 2, 0, 3).reshape(len(self), -1)[:, :count].reshape(len(self), *shape)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout is the only draw that is torch's own: tied to the step, so that resuming repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank)

@@ -7,12 +7,11 @@ time for that. Before `disc_start` the discriminator is not run at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.strategies import DDPStrategy
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 from guided_mt import checkpoint
 from guided_mt.data import Batch, ImageSource, load_images
 from guided_mt.data.subset import Subset, spread
-from guided_mt.distributed import Processes
 from guided_mt.errors import UserError
 from guided_mt.images import from_uint8, make_grid, to_nhwc, to_uint8
 from guided_mt.metrics import Averages
-from guided_mt.optim import Ema, learning_rate
+from guided_mt.optim import guard_step
 from guided_mt.random import SampleStreams
 
 from .autoencoder import AutoencoderKL, ConvolutionalAutoencoder, load_entries, read_state_dict
@@ -34,15 +32,15 @@ from .data.ordered import ordered_batches
 from .losses import AdversarialLoss, LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from .quantize import Quantized, codebook_usage
 from .reconstruction import figure_names, measure
-from .run import RunConfig, guard_step
+from .run import TrainedModule
 
 PREVIEW = 8  # items of a grid
 LOSS_PREFIX = "loss."
 LOSSES = {True: LPIPSWithDiscriminator, False: VQLPIPSWithDiscriminator}  # by whether the latent is Gaussian
 
 
-class AutoencoderTraining(pl.LightningModule):
-    """Trains `autoencoder` with the loss that its `lossconfig` describes; see run.Trained for how it is driven.
+class AutoencoderTraining(TrainedModule):
+    """Trains `autoencoder` with the loss that its `lossconfig` describes; see run.TrainedModule for how it is driven.
 
     Items with several images of `in_channels` channels, such as pairs, are trained on as that many images, mirrored alike.
     microbatches: into how many parts of equal size a batch is divided, one pass each. Raises UserError for a lossconfig that
@@ -58,12 +56,12 @@ class AutoencoderTraining(pl.LightningModule):
         scheduler = autoencoder.scheduler_config
         self.schedule = None if scheduler is None else instantiate(scheduler, "model.params.scheduler_config")
         self.resize_range = self._resize_range()
-        self.run, self.processes = RunConfig(), Processes()
-        self.base_rate, self.steps_done, self.random_flip = 4.5e-6, 0, False
-        self.ema: Ema | None = None
-        self.skipped = self.skipped_in_row = torch.zeros(())
         if autoencoder.ckpt_path:
             self._load_loss(read_state_dict(autoencoder.ckpt_path), autoencoder.ckpt_path, autoencoder.ignore_keys)
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.autoencoder
 
     def _build_loss(self) -> AdversarialLoss:
         where, kind = "model.params.lossconfig", LOSSES[self.gaussian]
@@ -94,7 +92,8 @@ class AutoencoderTraining(pl.LightningModule):
     # ------------------------------------------------------------ a step
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        self._seed_dropout()
+        if self.autoencoder.ddconfig.dropout > 0:
+            self.seed_dropout()
         x, noise = self.draw(batch)
         for optimizer in self._optimizers():
             self._set_rate(optimizer.optimizer)
@@ -152,12 +151,11 @@ class AutoencoderTraining(pl.LightningModule):
             if isinstance(latent, Quantized):
                 self.counts += torch.bincount(latent.indices.flatten(), minlength=len(self.counts))
             found.append(reconstruction.detach())
-        norm, bad = guard_step(optimizer.optimizer, self._generator_parameters(), self.run.grad_clip)
+        norm, bad = guard_step(optimizer.optimizer, _grads(self._generator_parameters()), self.run.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._discriminator_learns(True)
-        self.skipped = self.skipped + bad
-        self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        self.count(bad)
         self._track({**loss_state, "grad_norm": norm})
         return found
 
@@ -170,7 +168,7 @@ class AutoencoderTraining(pl.LightningModule):
                 share = len(part) / len(x)
                 self.manual_backward(loss * share)
             _add(loss_state, record, share)
-        guard_step(optimizer.optimizer, list(self.loss.discriminator.parameters()), self.run.grad_clip)
+        guard_step(optimizer.optimizer, _grads(self.loss.discriminator.parameters()), self.run.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._track(loss_state)
@@ -186,11 +184,6 @@ class AutoencoderTraining(pl.LightningModule):
 
     def _track(self, values: Mapping[str, Tensor]) -> None:
         self.averages.add_scalars({name: value for name, value in values.items() if name in self.averages.scalars})
-
-    def _seed_dropout(self) -> None:
-        """Dropout is the only draw that is torch's own: tied to the step, so that resuming repeats it."""
-        if self.autoencoder.ddconfig.dropout > 0:
-            torch.manual_seed((self.run.seed * 1_000_003 + self.steps_done) * 4096 + self.processes.rank)
 
     # ------------------------------------------------------------ optimisers
 
@@ -213,12 +206,8 @@ class AutoencoderTraining(pl.LightningModule):
         found = self.optimizers()
         return found if isinstance(found, list) else [found]
 
-    def rate(self, step: int) -> float:
-        """The learning rate of 0-based `step`; the autoencoder's is `lr_g_factor` times that."""
-        factor = 1.0 if self.schedule is None else self.schedule(step)
-        return factor * learning_rate(step, self.base_rate, self.run.lr_warmup_steps, 0)
-
     def _set_rate(self, adam: torch.optim.Optimizer) -> None:
+        """`rate`; the autoencoder's is `lr_g_factor` times that."""
         is_first = adam is self._optimizers()[0].optimizer
         factor = getattr(self.autoencoder, "lr_g_factor", 1.0) if is_first else 1.0
         for group in adam.param_groups:
@@ -227,18 +216,11 @@ class AutoencoderTraining(pl.LightningModule):
     # ------------------------------------------------------------ the run (see run.Trained)
 
     def prepare(self, data: Any, resumed: bool) -> None:
-        self.data, self.random_flip = data, data.random_flip
         self.autoencoder.to_fast_layout()
+        super().prepare(data, resumed)
         self.averages = Averages([], 1, self.device, (*self.loss.names(), "grad_norm"))
-        self.skipped = self.skipped_in_row = torch.zeros((), device=self.device)
         entries = 0 if self.gaussian else self.autoencoder.quantize.re_embed
         self.counts = torch.zeros(entries, dtype=torch.int64, device=self.device)
-        if self.ema is None:
-            self.ema = Ema(self.autoencoder, self._rates())
-        self.ema.follow()
-
-    def after_step(self) -> None:
-        self.ema.update()
 
     def columns(self) -> list[str]:
         codes = [] if self.gaussian else ["codes_used", "code_perplexity"]
@@ -267,7 +249,7 @@ class AutoencoderTraining(pl.LightningModule):
             return {}
         names = figure_names(source)
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
-        with self.averaged():
+        with self.with_averages():
             for batch in self._my_part(source):
                 images = batch.images.to(self.device)
                 made = [to_uint8(self.reconstruct(from_uint8(side))) for side in self._sides(images)]
@@ -295,7 +277,7 @@ class AutoencoderTraining(pl.LightningModule):
         source = spread(self.data.val_source or self.data.source, PREVIEW)
         images = load_images(source, self.data.image_size).images.to(self.device)
         rows = []
-        with self.averaged():
+        with self.with_averages():
             for side in self._sides(images):
                 x = from_uint8(side)
                 rows += [x, self.reconstruct(x)]
@@ -310,21 +292,6 @@ class AutoencoderTraining(pl.LightningModule):
             return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
         return x[:, :1].expand(-1, 3, -1, -1)
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the autoencoder has its slowest averaged weights (where there are any) and is in eval mode."""
-        rate = max(self.ema.averages, key=float, default=None) if self.ema is not None else None
-        training = self.autoencoder.training
-        self.autoencoder.eval()
-        if rate is not None:
-            self.ema.swap(rate)
-        try:
-            yield
-        finally:
-            if rate is not None:
-                self.ema.swap(rate)
-            self.autoencoder.train(training)
-
     # ------------------------------------------------------------ checkpoints
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -338,12 +305,7 @@ class AutoencoderTraining(pl.LightningModule):
         own = {key: value for key, value in state.items() if not key.startswith(LOSS_PREFIX)}
         load_entries(self.autoencoder, own, folder)
         self._load_loss(state, str(folder))
-        self.ema = Ema(self.autoencoder, self._rates())
-        for rate in self._rates():
-            file = folder / f"ema_{rate}.safetensors"
-            if not file.exists():
-                raise UserError(f"{folder}: has no averaged weights for run.ema_rate {rate}; keep the run's ema_rate")
-            self.ema.load(rate, checkpoint.read_weights(file))
+        self.load_averages(folder)
 
     def _load_loss(self, state: Mapping[str, Tensor], where: str, ignore_keys: tuple[str, ...] = ()) -> None:
         """The discriminator and logvar of a checkpoint, where it has them."""
@@ -351,9 +313,6 @@ class AutoencoderTraining(pl.LightningModule):
         own = {key.removeprefix(LOSS_PREFIX): v for key, v in kept.items() if key.startswith(LOSS_PREFIX)}
         if own:
             self.loss.load_trained_state(own, where)
-
-    def _rates(self) -> list[str]:
-        return [self.run.ema_rate] if self.run.ema_rate else []
 
     def run_state(self) -> dict[str, Any]:
         return {"averages": self.averages.state_dict(), "skipped": self.skipped, "counts": self.counts}
@@ -367,6 +326,10 @@ class AutoencoderTraining(pl.LightningModule):
 def _add(total: dict[str, Tensor], record: Mapping[str, Tensor], share: float) -> None:
     for name, value in record.items():
         total[name] = total.get(name, 0.0) + share * value
+
+
+def _grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _channels_seen(network: nn.Module) -> int:

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from guided_mt import checkpoint
 from guided_mt.aggregation import WEIGHTS, Aggregation
 from guided_mt.data import Batch
-from guided_mt.distributed import Processes
 from guided_mt.errors import UserError
 from guided_mt.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelOutput, ModelVarType
 from guided_mt.heads import HeadVariance, ImageHead
@@ -28,16 +26,17 @@ from guided_mt.metrics import QUARTILES, Averages
 from guided_mt.modalities import Images
 from guided_mt.model import VARIANTS, MTModel
 from guided_mt.objective import Losses, multi_task_losses
-from guided_mt.optim import Ema, learning_rate
+from guided_mt.optim import guard_step
 from guided_mt.random import SampleStreams
 from guided_mt.resample import UniformSampler
 from guided_mt.respacing import kept_timesteps, respace
 
 from .autoencoder import Autoencoder
 from .configuration import arguments, instantiate
+from .data.latent_cache import unpack
 from .ldm_checkpoint import load_ldm
 from .modalities import PAIRED, PairedLatent
-from .run import RunConfig, guard_step
+from .run import TrainedModule
 from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .unet import UNetModel, unet_options
 from .validation import val_batches
@@ -91,7 +90,7 @@ def _first(*tensors: Tensor | None) -> Tensor:
     return next(x for x in tensors if x is not None)
 
 
-class LatentMTDiffusion(pl.LightningModule):
+class LatentMTDiffusion(TrainedModule):
     """LDM's `LatentDiffusion` (its keywords and state-dict names) as a multi-task model of image pairs.
 
     mt_sides: names of the two images of a pair, or none for a plain LDM. mt_swap_prob: how often the second side is z_0 and the
@@ -100,6 +99,8 @@ class LatentMTDiffusion(pl.LightningModule):
     that only log or that no released model uses are accepted at their defaults.
     Raises UserError for settings that contradict each other.
     """
+
+    prefix = "model."
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class LatentMTDiffusion(pl.LightningModule):
         self.loss_weight, self.given_prob, self.drop_prob = mt_loss_weight, mt_given_prob, mt_drop_prob
         self.channels, self.image_size, self.l_simple_weight = channels, image_size, l_simple_weight
         self.cond_stage_key, self.first_stage_key = cond_stage_key, first_stage_key
-        self.use_ema, self.schedule = use_ema, None
+        self.use_ema = use_ema
         if scheduler_config is not None:
             self.schedule = instantiate(scheduler_config, "model.params.scheduler_config")
 
@@ -218,11 +219,7 @@ class LatentMTDiffusion(pl.LightningModule):
             loss_type=LOSSES[loss_type],
             aggregation=Aggregation.from_weights(dict.fromkeys(self.modality_names, mt_weights), betas),
         )
-        self.run, self.processes = RunConfig(), Processes()
-        self.base_rate, self.steps_done, self.random_flip = 1e-4, 0, False
         self.fused = True
-        self.ema: Ema | None = None
-        self.skipped = self.skipped_in_row = torch.zeros(())
         if ckpt_path is not None:
             self.load_ldm(Path(ckpt_path), ignore_keys, only_unet=load_only_unet)
 
@@ -269,6 +266,14 @@ class LatentMTDiffusion(pl.LightningModule):
                 f"unet_config: in_channels {unet.in_channels} and out_channels {unet.out_channels} don't fit latents of "
                 f"{self.channels} channels (in_channels may be more only for a concatenated condition)"
             )
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.model
+
+    @property
+    def ema_rates(self) -> list[str]:
+        return super().ema_rates if self.use_ema else []
 
     @property
     def network(self) -> MTModel:
@@ -326,14 +331,12 @@ class LatentMTDiffusion(pl.LightningModule):
             images = from_uint8(batch.images)
             images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
             return [self.encode_images(side, streams) for side in images.chunk(count, dim=1)]
-        sizes = (count, 2, -1, self.channels)  # sides, mirrorings, moments, channels
-        moments = batch.images.float().unflatten(1, sizes)
-        moments = torch.where(flip.view(-1, 1, 1, 1, 1, 1), moments[:, :, 1], moments[:, :, 0])
-        found = []
-        for side in moments.unbind(1):
-            mean, logvar = side[:, 0], side[:, 1] if side.shape[1] > 1 else None
-            found.append(self.scale_factor * _posterior(mean, logvar, streams))
-        return found
+        mirrored = flip.long()
+        rows = torch.arange(len(flip), device=flip.device)
+        mean, logvar = unpack(batch.images, count, self.channels)
+        means = mean[rows, :, mirrored].unbind(1)
+        logvars = [None] * count if logvar is None else logvar[rows, :, mirrored].unbind(1)
+        return [self.scale_factor * _posterior(m, v, streams) for m, v in zip(means, logvars, strict=True)]
 
     # ------------------------------------------------------------ training
 
@@ -385,8 +388,7 @@ class LatentMTDiffusion(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.dropout and batch_idx % self.trainer.accumulate_grad_batches == 0:
-            # The only draw that is torch's own: tied to the step, so that resuming repeats it.
-            torch.manual_seed((self.run.seed * 1_000_003 + self.steps_done) * 4096 + self.processes.rank)
+            self.seed_dropout()
         streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
         losses, t, role = self.losses(batch, streams)
         values = [losses.loss, *(losses.terms[name] for name in self.terms)]
@@ -423,35 +425,31 @@ class LatentMTDiffusion(pl.LightningModule):
         self.fused = self.trainer.precision != "16-mixed"
         return torch.optim.AdamW(parameters, lr=self.base_rate, weight_decay=self.run.weight_decay, fused=self.fused)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of 0-based `step`."""
-        factor = 1.0 if self.schedule is None else self.schedule(step)
-        return factor * learning_rate(step, self.base_rate, self.run.lr_warmup_steps, 0)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self.rate(self.steps_done)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm, bad = guard_step(optimizer, parameters, self.run.grad_clip, self.fused)
-        self.skipped = self.skipped + bad
-        self.skipped_in_row = (self.skipped_in_row + 1) * bad
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.fused:
+            norm, bad = guard_step(optimizer, grads, self.run.grad_clip)
+        else:  # the scaler has unscaled the gradients, and it is the scaler that skips
+            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+            bad = (~torch.isfinite(norm)).float()
+            if self.run.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.run.grad_clip, norm, foreach=True)
+        self.count(bad)
         self.averages.add_scalars({"grad_norm": norm})
         self.steps_done += 1
 
-    # ------------------------------------------------------------ the run (see run.Trained)
+    # ------------------------------------------------------------ the run (see run.TrainedModule)
 
     def prepare(self, data: Any, resumed: bool) -> None:
         precisions = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
         self.network.precision = precisions.get(self.trainer.precision, self.network.precision)
         self.to_fast_layout()
-        self.random_flip, self.data = data.random_flip, data
+        super().prepare(data, resumed)
         self.first_stage_model.eval()
         self.averages = Averages(["loss", *self.terms], self.diffusion.num_timesteps, self.device)
-        self.skipped = self.skipped_in_row = torch.zeros((), device=self.device)
-        rates = [self.run.ema_rate] if self.run.ema_rate and self.use_ema else []
-        if self.ema is None:
-            self.ema = Ema(self.model, rates)
-        self.ema.follow()
         if not self.scale_known and not resumed:
             self._measure_scale(data)
 
@@ -473,9 +471,6 @@ class LatentMTDiffusion(pl.LightningModule):
         self.scale_factor.fill_(1 / (squares / count - (total / count) ** 2).sqrt())
         self.scale_known = True
 
-    def after_step(self) -> None:
-        self.ema.update()
-
     def columns(self) -> list[str]:
         names = ["loss", *self.terms]
         quartiles = [f"{name}_q{q}" for name in names for q in range(QUARTILES)]
@@ -490,7 +485,7 @@ class LatentMTDiffusion(pl.LightningModule):
         """Mean losses of the averaged weights on the validation split, at evenly spaced timesteps and with fixed noise."""
         totals = torch.zeros(2, 1 + len(self.terms), device=self.device)
         flip, self.random_flip = self.random_flip, False
-        with self.averaged():
+        with self.with_averages():
             for batch in val_batches(self.data):
                 batch = batch.to(self.device)
                 for k in range(VAL_TIMESTEPS):
@@ -505,25 +500,10 @@ class LatentMTDiffusion(pl.LightningModule):
         means = (totals[0] / totals[1]).tolist()
         return {f"val_{name}": mean for name, mean in zip(["loss", *self.terms], means, strict=True)}
 
-    @contextlib.contextmanager
-    def averaged(self):
-        """Inside, the network has its averaged weights (where there are any) and is in eval mode."""
-        rate = next(iter(self.ema.averages), None) if self.ema is not None else None
-        if rate is not None:
-            self.ema.swap(rate)
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-            if rate is not None:
-                self.ema.swap(rate)
-
     def preview(self) -> np.ndarray | None:
         from .generate import preview_grid
 
-        with self.averaged():
+        with self.with_averages():
             return preview_grid(self, self.data)
 
     # ------------------------------------------------------------ checkpoints
@@ -539,14 +519,7 @@ class LatentMTDiffusion(pl.LightningModule):
     def load_weights_of(self, folder: Path) -> None:
         checkpoint.load_weights(self, folder / "model.safetensors")
         self.scale_known = True
-        rates = [self.run.ema_rate] if self.run.ema_rate and self.use_ema else []
-        self.ema = Ema(self.model, rates)
-        for rate in rates:
-            file = folder / f"ema_{rate}.safetensors"
-            if not file.exists():
-                raise UserError(f"{folder}: has no averaged weights for run.ema_rate {rate}; keep the run's ema_rate")
-            state = checkpoint.read_weights(file)
-            self.ema.load(rate, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        self.load_averages(folder)
 
     def load_ldm(
         self, path: Path, ignore_keys: Sequence[str] = (), *, only_unet: bool = False, ema: bool = False

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,16 +113,16 @@ class AdversarialLoss(nn.Module):
     def __init__(
         self,
         disc_start: int,
-        disc_num_layers: int,
-        disc_in_channels: int,
-        disc_factor: float,
-        disc_weight: float,
-        perceptual_weight: float,
-        use_actnorm: bool,
-        disc_conditional: bool,
-        disc_ndf: int,
-        disc_loss: str,
-        pixelloss_weight: float,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        use_actnorm: bool = False,
+        disc_conditional: bool = False,
+        disc_ndf: int = 64,
+        disc_loss: str = "hinge",
+        pixelloss_weight: float = 1.0,
     ):
         super().__init__()
         if disc_loss not in DISCRIMINATOR_LOSSES:
@@ -235,31 +236,11 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         disc_start: int,
         logvar_init: float = 0.0,
         kl_weight: float = 1.0,
-        pixelloss_weight: float = 1.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        use_actnorm: bool = False,
-        disc_conditional: bool = False,
-        disc_loss: str = "hinge",
-        disc_ndf: int = 64,
+        *,
         learn_logvar: bool = False,
+        **adversarial: Any,
     ):
-        super().__init__(
-            disc_start,
-            disc_num_layers,
-            disc_in_channels,
-            disc_factor,
-            disc_weight,
-            perceptual_weight,
-            use_actnorm,
-            disc_conditional,
-            disc_ndf,
-            disc_loss,
-            pixelloss_weight,
-        )
+        super().__init__(disc_start, **adversarial)
         self.kl_weight = kl_weight
         self.logvar = nn.Parameter(torch.full((), float(logvar_init)), requires_grad=learn_logvar)
 
@@ -288,37 +269,17 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         self,
         disc_start: int,
         codebook_weight: float = 1.0,
-        pixelloss_weight: float = 1.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        use_actnorm: bool = False,
-        disc_conditional: bool = False,
-        disc_ndf: int = 64,
-        disc_loss: str = "hinge",
+        *,
         n_classes: int | None = None,
         perceptual_loss: str = "lpips",
         pixel_loss: str = "l1",
+        **adversarial: Any,
     ):
         if perceptual_loss != "lpips":
             raise UserError(f"lossconfig.perceptual_loss '{perceptual_loss}': only lpips is supported")
         if pixel_loss not in PIXEL_LOSSES:
             raise UserError(f"lossconfig.pixel_loss '{pixel_loss}' is none of {', '.join(PIXEL_LOSSES)}")
-        super().__init__(
-            disc_start,
-            disc_num_layers,
-            disc_in_channels,
-            disc_factor,
-            disc_weight,
-            perceptual_weight,
-            use_actnorm,
-            disc_conditional,
-            disc_ndf,
-            disc_loss,
-            pixelloss_weight,
-        )
+        super().__init__(disc_start, **adversarial)
         self.codebook_weight, self.pixel_loss = codebook_weight, PIXEL_LOSSES[pixel_loss]
 
     def total(self, x: Tensor, reconstruction: Tensor, latent: Quantized) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

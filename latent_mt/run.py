@@ -12,16 +12,17 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from guided_mt import checkpoint, distributed
 from guided_mt.config import option
@@ -29,9 +30,10 @@ from guided_mt.data import Batch, ImageStream
 from guided_mt.distributed import Processes
 from guided_mt.errors import UserError, reason
 from guided_mt.images import save_png
-from guided_mt.loop import MAX_SKIPPED_IN_ROW, SIGNAL_INTERVAL
+from guided_mt.loop import MAX_SKIPPED_IN_ROW, SIGNAL_INTERVAL, refuse_divergence
 from guided_mt.metrics import Reporter
-from guided_mt.optim import load_optimizer
+from guided_mt.optim import Ema, learning_rate, load_optimizer
+from guided_mt.random import seed_dropout
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 log = logging.getLogger("latent_mt")
@@ -62,43 +64,116 @@ class RunConfig:
     )
 
 
-class Trained(Protocol):
-    """What a LightningModule has for `fit` to train it."""
+class TrainedModule(pl.LightningModule):
+    """What `fit` trains: counters, averages and rates that every training has. Subclasses say what is trained.
 
-    run: RunConfig
-    processes: Processes  # set by `fit`
-    steps_done: int  # optimiser steps of the run so far
-    skipped_in_row: torch.Tensor  # 0-dim: steps in a row whose gradient was not finite
+    averaged: the part of it whose weights are averaged; prefix: how that part's entries begin in the checkpoint's files.
+    """
 
-    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{file stem: state dict}: `model`, and `ema_RATE` where there are averages."""
+    prefix = ""
 
-    def load_weights_of(self, folder: Path) -> None:
-        """The counterpart of `weights`."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.run, self.processes = RunConfig(), Processes()  # set by `fit`
+        self.base_rate, self.steps_done = 0.0, 0  # optimiser steps of the run so far
+        self.schedule: Callable[[int], float] | None = None  # factor of the rate at a step
+        self.data: Any = None
+        self.random_flip = False
+        self.ema: Ema | None = None
+        self.skipped = self.skipped_in_row = torch.zeros(())  # steps whose gradient was not finite
 
-    def run_state(self) -> dict[str, Any]:
-        """What a resumed run has to find again beyond weights and optimisers."""
+    @property
+    def averaged(self) -> nn.Module:
+        raise NotImplementedError
 
-    def load_run_state(self, state: Mapping[str, Any]) -> None:
-        """The counterpart of `run_state`, called on the training device."""
+    @property
+    def ema_rates(self) -> list[str]:
+        return [self.run.ema_rate] if self.run.ema_rate else []
+
+    def rate(self, step: int) -> float:
+        """The learning rate of 0-based `step`."""
+        factor = 1.0 if self.schedule is None else self.schedule(step)
+        return factor * learning_rate(step, self.base_rate, self.run.lr_warmup_steps, 0)
+
+    def seed_dropout(self) -> None:
+        seed_dropout(self.run.seed, self.steps_done, self.processes.rank)
+
+    def count(self, bad: torch.Tensor) -> None:
+        """bad: 1 where this step's gradient was not finite, else 0."""
+        self.skipped = self.skipped + bad
+        self.skipped_in_row = (self.skipped_in_row + 1) * bad
 
     def prepare(self, data: Any, resumed: bool) -> None:
         """Called once on the training device before the first step, after a resumed run's weights were loaded."""
+        self.data, self.random_flip = data, data.random_flip
+        self.skipped = self.skipped_in_row = torch.zeros((), device=self.device)
+        if self.ema is None:
+            self.ema = Ema(self.averaged, self.ema_rates)
+        self.ema.follow()
 
     def after_step(self) -> None:
         """Called after each optimiser step."""
+        self.ema.update()
+
+    @contextlib.contextmanager
+    def with_averages(self) -> Iterator[None]:
+        """Inside, `averaged` has its slowest averaged weights (where there are any) and is in eval mode."""
+        rate = max(self.ema.averages, key=float, default=None) if self.ema is not None else None
+        training = self.averaged.training
+        self.averaged.eval()
+        if rate is not None:
+            self.ema.swap(rate)
+        try:
+            yield
+        finally:
+            if rate is not None:
+                self.ema.swap(rate)
+            self.averaged.train(training)
+
+    def load_averages(self, folder: Path) -> None:
+        """The averages of a checkpoint. Raises UserError where it has none of this rate."""
+        self.ema = Ema(self.averaged, self.ema_rates)
+        for rate in self.ema_rates:
+            file = folder / f"ema_{rate}.safetensors"
+            if not file.exists():
+                raise UserError(f"{folder}: has no averaged weights for run.ema_rate {rate}; keep the run's ema_rate")
+            state = checkpoint.read_weights(file)
+            own = {k.removeprefix(self.prefix): v for k, v in state.items() if k.startswith(self.prefix)}
+            self.ema.load(rate, own)
+
+    # ------------------------------------------------------------ what a subclass says
+
+    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{file stem: state dict}: `model`, and `ema_RATE` where there are averages."""
+        raise NotImplementedError
+
+    def load_weights_of(self, folder: Path) -> None:
+        """The counterpart of `weights`."""
+        raise NotImplementedError
+
+    def run_state(self) -> dict[str, Any]:
+        """What a resumed run has to find again beyond weights and optimisers."""
+        raise NotImplementedError
+
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
+        """The counterpart of `run_state`, called on the training device."""
+        raise NotImplementedError
 
     def columns(self) -> list[str]:
         """The columns of progress.csv that `report_row` fills."""
+        raise NotImplementedError
 
     def report_row(self) -> dict[str, float]:
         """Values since the last report; the only wait for the device."""
+        raise NotImplementedError
 
     def preview(self) -> np.ndarray | None:
         """A picture uint8 [H, W, 3] of how far the model is."""
+        raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
         """Figures on the validation split."""
+        raise NotImplementedError
 
 
 class _Stream:
@@ -127,7 +202,7 @@ class RunFolder(pl.Callback):
 
     # ------------------------------------------------------------ start and end
 
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         processes = Processes(
             trainer.global_rank, trainer.world_size, trainer.local_rank, trainer.strategy.root_device, "lightning"
         )
@@ -147,10 +222,10 @@ class RunFolder(pl.Callback):
         self.clock, self.clock_step = time.monotonic(), self.last_step
         self.previous_handler = signal.signal(signal.SIGTERM, self._request_stop)
 
-    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         self._close()
 
-    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: TrainedModule, exception: BaseException) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -165,7 +240,9 @@ class RunFolder(pl.Callback):
 
     # ------------------------------------------------------------ every step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: TrainedModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if module.steps_done == self.last_step:
             return  # gradients are still being accumulated
         self.last_step = step = module.steps_done
@@ -177,7 +254,7 @@ class RunFolder(pl.Callback):
         if step % config.log_interval == 0 or last or figures:
             self._report(trainer, module, figures)
         if step % MAX_SKIPPED_IN_ROW == 0 or last:
-            self._refuse_divergence(module)
+            refuse_divergence(step, module.skipped_in_row, "lower the learning rate, or use precision 32")
         if config.sample_interval and step % config.sample_interval == 0:
             self._preview(module)
         stop = self._agreed_stop(trainer)
@@ -190,7 +267,7 @@ class RunFolder(pl.Callback):
             if trainer.is_global_zero:
                 log.info("SIGTERM: saved step %d; run the same command to go on", step)
 
-    def _report(self, trainer: pl.Trainer, module: Any, figures: Mapping[str, float]) -> None:
+    def _report(self, trainer: pl.Trainer, module: TrainedModule, figures: Mapping[str, float]) -> None:
         steps, seconds = self.last_step - self.clock_step, max(time.monotonic() - self.clock, 1e-9)
         values = {**module.report_row(), **figures}
         self.clock, self.clock_step = time.monotonic(), self.last_step
@@ -201,21 +278,13 @@ class RunFolder(pl.Callback):
             row["images_per_second"] = steps * per_step / seconds
             self.reporter.row(row)
 
-    def _preview(self, module: Any) -> None:
+    def _preview(self, module: TrainedModule) -> None:
         if module.processes.is_main:
             picture = module.preview()
             if picture is not None:
                 save_png(picture, self.folder / "grids" / f"step_{self.last_step:08d}.png")
                 self.reporter.image("preview", torch.from_numpy(picture).permute(2, 0, 1), self.last_step)
         module.processes.barrier()
-
-    def _refuse_divergence(self, module: Any) -> None:
-        longest = int(module.skipped_in_row)
-        if longest >= MAX_SKIPPED_IN_ROW:
-            raise UserError(
-                f"step {self.last_step}: the loss or its gradient was not finite {longest} steps in a row, so training stopped; "
-                "these steps changed nothing and the checkpoints are from before: lower the learning rate, or use precision 32"
-            )
 
     def _agreed_stop(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size == 1:
@@ -226,7 +295,7 @@ class RunFolder(pl.Callback):
 
     # ------------------------------------------------------------ checkpoints
 
-    def _save(self, trainer: pl.Trainer, module: Any) -> None:
+    def _save(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         failure = None
         if trainer.is_global_zero:
             state = {
@@ -250,7 +319,7 @@ class RunFolder(pl.Callback):
         if module.processes.any(failure is not None):
             raise failure or UserError("the main process could not write the checkpoint")
 
-    def _restore(self, trainer: pl.Trainer, module: Any) -> None:
+    def _restore(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         state = self.resumed
         try:
             for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
@@ -321,8 +390,8 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any]) -> pl.Trainer:
     return trainer
 
 
-def fit(trainer: pl.Trainer, folder: RunFolder, module: Any, data: Any) -> None:
-    """Train `module` (see `Trained`) on `data` to `total_steps`, or on from the newest checkpoint of the folder.
+def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any) -> None:
+    """Train `module` on `data` to `total_steps`, or on from the newest checkpoint of the folder.
 
     data: has `batch_size` (per process and pass), `source` and `stream(...)` as `latent_mt.data.PairData`. Raises UserError.
     """
@@ -389,25 +458,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-# ---------------------------------------------------------------- steps that are not finite
-
-
-def guard_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], grad_clip: float, fused: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient norm, 1 where it is not finite else 0), both 0-dim on the device.
-
-    A fused optimiser then clips, or changes nothing, in its own pass over the weights. With a gradient scaler (not fused) the
-    gradients are unscaled already, and it is the scaler that skips.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    bad = (~torch.isfinite(norm)).float()
-    too_long = (norm / grad_clip).clamp(min=1.0) if grad_clip > 0 else torch.ones_like(norm)
-    if fused:
-        optimizer.grad_scale, optimizer.found_inf = too_long, bad
-    elif grad_clip > 0:
-        torch._foreach_div_(grads, too_long)
-    return norm, bad

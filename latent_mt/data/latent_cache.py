@@ -95,8 +95,7 @@ class LatentCache(ImageSource):
 
     def unpack(self, items: Tensor) -> Moments:
         """Items [B, sides * 2 * moments * C, h, w] -> mean and log variance by side and mirroring."""
-        items = items.unflatten(1, self.shape[1:5])  # [B, sides, 2, moments, C, h, w]
-        return Moments(items[:, :, :, 0], items[:, :, :, 1] if self.shape[3] == 2 else None)
+        return unpack(items, sides=self.shape[1], channels=self.shape[4])
 
     def check(self, first_stage: str) -> None:
         """Raises UserError where `first_stage`, a `first_stage_hash`, is not that of the autoencoder that made the cache."""
@@ -108,6 +107,12 @@ class LatentCache(ImageSource):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_map": None}
+
+
+def unpack(items: Tensor, sides: int, channels: int) -> Moments:
+    """Items [B, sides * 2 * moments * C, h, w] of a cache -> mean and log variance by side and mirroring."""
+    items = items.unflatten(1, (sides, 2, -1, channels))  # [B, sides, 2, moments, C, h, w]
+    return Moments(items[:, :, :, 0], items[:, :, :, 1] if items.shape[3] == 2 else None)
 
 
 def entry_of(side: Side) -> dict[str, Any]:
