@@ -46,9 +46,9 @@ def seconds(f: Callable[[], object]) -> tuple[float, object]:
 
 
 def ours(pools: list[np.ndarray], maps: list[np.ndarray]) -> dict[str, tuple[float, object]]:
-    from evaluations.manifolds import precision_recall
-    from evaluations.metrics import frechet_distance
-    from evaluations.moments import statistics
+    from evaluations.features.moments import statistics
+    from evaluations.scores.manifolds import precision_recall
+    from evaluations.scores.metrics import frechet_distance
 
     return {
         "FID": seconds(lambda: frechet_distance(*statistics(pools[0]), *statistics(pools[1]))),
@@ -123,7 +123,7 @@ def compare_statistics(images: int) -> None:
 
 def large_precision_recall(images: int = 50000) -> None:
     """In a process of its own, for the peak."""
-    from evaluations.manifolds import precision_recall
+    from evaluations.scores.manifolds import precision_recall
 
     pools = [synthetic_features(images, POOL, i) for i in (0, 1)]
     took, found = seconds(lambda: precision_recall(*pools))
@@ -134,12 +134,12 @@ def large_precision_recall(images: int = 50000) -> None:
 def compare_throughput(images: int = 128, batch_size: int = 16, rounds: int = 3) -> None:
     import torch
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from inception_graph import write_graph
 
-    from evaluations.features import extract
-    from evaluations.images import open_images
-    from evaluations.inception import TorchInception
+    from evaluations.features.features import extract
+    from evaluations.features.inception import TorchInception
+    from evaluations.files.images import open_images
 
     with tempfile.TemporaryDirectory() as folder:
         network = TorchInception(write_graph(Path(folder) / "graph.pb"))

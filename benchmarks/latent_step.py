@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from guided_mt.data import Batch
-from latent_mt.latent_diffusion import LatentMTDiffusion
+from latent_mt.model.latent_diffusion import LatentMTDiffusion
 
 STAGES = ("forward", "backward", "optimiser", "EMA")
 SIDES = ["photo", "map"]
@@ -79,7 +79,7 @@ class Step:
                 "target": "ldm.models.autoencoder.IdentityFirstStage",
                 "params": {"in_channels": channels},
             },
-            unet_config={"target": "latent_mt.unet.UNetModel", "params": unet},
+            unet_config={"target": "latent_mt.model.unet.UNetModel", "params": unet},
             linear_start=0.0015,
             linear_end=0.0195,
             image_size=size,

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from guided_mt.layers import AttentionBlock, GroupNorm32
-from guided_mt.unet import UNetModel, create_model
+from guided_mt.networks.layers import AttentionBlock, GroupNorm32
+from guided_mt.networks.unet import UNetModel, create_model
 
 
 def adm_norm(self: GroupNorm32, x: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from gaussian import JointGaussian, frechet
 
+from guided_mt.diffusion.respacing import create_gaussian_diffusion, frame_timesteps, respace, space_timesteps
+from guided_mt.diffusion.samplers import SAMPLERS, sample
 from guided_mt.modalities import ImageModality
-from guided_mt.respacing import create_gaussian_diffusion, frame_timesteps, respace, space_timesteps
-from guided_mt.samplers import SAMPLERS, sample
 
 SHAPE = (3, 2, 2)
 

@@ -24,12 +24,12 @@ import torch
 from network import adm_style
 from torch import nn
 
-from guided_mt.config import parse
 from guided_mt.data import Batch, open_source
-from guided_mt.distributed import Processes
-from guided_mt.optim import learning_rate
-from guided_mt.tasks import run_sections
-from guided_mt.train_loop import TrainLoop
+from guided_mt.modalities.registry import run_sections
+from guided_mt.runs.config import parse
+from guided_mt.runs.distributed import Processes
+from guided_mt.training.optim import learning_rate
+from guided_mt.training.train_loop import TrainLoop
 
 STAGES = ("table / K", "forward", "backward", "optimiser", "EMA and log")
 

@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Aggregation": "aggregation",
-    "GaussianDiffusion": "gaussian_diffusion",
-    "ModelOutput": "gaussian_diffusion",
-    "create_gaussian_diffusion": "respacing",
-    "create_model": "unet",
-    "create_classifier": "classifier",
+    "Aggregation": "diffusion.aggregation",
+    "GaussianDiffusion": "diffusion.process",
     "ImageModality": "modalities",
+    "MTModel": "networks.model",
     "MaskedImage": "modalities",
-    "MTModel": "model",
-    "sample": "samplers",
+    "ModelOutput": "diffusion.process",
+    "aggregation_coefficients": "diffusion.aggregation",
+    "aggregation_weights": "diffusion.aggregation",
+    "create_classifier": "networks.classifier",
+    "create_gaussian_diffusion": "diffusion.respacing",
+    "create_model": "networks.unet",
+    "sample": "diffusion.samplers",
 }
 __all__ = sorted(_HOMES)
 

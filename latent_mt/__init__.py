@@ -14,19 +14,19 @@ from typing import Any
 
 # Imported when first asked for: Lightning takes seconds.
 _HOMES = {
-    "AutoencoderKL": "autoencoder",
-    "IdentityFirstStage": "autoencoder",
-    "VQModel": "autoencoder",
-    "VQModelInterface": "autoencoder",
-    "LatentGenerator": "generate",
-    "LatentMTDiffusion": "latent_diffusion",
-    "UNetModel": "unet",
-    "VectorQuantizer": "quantize",
-    "instantiate": "configuration",
-    "load_config": "configuration",
-    "make_beta_schedule": "schedules",
+    "AutoencoderKL": "first_stage.autoencoder",
+    "IdentityFirstStage": "first_stage.autoencoder",
+    "LatentGenerator": "model.generate",
+    "LatentMTDiffusion": "model.latent_diffusion",
+    "UNetModel": "model.unet",
+    "VQModel": "first_stage.autoencoder",
+    "VQModelInterface": "first_stage.autoencoder",
+    "VectorQuantizer": "first_stage.quantize",
+    "instantiate": "runs.configuration",
+    "load_config": "runs.configuration",
+    "make_beta_schedule": "model.schedules",
     "open_pairs": "data",
-    "register": "configuration",
+    "register": "runs.configuration",
 }
 __all__ = sorted(_HOMES)
 

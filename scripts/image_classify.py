@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from evaluations.classification import draw_confusion, plot_reliability, report_one, score_file
-from evaluations.classification_scores import BINS
 from evaluations.errors import EvaluationError
+from evaluations.scores.classification_scores import BINS
 from guided_mt.commands import classify
 from guided_mt.commands.console import run
 from guided_mt.errors import UserError

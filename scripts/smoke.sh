@@ -94,7 +94,7 @@ python - "$work" << 'END'
 import sys
 from pathlib import Path
 import numpy as np
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from inception_graph import write_graph
 work, rng = Path(sys.argv[1]), np.random.default_rng(0)
 write_graph(work / "graph.pb")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path += map(str, sorted(path for path in (ROOT / "tests").rglob("*") if path.is_dir()))  # tests share helpers
 GOLDEN = ROOT / "tests" / "golden"
 
 

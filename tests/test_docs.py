@@ -14,7 +14,7 @@ from tiny import MODEL, PROCESS, ROOT, TRAINING, progress, step_folder, words
 
 from guided_mt.commands import sample
 from guided_mt.errors import UserError
-from guided_mt.tasks import TASKS
+from guided_mt.modalities.registry import TASKS
 
 PAGE = (ROOT / "docs" / "new_modality.md").read_text()
 

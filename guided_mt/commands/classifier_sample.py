@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import distributed
-from ..checkpoint import differing_keys, find_weights, read_classes
-from ..classes import choose_classes
-from ..config import ClassifierConfig, Config, DiffusionConfig, SampleConfig, option, parse
+from ..data.images import make_grid, save_png, to_nhwc
+from ..diffusion.guidance import classifier_guidance
+from ..diffusion.samplers import sample
 from ..errors import UserError
-from ..generate import Generator, output_path, parse_seeds
-from ..guidance import classifier_guidance
-from ..images import make_grid, save_png, to_nhwc
-from ..noisy_classifier import find_classifier, load_classifier
-from ..samplers import sample
-from ..sharded import run_sharded
+from ..generation.generate import Generator, output_path, parse_seeds
+from ..generation.noisy_classifier import find_classifier, load_classifier
+from ..generation.sharded import run_sharded
+from ..modalities.classes import choose_classes
+from ..runs import distributed
+from ..runs.checkpoint import differing_keys, find_weights, read_classes
+from ..runs.config import ClassifierConfig, Config, DiffusionConfig, SampleConfig, option, parse
 from .console import announce, rename_flag, run, split_flags, with_saved_config
 
 GRID = 64

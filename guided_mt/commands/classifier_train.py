@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .. import distributed
-from ..checkpoint import checkpoints, find_weights, read_classes
-from ..classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
-from ..config import Config, parse
 from ..data import ImageSource, open_source
 from ..errors import UserError
-from ..noisy_classifier import build_classifier, build_process, saved_settings
+from ..generation.noisy_classifier import build_classifier, build_process, saved_settings
+from ..runs import distributed
+from ..runs.checkpoint import checkpoints, find_weights, read_classes
+from ..runs.config import Config, parse
+from ..training.classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
 from .console import announce, rename_flag, run
 from .training import check_run, run_lines, train
 

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
-from ..classification import classifier_probabilities, head_estimates, read_timesteps
-from ..config import Config, option, parse
 from ..data import ImageSource, load_images, open_source
 from ..data.dataset import LoadedImages
+from ..data.images import from_uint8, save_npz
 from ..data.subset import spread
+from ..diffusion.random import SampleStreams
 from ..errors import UserError
-from ..generate import Generator, samples_folder
-from ..images import from_uint8, save_npz
-from ..noisy_classifier import build_process, classifier_sections, find_classifier, load_classifier
-from ..random import SampleStreams
-from ..sharded import content_hash, run_sharded
-from ..tasks import build_diffusion, loss_weights, task_names
+from ..generation.classification import classifier_probabilities, head_estimates, read_timesteps
+from ..generation.generate import Generator, samples_folder
+from ..generation.noisy_classifier import build_process, classifier_sections, find_classifier, load_classifier
+from ..generation.sharded import content_hash, run_sharded
+from ..modalities.registry import build_diffusion, loss_weights, task_names
+from ..runs import distributed
+from ..runs.checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
+from ..runs.config import Config, option, parse
 from .console import announce, split_flags, with_saved_config
 
 

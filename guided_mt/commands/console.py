@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from ..checkpoint import differing_keys, find_weights
-from ..config import Config, parse
-from ..distributed import Processes, rank_of_launcher
 from ..errors import UserError
-from ..tasks import model_sections, sampling_may_change, saved_config
+from ..modalities.registry import model_sections, sampling_may_change, saved_config
+from ..runs.checkpoint import differing_keys, find_weights
+from ..runs.config import Config, parse
+from ..runs.distributed import Processes, rank_of_launcher
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:

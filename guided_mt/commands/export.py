@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import adm_state_dict, find_weights, read_weights
-from ..config import option, parse
 from ..errors import UserError
+from ..runs.checkpoint import adm_state_dict, find_weights, read_weights
+from ..runs.config import option, parse
 from .console import run
 
 

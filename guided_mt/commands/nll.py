@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import distributed
-from ..config import Config, SampleConfig, option
 from ..data import load_images, open_source
+from ..data.images import save_npz
+from ..diffusion.process import GaussianDiffusion
+from ..diffusion.random import SampleStreams
 from ..errors import UserError
-from ..gaussian_diffusion import GaussianDiffusion
-from ..generate import Generator, output_path
-from ..images import save_npz
-from ..masks import make_mask
+from ..generation.generate import Generator, output_path
+from ..generation.masks import make_mask
 from ..modalities import Images, MaskedImage, take_images
-from ..random import SampleStreams
-from ..tasks import build_diffusion, check_labels, mask_patch
+from ..modalities.registry import build_diffusion, check_labels, mask_patch
+from ..runs import distributed
+from ..runs.config import Config, SampleConfig, option
 from .console import announce, run, with_saved_config
 
 

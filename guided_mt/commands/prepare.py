@@ -24,10 +24,10 @@ from typing import NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from guided_mt.data import ImageSource, open_source
-from guided_mt.data.dataset import BrokenImage, BrokenTally, decode
-from guided_mt.data.loader import end_with_parent
-from guided_mt.errors import UserError, nearest
+from ..data import ImageSource, open_source
+from ..data.dataset import BrokenImage, BrokenTally, decode
+from ..data.loader import end_with_parent
+from ..errors import UserError, nearest
 
 _CHUNK = 32  # images per message between processes
 _AHEAD = 4  # chunks per worker that may wait to be written: bounds the memory

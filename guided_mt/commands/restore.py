@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import distributed
-from ..checkpoint import find_weights
-from ..config import SampleConfig, option
 from ..data import load_images, open_source
+from ..data.images import from_uint8, make_grid, save_png, to_nhwc
+from ..diffusion.random import SampleStreams
 from ..errors import UserError
-from ..generate import Generator, output_path, parse_seeds
-from ..images import from_uint8, make_grid, save_png, to_nhwc
-from ..masks import make_mask
-from ..random import SampleStreams
-from ..restoration import METHODS, restore
-from ..sharded import content_hash, run_sharded
-from ..tasks import mask_patch
+from ..generation.generate import Generator, output_path, parse_seeds
+from ..generation.masks import make_mask
+from ..generation.restoration import METHODS, restore
+from ..generation.sharded import content_hash, run_sharded
+from ..modalities.registry import mask_patch
+from ..runs import distributed
+from ..runs.checkpoint import find_weights
+from ..runs.config import SampleConfig, option
 from .console import announce, run, with_saved_config
 
 SHOWN = 10

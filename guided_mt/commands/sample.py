@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import distributed
-from ..checkpoint import find_weights
-from ..classes import choose_classes
-from ..config import Config, SampleConfig, option
+from ..data.images import make_grid, save_png, to_nhwc
+from ..diffusion.random import SampleStreams
 from ..errors import UserError, nearest
-from ..generate import Generator, output_path, parse_seeds
-from ..images import make_grid, save_png, to_nhwc
+from ..generation.generate import Generator, output_path, parse_seeds
+from ..generation.sharded import content_hash, run_sharded
 from ..modalities import LabelModality
-from ..random import SampleStreams
-from ..sharded import content_hash, run_sharded
+from ..modalities.classes import choose_classes
+from ..runs import distributed
+from ..runs.checkpoint import find_weights
+from ..runs.config import Config, SampleConfig, option
 from .console import announce, rename_flag, run, with_saved_config
 
 GRID = 64

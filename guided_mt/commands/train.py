@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .. import distributed
-from ..config import Config, TrainConfig, parse
 from ..data import open_source
-from ..tasks import (
+from ..modalities.registry import (
     build_diffusion,
     build_model,
     check_labels,
@@ -21,7 +19,9 @@ from ..tasks import (
     needs_labels,
     run_sections,
 )
-from ..train_loop import TrainLoop
+from ..runs import distributed
+from ..runs.config import Config, TrainConfig, parse
+from ..training.train_loop import TrainLoop
 from .console import announce, run
 from .training import check_run, run_lines, saved_classes, train
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import checkpoints, read_classes
-from ..config import Config
-from ..distributed import Processes
 from ..errors import UserError
-from ..loop import Loop, batch_sizes
+from ..runs.checkpoint import checkpoints, read_classes
+from ..runs.config import Config
+from ..runs.distributed import Processes
+from ..training.loop import Loop, batch_sizes
 
 
 def check_run(config: Config, *, averaged: bool = True) -> None:

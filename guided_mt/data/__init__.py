@@ -1,10 +1,10 @@
 """Images from a folder, archive, .npz or the built-in digits, as a training stream or as one tensor."""
 
-from guided_mt.data.dataset import StreamOrder, load_images
-from guided_mt.data.loader import Batch, ImageStream
-from guided_mt.data.open import open_source
-from guided_mt.data.sources import ImageSource
-from guided_mt.data.transforms import center_crop_arr, random_crop_arr
+from .dataset import StreamOrder, load_images
+from .loader import Batch, ImageStream
+from .open import open_source
+from .sources import ImageSource
+from .transforms import center_crop_arr, random_crop_arr
 
 __all__ = [
     "Batch",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource, ProcessFile, is_image_name
-from guided_mt.errors import UserError, nearest
+from ..errors import UserError, nearest
+from .sources import IMAGE_SUFFIXES, FileSource, ProcessFile, is_image_name
 
 _TAR_BLOCK = 512
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from guided_mt.data.sources import ArraySource, check_classes
-from guided_mt.errors import NPZ_ERRORS, UserError, nearest
+from ..errors import NPZ_ERRORS, UserError, nearest
+from .sources import ArraySource, check_classes
 
 BUILTIN = ("digits", "digits-test")
 _DIGITS_HELD_OUT = 5  # every fifth digit is held out

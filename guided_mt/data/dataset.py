@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from guided_mt.data.sources import ImageSource
-from guided_mt.errors import UserError
+from ..errors import UserError
+from .sources import ImageSource
 
 logger = logging.getLogger("guided_mt")
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource, is_image_name
-from guided_mt.errors import UserError
+from ..errors import UserError
+from .sources import IMAGE_SUFFIXES, FileSource, is_image_name
 
 
 class FolderSource(FileSource):

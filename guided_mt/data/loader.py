@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.data import DataLoader
 
-from guided_mt.data.dataset import CACHE_BYTES, BrokenTally, RankSlice, StepDataset
-from guided_mt.data.sources import ImageSource
-from guided_mt.errors import UserError
+from ..errors import UserError
+from .dataset import CACHE_BYTES, BrokenTally, RankSlice, StepDataset
+from .sources import ImageSource
 
 
 @dataclass

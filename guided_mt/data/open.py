@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from guided_mt.data.archives import TarSource, ZipSource
-from guided_mt.data.arrays import open_builtin, open_npz
-from guided_mt.data.folders import CloudFolderSource, FolderSource
-from guided_mt.data.sources import IMAGE_SUFFIXES, ImageSource
-from guided_mt.errors import UserError, nearest
+from ..errors import UserError, nearest
+from .archives import TarSource, ZipSource
+from .arrays import open_builtin, open_npz
+from .folders import CloudFolderSource, FolderSource
+from .sources import IMAGE_SUFFIXES, ImageSource
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from guided_mt.data.transforms import center_crop_arr, random_crop_arr
-from guided_mt.errors import UserError, nearest
+from ..errors import UserError, nearest
+from .transforms import center_crop_arr, random_crop_arr
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from guided_mt.data.sources import ImageSource
+from .sources import ImageSource
 
 
 class Subset(ImageSource):

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..data import ImageSource
 from ..data.dataset import LoadedImages
-from ..distributed import Processes
+from ..data.images import from_uint8
+from ..diffusion.process import mean_flat
+from ..diffusion.random import SampleStreams
 from ..errors import UserError
-from ..gaussian_diffusion import mean_flat
-from ..images import from_uint8
-from ..random import SampleStreams
+from ..runs.distributed import Processes
 from .tokens import Encoder
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import load_images, open_source
+from ..data.images import from_uint8, to_nhwc
 from ..data.sources import IMAGE_SUFFIXES
 from ..data.transforms import center_crop_arr
+from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError, reason
-from ..images import from_uint8, to_nhwc
-from ..random import SampleStreams
 from .base import Gaussian, Images
 
 

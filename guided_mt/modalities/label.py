@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..classes import class_id
-from ..distributed import Processes
+from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError, reason
-from ..random import SampleStreams
+from ..runs.distributed import Processes
 from .base import Images, Modality
+from .classes import class_id
 from .tokens import rms
 
 _PASS = 64  # classes per forward pass while a table is filled: bounds the memory

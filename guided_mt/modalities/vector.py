@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSource
+from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError, reason
-from ..random import SampleStreams
 from .base import Gaussian, Images
 
 

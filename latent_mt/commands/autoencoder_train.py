@@ -14,9 +14,9 @@ from typing import Any
 from guided_mt.commands.console import run
 from guided_mt.errors import UserError
 
-from ..autoencoder import ConvolutionalAutoencoder
-from ..autoencoder_training import AutoencoderTraining
-from ..run import RunConfig
+from ..first_stage.autoencoder import ConvolutionalAutoencoder
+from ..first_stage.autoencoder_training import AutoencoderTraining
+from ..runs.run import RunConfig
 from .training import Command, read_command, train
 
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed")

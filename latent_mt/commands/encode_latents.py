@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from guided_mt.checkpoint import find_weights, read_config
 from guided_mt.commands.console import run
-from guided_mt.distributed import choose_device
 from guided_mt.errors import UserError, nearest
-from latent_mt.autoencoder import Autoencoder
-from latent_mt.configuration import instantiate, load_config
-from latent_mt.latents import PRECISIONS, first_stage_hash, write_cache
+from guided_mt.runs.checkpoint import find_weights, read_config
+from guided_mt.runs.distributed import choose_device
+
+from ..first_stage.autoencoder import Autoencoder
+from ..first_stage.latents import PRECISIONS, first_stage_hash, write_cache
+from ..runs.configuration import instantiate, load_config
 
 _FIRST_STAGE = "model.params.first_stage_config"
 _FLAGS = [

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guided_mt.checkpoint import adm_state_dict, checkpoint_step, find_weights, read_config
 from guided_mt.commands.console import run
-from guided_mt.config import option, parse
 from guided_mt.errors import UserError
+from guided_mt.runs.checkpoint import adm_state_dict, checkpoint_step, find_weights, read_config
+from guided_mt.runs.config import option, parse
 
-from ..ldm_checkpoint import LDMCheckpoint, read_ldm, schedule_buffers, write_ldm
-from ..schedules import make_beta_schedule
+from ..model.schedules import make_beta_schedule
+from ..runs.ldm_checkpoint import LDMCheckpoint, read_ldm, schedule_buffers, write_ldm
 
 
 @dataclass

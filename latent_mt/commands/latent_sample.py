@@ -20,22 +20,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from guided_mt import checkpoint, distributed
 from guided_mt.commands.console import announce, run
-from guided_mt.config import Config, option, parse
 from guided_mt.data import load_images
-from guided_mt.distributed import Processes
+from guided_mt.data.images import from_uint8, make_grid, save_npz, save_png, to_nhwc
+from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError, nearest
-from guided_mt.generate import parse_seeds, samples_folder
-from guided_mt.images import from_uint8, make_grid, save_npz, save_png, to_nhwc
-from guided_mt.random import SampleStreams
-from guided_mt.sharded import content_hash, run_sharded
+from guided_mt.generation.generate import parse_seeds, samples_folder
+from guided_mt.generation.sharded import content_hash, run_sharded
+from guided_mt.runs import checkpoint, distributed
+from guided_mt.runs.config import Config, option, parse
+from guided_mt.runs.distributed import Processes
 
-from ..configuration import instantiate, load_config
 from ..data import PairData, PairSource
-from ..generate import ROUTES, LatentGenerator, LatentSampleConfig
-from ..latent_diffusion import LatentMTDiffusion
-from ..ldm_checkpoint import load_ldm
+from ..model.generate import ROUTES, LatentGenerator, LatentSampleConfig
+from ..model.latent_diffusion import LatentMTDiffusion
+from ..runs.configuration import instantiate, load_config
+from ..runs.ldm_checkpoint import load_ldm
 
 GRID = 8  # columns of a picture grid
 DEFAULT_PAIRS = 16

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from guided_mt.commands.console import run
 
-from ..latent_diffusion import LatentMTDiffusion
+from ..model.latent_diffusion import LatentMTDiffusion
 from .training import check_first_stage, read_command, train
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from guided_mt.config import make_section
 from guided_mt.errors import UserError
+from guided_mt.runs.config import make_section
 
-from ..configuration import instantiate, load_config, parameters, replaced, resolve, trainer_options
 from ..data import LatentCache
-from ..latents import first_stage_hash
-from ..run import RunConfig, RunFolder, fit, flatten, make_trainer, newest_checkpoint, refuse_other_settings
+from ..first_stage.latents import first_stage_hash
+from ..runs.configuration import instantiate, load_config, parameters, replaced, resolve, trainer_options
+from ..runs.run import RunConfig, RunFolder, fit, flatten, make_trainer, newest_checkpoint, refuse_other_settings
 
 DEFAULT_RATE = 1e-4
 

@@ -11,9 +11,10 @@ import numpy as np
 from guided_mt.data import ImageSource, ImageStream, open_source
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
-from latent_mt.data.latent_cache import LatentCache
-from latent_mt.data.layouts import DIRECTIONS, LAYOUTS, check_choice, open_pairs
-from latent_mt.data.pairs import PairSource
+
+from .latent_cache import LatentCache
+from .layouts import DIRECTIONS, LAYOUTS, check_choice, open_pairs
+from .pairs import PairSource
 
 
 class StreamedData:

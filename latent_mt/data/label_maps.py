@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from evaluations.palettes import CITYSCAPES, Palette, nearest_class, palette_of, parse_classes, training_ids
+from evaluations.files.palettes import CITYSCAPES, Palette, nearest_class, palette_of, parse_classes, training_ids
 from guided_mt.errors import UserError
 
 LARGEST_CLASS = 255  # indices are kept as uint8

@@ -2,7 +2,7 @@
 
     FOLDER/SPLIT/{latents.bin, meta.json, names.json}    latents.bin: [N, sides, 2 mirrorings, 1 or 2 moments, C, h, w]
 
-Written by latent_mt.latents. What is random stays random: training draws the latent from mean and log variance anew each time.
+Written by first_stage.latents. What is random stays random: training draws the latent from mean and log variance anew each time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from evaluations.palettes import LabelClass, Palette
+from evaluations.files.palettes import LabelClass, Palette
 from guided_mt.data.sources import ImageSource
 from guided_mt.errors import UserError, reason
-from latent_mt.data.pairs import Side
+
+from .pairs import Side
 
 FORMAT = 1
 PRECISIONS = ("float32", "float16")  # of latents.bin

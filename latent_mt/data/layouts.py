@@ -17,8 +17,9 @@ import numpy as np
 from guided_mt.data import open_source
 from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource
 from guided_mt.errors import UserError, nearest, reason
-from latent_mt.data.label_maps import LabelReader, cityscapes_reader, class_file_reader
-from latent_mt.data.pairs import AlignedPairs, FilePairs, PairSource, Side
+
+from .label_maps import LabelReader, cityscapes_reader, class_file_reader
+from .pairs import AlignedPairs, FilePairs, PairSource, Side
 
 DIRECTIONS = ("AtoB", "BtoA")
 CLASS_FILE = "classes.txt"

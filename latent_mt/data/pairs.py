@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from evaluations.palettes import Palette
+from evaluations.files.palettes import Palette
 from guided_mt.data.sources import FileSource, ImageSource
 from guided_mt.data.transforms import crop_window, random_short_side, resize_short_side, sizes_to, to_rgb
 from guided_mt.errors import UserError
-from latent_mt.data.label_maps import LabelReader
+
+from .label_maps import LabelReader
 
 
 @dataclass(frozen=True)

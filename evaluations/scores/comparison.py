@@ -1,0 +1,221 @@
+"""Samples against a reference: which scores there are, and what each of them needs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import EvaluationError, nearest, warn
+from ..features.backends import Backend, load_backend
+from ..features.dinov2 import DinoV2
+from ..features.feature_cache import cached
+from ..features.features import POOL, SPATIAL, Features
+from ..features.moments import Statistics
+from ..files.images import ImageSet
+from . import kid
+from .manifolds import precision_recall
+from .metrics import frechet_distance, inception_score
+
+
+@dataclass(frozen=True)
+class Score:
+    key: str
+    label: str
+    value: float
+
+
+class Side:
+    """One set of images, whose features are made when a score first asks for them."""
+
+    def __init__(self, images: ImageSet, make: Callable[[], Features]) -> None:
+        self.images, self.make = images, make
+
+    @cached_property
+    def features(self) -> Features:
+        return self.make()
+
+    def statistics(self, suffix: str) -> Statistics:
+        """The file's own mu and sigma (`suffix` "_s": spatial) where it has them, as in ADM, or those of its images."""
+        stored = self.images.statistics
+        if has(self.images, f"mu{suffix}", f"sigma{suffix}"):
+            return Statistics(stored[f"mu{suffix}"], stored[f"sigma{suffix}"])
+        return self.features.spatial_statistics if suffix else self.features.pool_statistics
+
+
+class Comparison:
+    """`args` are the flags of evaluator.py. Networks are loaded when they are first asked for."""
+
+    def __init__(self, reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
+        self.args = args
+        self.reference = Side(reference, self._reference_features)
+        self.samples = Side(samples, lambda: self.backend.features(samples, "samples"))
+
+    @cached_property
+    def backend(self) -> Backend:
+        return load_backend(self.args)
+
+    @cached_property
+    def dinov2(self) -> DinoV2:
+        return DinoV2(self.args.device)
+
+    def _reference_features(self) -> Features:
+        images, backend = self.reference.images, self.backend
+
+        def make() -> Features:
+            return backend.features(images, "reference")
+
+        if self.args.no_cache:
+            return make()
+        return cached(images, f"{backend.name} {backend.software} {backend.sha256}", make, Features.load)
+
+    def inception_score(self) -> list[Score]:
+        pool = self.samples.features.pool
+        value = inception_score(pool, self.backend.softmax_weight, self.args.split_size)
+        return [Score("inception_score", "Inception Score", value)]
+
+    def fid(self) -> list[Score]:
+        value = frechet_distance(*self.reference.statistics(""), *self.samples.statistics(""))
+        return [Score("fid", "FID", value)]
+
+    def sfid(self) -> list[Score]:
+        value = frechet_distance(*self.reference.statistics("_s"), *self.samples.statistics("_s"))
+        return [Score("sfid", "sFID", value)]
+
+    def precision_recall(self) -> list[Score]:
+        pools = self.reference.features.pool, self.samples.features.pool
+        found = precision_recall(*pools, self.args.k, device=self.args.device)
+        return [Score("precision", "Precision", found.precision), Score("recall", "Recall", found.recall)]
+
+    def kid(self) -> list[Score]:
+        mean, deviation = kid.kernel_distance(self.reference.features.pool, self.samples.features.pool)
+        return [Score("kid", "KID", mean), Score("kid_std", "KID standard deviation", deviation)]
+
+    def fd_dinov2(self) -> list[Score]:
+        network, args = self.dinov2, self.args
+
+        def statistics(side: Side, what: str) -> Statistics:
+            return network.statistics(side.images, args.batch_size, args.workers, what)
+
+        def make() -> Statistics:
+            return statistics(self.reference, "reference, DINOv2")
+
+        images, name = self.reference.images, f"{network.software} {network.sha256}"
+        reference = make() if args.no_cache else cached(images, name, make, Statistics.load)
+        value = frechet_distance(*reference, *statistics(self.samples, "samples, DINOv2"))
+        return [Score("fd_dinov2", "FD-DINOv2", value)]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of `--metrics`. `statistics` are what a reference may hold in the place of images, () where nothing replaces them."""
+
+    scores: Callable[[Comparison], list[Score]]
+    default: bool = True
+    uses_reference: bool = True
+    statistics: tuple[str, ...] = ()
+
+
+METRICS = {
+    "is": Metric(Comparison.inception_score, uses_reference=False),
+    "fid": Metric(Comparison.fid, statistics=("mu", "sigma")),
+    "sfid": Metric(Comparison.sfid, statistics=("mu_s", "sigma_s")),
+    "pr": Metric(Comparison.precision_recall),
+    "kid": Metric(Comparison.kid, default=False),
+    "fd_dinov2": Metric(Comparison.fd_dinov2, default=False),
+}
+
+
+def choose_metrics(given: str | None, reference: ImageSet, samples: ImageSet, k: int) -> list[str]:
+    """Names from `--metrics`, or ADM's five; with KID where FID's covariance is singular.
+
+    Raises EvaluationError for an unknown name, or one that these files or the installed packages don't suffice for.
+    """
+    names = [name.strip() for name in given.split(",")] if given else [n for n, m in METRICS.items() if m.default]
+    for name in names:
+        if name not in METRICS:
+            raise EvaluationError(f"--metrics: no '{name}'{nearest(name, METRICS)}; there are {', '.join(METRICS)}")
+    lacking = [name for name in names if not suffices(METRICS[name], reference)]
+    if lacking and (given or len(lacking) == len(names)):
+        raise EvaluationError(f"{reference.path}: holds no images (arr_0), which {', '.join(lacking)} need")
+    if lacking:
+        warn(f"{reference.path}: holds no images (arr_0), so these are left out: {', '.join(lacking)}")
+        names = [name for name in names if name not in lacking]
+    if "kid" in names:
+        kid.load()
+    counts = [images.count for images in (reference, samples) if images.count]
+    if "pr" in names and min(counts) <= k:
+        raise EvaluationError(
+            f"precision and recall with k = {k} need at least {k + 1} images on both sides, found {min(counts)}"
+        )
+    if "fid" in names or "sfid" in names:
+        check_statistics(reference, samples)
+        names += beside_few_images(reference, samples, names)
+    return [name for name in METRICS if name in names]
+
+
+def check_statistics(*sides: ImageSet) -> None:
+    """Raises EvaluationError for stored statistics that are not Inception's."""
+    for images in sides:
+        for name, width in (("mu", POOL), ("mu_s", SPATIAL)):
+            if has(images, name) and len(images.statistics[name]) != width:
+                found = len(images.statistics[name])
+                raise EvaluationError(f"{images.path}: {name} has {found} values, Inception's has {width}")
+
+
+def beside_few_images(reference: ImageSet, samples: ImageSet, names: list[str]) -> list[str]:
+    """["kid"] with a warning, where FID is of too few images for its covariance and KID is not among `names` and possible."""
+    few = [images for images in (reference, samples) if 0 < images.count <= POOL and not has(images, "mu", "sigma")]
+    if not few:
+        return []
+    beside, note = [], ""
+    if reference.count and "kid" not in names:
+        try:
+            kid.load()
+            beside, note = ["kid"], "; KID, which needs fewer, is given beside it"
+        except EvaluationError as error:
+            note = f"; {error}, which needs fewer"
+    warn(
+        f"{few[0].path}: {few[0].count} images for {POOL} features: the covariance is singular and FID depends "
+        f"on the number of images{note}"
+    )
+    return beside
+
+
+def has(images: ImageSet, *arrays: str) -> bool:
+    return all(name in images.statistics for name in arrays)
+
+
+def suffices(metric: Metric, reference: ImageSet) -> bool:
+    stored = bool(metric.statistics) and has(reference, *metric.statistics)
+    return bool(reference.count) or stored or not metric.uses_reference
+
+
+def describe(comparison: Comparison, names: list[str]) -> dict[str, str | int]:
+    """What the numbers depend on."""
+    args, reference, samples = comparison.args, comparison.reference.images, comparison.samples.images
+    protocol: dict[str, str | int] = {}
+    if set(names) - {"fd_dinov2"}:
+        backend = comparison.backend
+        protocol["backend"] = f"{backend.name} ({backend.software})"
+        protocol |= {"weights": backend.path.name, "sha256": backend.sha256}
+    protocol |= {"reference": describe_images(reference), "samples": describe_images(samples)}
+    protocol |= {"reference_images": reference.count, "sample_images": samples.count, "device": args.device}
+    if "is" in names:
+        protocol["split_size"] = args.split_size
+    if "pr" in names:
+        protocol["k"] = args.k
+    if "kid" in names:
+        protocol["kid_subset_size"] = kid.subset_size(reference.count, samples.count)
+    if "fd_dinov2" in names:
+        network = comparison.dinov2
+        protocol |= {"dinov2": f"{network.software}, PIL bicubic to 224", "dinov2_sha256": network.sha256}
+    return protocol
+
+
+def describe_images(images: ImageSet) -> str:
+    parts = [f"{images.count} images of {images.height}x{images.width}"] if images.count else []
+    parts += ["stored statistics"] if images.statistics else []
+    return f"{Path(images.path).name} ({' and '.join(parts)})"

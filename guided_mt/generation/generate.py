@@ -1,0 +1,202 @@
+"""From a trained model to samples: which modalities are known, how each variant is conditioned, which timesteps are kept."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.process import GaussianDiffusion, ModelOutput
+from ..diffusion.random import SampleStreams
+from ..diffusion.samplers import Sample, sample
+from ..errors import UserError
+from ..modalities import Modality
+from ..modalities.registry import build_diffusion, build_modalities, build_model, needs_labels, weights_names
+from ..networks.model import MTModel
+from ..runs.checkpoint import find_weights, load_weights, read_classes, read_config
+from ..runs.config import Config, SampleConfig
+
+log = logging.getLogger("guided_mt")
+
+
+@dataclass
+class Generator:
+    """A trained model with everything that drawing from it needs."""
+
+    config: Config
+    model: MTModel
+    modalities: dict[str, Modality]
+    classes: list[str] | None
+    warned: bool = False
+
+    def __post_init__(self) -> None:
+        for modality in self.modalities.values():
+            if self.classes:
+                modality.use_classes(self.classes)
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device) -> Generator:
+        """The model of `config.model_path`, ready to sample on `device`."""
+        weights = find_weights(config.model_path, config.ema)
+        model = build_model(config)
+        load_weights(model, weights, allow_new=read_config(weights) is None)
+        model = model.to(device).to_fast_layout().eval().requires_grad_(False)
+        return cls(config, model, build_modalities(config, model), read_classes(weights.parent))
+
+    @property
+    def known_classes(self) -> list[str] | None:
+        """The class names that data must have: those of training where the model knows of classes, any where not."""
+        return self.classes if needs_labels(self.config) else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (3, self.config.image_size, self.config.image_size)
+
+    def diffusion(self, settings: SampleConfig, unknown: bool) -> GaussianDiffusion:
+        """The process on the timesteps to visit: even, or for a deterministic sampler and an `unknown` modality denser where its
+        frame moves (see `respacing.frame_timesteps`)."""
+        respacing = self.config.timestep_respacing
+        if not respacing:
+            steps = min(settings.steps, self.config.diffusion_steps)
+            respacing = f"frame{steps}" if unknown and settings.rule != "ddpm" and steps > 1 else str(steps)
+        return build_diffusion(self.config, respacing)
+
+    @property
+    def gives(self) -> bool:
+        """Whether a known modality is given to the network (forms X and any) or stands in the frame (U)."""
+        return self.model.variant != "U"
+
+    def draw(
+        self,
+        seeds: Sequence[int],
+        settings: SampleConfig,
+        known: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        progress: bool = False,
+    ) -> Sample:
+        """One sample per seed; known {name: x}, labels [B] for a class-conditional model. In form X a modality that is not known
+        takes its default (a label at random) or none (the complete mask), and the sample doesn't tell it.
+
+        Raises UserError for what this model was not trained for.
+        """
+        known = dict(known or {})
+        modalities = self.modalities
+        if self.model.variant == "X":
+            streams = SampleStreams(torch.as_tensor(seeds), index=2, device=self.device)
+            defaults = {name: modality.default(streams) for name, modality in modalities.items() if name not in known}
+            known |= {name: x for name, x in defaults.items() if x is not None}
+            drawn = [name for name, x in defaults.items() if x is not None]
+            if drawn and known.keys() - set(drawn) and not self.warned:
+                self.warned = True
+                log.warning("not given, so drawn at random for each sample: %s (form X is given all)", ", ".join(drawn))
+            untold = [name for name in modalities if name not in known and name in self.model.context_in]
+            if untold and self.config.mt_drop_prob == 0 and not self.warned:
+                self.warned = True
+                log.warning("this form-X model was always given %s in training (no --mt_drop_prob)", ", ".join(untold))
+            modalities = {name: modality for name, modality in modalities.items() if name in known}
+        for name in known:
+            if not self.gives and settings.mt_condition == "own-head" and not self.modalities[name].has_log_prob:
+                raise UserError(
+                    f"this model's '{name}' head was never trained, so own-head conditioning has nothing to go by; "
+                    "train it with this --mt_task, or use --mt_condition algorithm1"
+                )
+        if settings.guidance_scale != 1:
+            self._check_guidance(known)
+        return sample(
+            _with_classes(self.model, labels),
+            self.diffusion(settings, any(name not in known for name in modalities)),
+            modalities,
+            (len(seeds), *self.shape),
+            known=known,
+            sampler=settings.rule,
+            conditioning="network" if self.gives else settings.mt_condition,
+            conditioning_scale=settings.mt_condition_scale,
+            seeds=seeds,
+            clip_denoised=settings.clip_denoised,
+            device=self.device,
+            progress=progress,
+            eta=settings.eta,
+            guidance_scale=settings.guidance_scale,
+        )
+
+    def _check_guidance(self, known: Mapping[str, Tensor]) -> None:
+        """UserError where --guidance_scale has nothing to scale, or no model of the unconditional half."""
+        if not known and not self.config.class_cond:
+            raise UserError(
+                "--guidance_scale needs a condition to strengthen: a class-conditional model, or --given with a trained modality"
+            )
+        only_masks = self.model.variant == "X" and not self.model.context_in and not self.config.class_cond
+        if self.config.mt_drop_prob > 0 or (only_masks and self.config.mask_full_prob > 0):
+            return
+        if not self.config.class_cond or self.modalities:
+            raise UserError(
+                "--guidance_scale needs a model that also learned without its condition: train with --mt_drop_prob 0.1"
+            )
+        log.warning(
+            "this model was never trained without classes (--mt_drop_prob), so guidance is away from an untrained mode"
+        )
+
+    def unconditional(self, labels: Tensor | None = None):
+        """The model as a plain eps-network (x, t) -> output [B, C or 2C, H, W], for methods that know of no modality.
+
+        Raises UserError for one that never saw plain noisy images: its input always holds the frame or a condition.
+        """
+        config, model = self.config, self.model
+        if not self.modalities:
+            return lambda x, t: model(x, t, y=labels).output
+        if config.mt_drop_prob > 0:
+            return lambda x, t: model(x, t, y=labels, pure=True).output
+        only_masks = model.variant == "X" and not model.context_in
+        without_frame = model.variant == "U" and all(name == "none" for name in weights_names(config).values())
+        if only_masks or without_frame:
+            return lambda x, t: model(x, t, y=labels).output
+        raise UserError(
+            f"this form-{model.variant} model never saw plain noisy images; use one trained with --mt_task none, or with "
+            "--mt_drop_prob"
+        )
+
+
+def _with_classes(model: MTModel, labels: Tensor | None) -> Callable:
+    """The model with its classes; guidance doubles the batch, and the classes with it."""
+
+    def network(z_t: Tensor, t: Tensor, modalities: Mapping[str, Tensor], **options: Any) -> ModelOutput:
+        y = labels if labels is None else labels.repeat(len(z_t) // len(labels))
+        return model(z_t, t, modalities, y=y, **options)
+
+    return network
+
+
+def parse_seeds(text: str, count: int) -> list[int]:
+    """'' -> 0..count-1; '0-9,20' -> those. Raises UserError for anything else, or for fewer than `count`."""
+    seeds: list[int] = []
+    for part in (text or f"0-{count - 1}").split(","):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--seeds '{text}': write '0-99' or '3,5,10-20'")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)[:count]
+    if len(seeds) < count:
+        raise UserError(f"--seeds '{text}' names {len(seeds)} seeds for {count} samples")
+    return seeds[:count]
+
+
+def output_path(config: Config, default_name: str) -> Path:
+    """`--out`, or a file of `default_name` in the run folder that the weights came from."""
+    if config.out:
+        return Path(config.out)
+    return samples_folder(find_weights(config.model_path, config.ema)) / default_name
+
+
+def samples_folder(weights: Path) -> Path:
+    """Where files made with a weights file go: in its run, or beside it."""
+    run = weights.parent.parent.parent if weights.parent.parent.name == "checkpoints" else weights.parent
+    return run / "samples"

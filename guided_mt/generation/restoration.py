@@ -1,0 +1,112 @@
+"""Filling in masked images: MT-Diffusion's own way and the methods of Table 1 on an un-conditional model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..diffusion.process import GaussianDiffusion, call_model
+from ..diffusion.random import SampleStreams
+from ..diffusion.samplers import sample
+from ..errors import UserError
+from ..runs.config import SampleConfig
+from .generate import Generator
+
+# RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply.
+REPAINT_STEPS = 250
+METHODS = ("mt", "sdedit", "repaint", "none")
+
+
+def restore(
+    method: str,
+    generator: Generator,
+    settings: SampleConfig,
+    masked: Tensor,
+    keep: Tensor,
+    seeds: Sequence[int],
+    labels: Tensor | None = None,
+    *,
+    strength: float = 0.5,
+    repaint_resamples: int = 10,
+) -> Tensor:
+    """z_0 [B, C, H, W] for `masked` images [B, C, H, W] in [-1, 1] and `keep` [B, 1, H, W] (1 where the image stays).
+
+    'mt': the masked image is a known modality; 'sdedit': noise it to `strength` of the way and denoise (Table 1's SDEdit-);
+    'repaint': RePaint's resampling, the only one that is told where the mask is; 'none': the masked image as it is.
+    Raises UserError for a model that a method can't use.
+    """
+    if method == "none":
+        return masked
+    if method == "mt":
+        if "masked" not in generator.modalities:
+            raise UserError("--method mt needs a model trained with --mt_task masked; this one has no masked images")
+        return generator.draw(seeds, settings, {"masked": masked}, labels).x_start
+    plain = generator.unconditional(labels)
+    if method == "sdedit":
+        diffusion = generator.diffusion(settings, unknown=False)
+        first = min(diffusion.num_timesteps - 1, max(0, round(strength * diffusion.num_timesteps) - 1))
+        streams = SampleStreams(torch.as_tensor(seeds), index=1, device=masked.device)
+        t = torch.full((len(masked),), first, device=masked.device)
+        noised = diffusion.q_sample(masked, t, streams.normal(*masked.shape[1:]))
+        return sample(
+            plain,
+            diffusion,
+            {},
+            masked.shape,
+            sampler=settings.rule,
+            seeds=seeds,
+            clip_denoised=settings.clip_denoised,
+            device=masked.device,
+            eta=settings.eta,
+            start=(noised, first),
+        ).x_start
+    steps = min(REPAINT_STEPS, generator.config.diffusion_steps)
+    diffusion = generator.diffusion(SampleConfig(steps=steps), unknown=False)
+    return repaint(plain, diffusion, masked, keep, seeds, resamples=repaint_resamples)
+
+
+def repaint_schedule(num_timesteps: int, jump: int = 10, resamples: int = 10) -> Iterator[tuple[int, int]]:
+    """RePaint's walk as pairs (from, to) of noise levels, T = noise and 0 = clean: from levels 1, 1 + jump, ... below T - jump it
+    goes back up by `jump`, `resamples` - 1 times each."""
+    left = dict.fromkeys(range(1, num_timesteps - jump + 1, jump), resamples - 1)
+    level = num_timesteps
+    while level > 0:
+        yield level, level - 1
+        level -= 1
+        if left.get(level, 0) > 0:
+            left[level] -= 1
+            for _ in range(jump):
+                yield level, level + 1
+                level += 1
+
+
+@torch.no_grad()
+def repaint(
+    model: Callable,
+    diffusion: GaussianDiffusion,
+    known: Tensor,
+    keep: Tensor,
+    seeds: Sequence[int],
+    *,
+    jump: int = 10,
+    resamples: int = 10,
+) -> Tensor:
+    """RePaint (Lugmayr et al. 2022, algorithm 1): after each step the unmasked part is replaced by the noised image."""
+    streams = SampleStreams(torch.as_tensor(seeds), device=known.device)
+    y = streams.normal(*known.shape[1:])
+    for level, to in repaint_schedule(diffusion.num_timesteps, jump, resamples):
+        t = torch.full(
+            (len(y),), min(level, to), device=y.device
+        )  # the step between two levels has the lower one's number
+        noise = streams.normal(*known.shape[1:])
+        if to > level:
+            beta = diffusion.at("betas", t, y)
+            y = torch.sqrt(1 - beta) * y + torch.sqrt(beta) * noise
+            continue
+        output = call_model(model, y, diffusion.model_timesteps(t), {}).output
+        y = diffusion.p_sample_step(diffusion.p_mean_variance_from_output(output, y, t), t, noise)
+        at_level = known if to == 0 else diffusion.q_sample(known, t - 1, streams.normal(*known.shape[1:]))
+        y = torch.where(keep > 0, at_level, y)
+    return y

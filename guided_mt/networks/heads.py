@@ -1,0 +1,122 @@
+"""Decoder heads D_i: what the network says of each modality."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.process import GaussianDiffusion
+from .classifier import EncoderUNetModel
+from .layers import make_output_block
+from .unet import UNetModel
+
+
+class HeadInputs(NamedTuple):
+    """What a head may read: all that the U-Net knows of one forward pass."""
+
+    last: Tensor  # (B, feature_channels, H, W): input of the output block
+    middle: Tensor  # (B, middle_channels, h, w): output of the middle block
+    z_t: Tensor  # (B, C, H, W)
+    timesteps: Tensor  # (B,), as the network is told them
+    output: Tensor  # (B, C or 2C, H, W)
+
+
+class ImageHead(nn.Module):
+    """A copy of ADM's output block (norm, SiLU, convolution) on the last features: [B, channels, H, W]."""
+
+    def __init__(self, unet: UNetModel, channels: int = 3):
+        super().__init__()
+        self.out = make_output_block(unet.feature_channels, unet.input_channels, channels)
+
+    def forward(self, seen: HeadInputs) -> Tensor:
+        # float32 whatever the caller's autocast, as ADM's output
+        with torch.autocast(seen.last.device.type, enabled=False):
+            return self.out(seen.last)
+
+
+class PooledHead(nn.Module):
+    """The paper's M head: the middle block's mean over positions, then one linear layer (DESIGN 2.6.5): [B, size]."""
+
+    def __init__(self, unet: UNetModel, size: int):
+        super().__init__()
+        self.linear = nn.Linear(unet.middle_channels, size)
+
+    def forward(self, seen: HeadInputs) -> Tensor:
+        with torch.autocast(seen.middle.device.type, enabled=False):
+            return self.linear(seen.middle.mean(dim=(2, 3)))
+
+
+class PooledMLPHead(nn.Module):
+    """As `PooledHead` with a hidden layer: for vectors, [B, size]."""
+
+    def __init__(self, unet: UNetModel, size: int, hidden: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(unet.middle_channels, hidden), nn.SiLU(), nn.Linear(hidden, size))
+
+    def forward(self, seen: HeadInputs) -> Tensor:
+        with torch.autocast(seen.middle.device.type, enabled=False):
+            return self.mlp(seen.middle.mean(dim=(2, 3)))
+
+
+class ClassifierHead(nn.Module):
+    """The paper's E head: ADM's noisy classifier on the predicted x_start, with t: logits [B, K].
+
+    The prediction is read off z_t as it stands, frame included: the frame holds the label, which a head must not be told.
+    It is clipped to [-1, 1], since at large t eps errors are blown up without bound.
+    """
+
+    def __init__(self, classifier: EncoderUNetModel, diffusion: GaussianDiffusion):
+        super().__init__()
+        self.classifier = classifier
+        of_state, of_output = diffusion.xstart_coefficients()
+        self.register_buffer("of_state", torch.from_numpy(of_state).float(), persistent=False)
+        self.register_buffer("of_output", torch.from_numpy(of_output).float(), persistent=False)
+        self.per_timestep = 1000.0 / diffusion.original_num_steps if diffusion.rescale_timesteps else 1.0
+
+    def forward(self, seen: HeadInputs) -> Tensor:
+        t = (seen.timesteps / self.per_timestep).round().long()
+        of_state, of_output = (table[t].view(-1, 1, 1, 1) for table in (self.of_state, self.of_output))
+        pred_xstart = of_state * seen.z_t + of_output * seen.output[:, : seen.z_t.shape[1]]
+        return self.classifier(pred_xstart.clamp(-1, 1), seen.timesteps)
+
+
+class HeadVariance(nn.Module):
+    """v_t: the mean squared error of a continuous head at each timestep, tracked while training (DESIGN 2.5).
+
+    Two running sums per timestep, which forget with `decay` per sample seen there, so that early errors fade.
+    """
+
+    def __init__(self, num_timesteps: int, decay: float = 0.98):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("error_sum", torch.zeros(num_timesteps))
+        self.register_buffer("error_count", torch.zeros(num_timesteps))
+
+    @torch.no_grad()
+    def update(self, t: Tensor, error: Tensor, weight: Tensor) -> None:
+        """error [B]: mean squared errors at timesteps t [B]; weight [B]: 0 leaves a sample out."""
+        weight = weight * torch.isfinite(error)
+        seen = torch.zeros_like(self.error_count).index_add_(0, t, weight)
+        forget = self.decay**seen
+        self.error_sum.mul_(forget).index_add_(0, t, torch.nan_to_num(error) * weight)
+        self.error_count.mul_(forget).add_(seen)
+
+    def value(self) -> Tensor:
+        """v_t [T], smoothed over 1 % of the timesteps to each side (a single timestep is seen too rarely to stand alone).
+
+        Raises ValueError before the first update.
+        """
+        if not self.error_count.any():
+            raise ValueError("no head variance was tracked: the model has not been trained with this head")
+        radius = max(1, len(self.error_sum) // 100)
+        sums, counts = self.error_sum.double(), self.error_count.double()
+        window = torch.ones(1, 1, 2 * radius + 1, dtype=torch.float64, device=sums.device)
+        while True:
+            smooth = torch.nn.functional.conv1d(
+                torch.stack([sums, counts])[:, None], window, padding=window.shape[-1] // 2
+            )
+            if (smooth[1] > 0).all():
+                return (smooth[0] / smooth[1]).clamp(min=1e-6).flatten().float()
+            window = torch.ones(1, 1, 2 * window.shape[-1] + 1, dtype=torch.float64, device=sums.device)

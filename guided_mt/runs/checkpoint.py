@@ -1,0 +1,298 @@
+"""Checkpoints: one folder per step, written under a temporary name and renamed when complete.
+
+    RUN/config.yaml
+    RUN/checkpoints/step_00010000/{config.yaml, model.safetensors, ema_0.9999.safetensors, training_state.pt, classes.json}
+
+Weights are safetensors with ADM's keys plus ours. Foreign `.pt` files are read with weights_only=True: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .config import ModelConfig
+
+OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.")
+CLASSIFIER_HEAD = "heads.label.classifier."  # where a run with the E head keeps ADM's classifier
+_STEP = re.compile(r"step_(\d{8,})$")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    config_yaml: str,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    training_state: Mapping[str, Any],
+    classes: Sequence[str] | None,
+    keep: int = 0,
+) -> Path:
+    """Write RUN/checkpoints/step_NNNNNNNN with `weights` {file stem: state dict}, then drop all but the newest `keep`.
+
+    On any error the half-written folder is removed, older checkpoints stay, and a UserError says why.
+    """
+    folder = run / "checkpoints"
+    final, temporary = folder / f"step_{step:08d}", folder / f".tmp_step_{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".tmp_step_*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        (temporary / "config.yaml").write_text(config_yaml)
+        (temporary / "classes.json").write_text(json.dumps(list(classes) if classes else None))
+        for stem, state in weights.items():
+            contiguous = {key: value.detach().to("cpu").contiguous() for key, value in state.items()}
+            save_file(contiguous, str(temporary / f"{stem}.safetensors"))
+        torch.save(dict(training_state), temporary / "training_state.pt")
+        for file in temporary.iterdir():
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are intact"
+        ) from None
+    if keep:
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- finding
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    found = [entry for entry in (run / "checkpoints").glob("step_*") if _STEP.search(entry.name) and entry.is_dir()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(_STEP.search(checkpoint.name).group(1))
+
+
+def find_weights(path: str | Path, ema: str = "", flag: str = "--model_path") -> Path:
+    """The weights file that `--model_path` (or `flag`) means: a file, or the chosen one of a checkpoint, or of a run's newest.
+
+    ema: '' takes the slowest average there is, 'none' the raw weights, '0.9999' that rate.
+    """
+    path = Path(path)
+    if not str(path) or str(path) == ".":
+        raise UserError(f"{flag} is missing: name a run folder, a checkpoint folder or a weights file")
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not (path / "model.safetensors").exists():
+        found = checkpoints(path)
+        if not found:
+            raise UserError(f"{path}: holds no complete checkpoint (checkpoints/step_*/model.safetensors)")
+        path = found[-1]
+    if ema == "none":
+        return path / "model.safetensors"
+    averages = [file for file in path.glob("ema_*.safetensors") if re.fullmatch(r"ema_[0-9.]+", file.stem)]
+    averages.sort(key=lambda file: float(file.stem[4:]))
+    rates = [file.stem[4:] for file in averages]
+    if ema and ema not in rates:
+        raise UserError(f"{path}: has no averaged weights '{ema}'; there are {', '.join(rates) or 'none'}")
+    if ema:
+        return path / f"ema_{ema}.safetensors"
+    return averages[-1] if averages else path / "model.safetensors"
+
+
+def read_config(weights: Path) -> dict[str, Any] | None:
+    """The configuration beside a weights file; None for a foreign file without one."""
+    file = weights.parent / "config.yaml"
+    if not file.exists():
+        return None
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # OmegaConf and PyYAML raise many kinds
+        raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]}); copy it again from the run") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is damaged, it must hold 'key: value' lines; copy it again from the run")
+    return content
+
+
+def read_classes(checkpoint: Path) -> list[str] | None:
+    """Class names by id, as they were in training; None without classes."""
+    file = checkpoint / "classes.json"
+    try:
+        names = json.loads(file.read_text()) if file.exists() else None
+    except ValueError:
+        names = 0
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{file}: is damaged (not a JSON list of names); copy it again from the run")
+    return names
+
+
+# ---------------------------------------------------------------- reading
+
+
+class RefusedFile(UserError):
+    """A weights file that holds objects other than tensors, or is damaged: nothing of it was unpickled."""
+
+
+def read_state(path: Path) -> Any:
+    """Tensors of a .safetensors or a .pt file, on the CPU. Raises UserError for a damaged file or one that holds code."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))  # torch's first line is only advice to load it all the same
+        first = named.group(1) if named else (str(error).splitlines() or ["not a weights file"])[0][:160]
+        raise RefusedFile(f"{path}: refused, it is damaged or holds objects other than tensors ({first})") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: is truncated or no weights file ({reason}); copy it again, or take another checkpoint"
+        ) from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict {key: tensor}. Raises UserError where the file holds something else, such as an optimiser's state."""
+    state = read_state(path)
+    if (isinstance(state, dict) and "param_groups" in state) or (isinstance(state, dict) and "optimizer" in state):
+        raise UserError(
+            f"{path}: holds an optimiser's state, not a model; give the model*.pt, ema*.pt or .safetensors file"
+        )
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict of tensors")
+    return state
+
+
+def load_weights(
+    model: nn.Module, path: Path, *, allow_new: bool = False, settings: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Load a weights file into `model`; float16 files are widened.
+
+    allow_new: keys of ours (heads, condition inputs) may be missing, as in ADM's released files; the new inputs are then set
+    to zero, so that the model's output is the loaded one's exactly. settings: the model's configuration, to compare with the
+    one saved beside the file. Returns the new keys. Raises UserError naming what differs.
+    """
+    state = read_weights(path)
+    what = difference(state, model.state_dict(), optional=is_own if allow_new else None)
+    if what:
+        different = differing_keys(read_config(path) or {}, _network_settings(settings or {}))
+        raise UserError(f"{path}: another architecture: {what}; compare {', '.join(different) or 'the model flags'}")
+    return fill(model, state)
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Load the entries of `state` that `model` has; condition inputs that it lacks are set to zero (see `load_weights`).
+
+    Returns the keys of ours that `state` lacks.
+    """
+    own = model.state_dict()
+    new = [key for key in own if key not in state and is_own(key)]
+    model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    with torch.no_grad():
+        for key in new:
+            if key.startswith("condition_in."):
+                model.get_parameter(key).zero_()
+    return new
+
+
+def difference(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: Callable[[str], bool] | None = None
+) -> str:
+    """The first of what keeps `state` from being loaded into a model with the entries `own`; '' where nothing does.
+
+    optional: keys that one of the two may have alone.
+    """
+    needed = [key for key in own if not (optional and optional(key))]
+    absent = [key for key in needed if key not in state]
+    extra = [key for key in state if key not in own and not (optional and optional(key))]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
+    if absent:
+        return f"it lacks {len(absent)} of the model's {len(own)} entries, first '{absent[0]}'"
+    if extra:
+        return f"it has {len(extra)} entries that the model lacks, first '{extra[0]}'"
+    if shapes:
+        return f"'{shapes[0]}' is {list(state[shapes[0]].shape)} there and {list(own[shapes[0]].shape)} here"
+    return ""
+
+
+def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """ADM's noisy classifier in a state dict: all of it, or what a run with the E head holds. Raises UserError for neither."""
+    inside = {
+        key.removeprefix(CLASSIFIER_HEAD): value for key, value in state.items() if key.startswith(CLASSIFIER_HEAD)
+    }
+    if not inside and any(key.startswith("output_blocks.") for key in state):
+        raise UserError(
+            f"{path}: a diffusion model without a classifier inside; give a classifier, or a run trained with "
+            "--mt_task label --mt_label_head E"
+        )
+    return inside or dict(state)
+
+
+def load_classifier_weights(model: nn.Module, path: Path, settings: Mapping[str, Any]) -> None:
+    """Load the classifier of a weights file (see `classifier_state`) into `model`; float16 files are widened.
+
+    settings: the model's configuration, to compare with the one saved beside the file. Raises UserError naming what differs.
+    """
+    state = classifier_state(read_weights(path), path)
+    what = difference(state, model.state_dict())
+    if what:
+        different = differing_keys(read_config(path) or {}, settings)
+        raise UserError(
+            f"{path}: another classifier: {what}; compare {', '.join(different) or 'the classifier flags and --num_classes'}"
+        )
+    model.load_state_dict(state)
+
+
+def is_own(key: str) -> bool:
+    """Whether a key of an MT model's state dict is none of ADM's."""
+    return key.startswith(OWN_PREFIXES) or ".encoder_kv." in key
+
+
+def adm_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict that ADM's own code loads: the U-Net without heads and condition inputs."""
+    return {key: value for key, value in state.items() if not is_own(key)}
+
+
+def _network_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration, what decides the shapes of the weights."""
+    free = ("dropout", "use_checkpoint", "use_fp16", "precision", "compile")
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
+    return {
+        key: settings[key]
+        for key in (*names, "learn_sigma", "diffusion_steps", "mt_task", "mt_variant")
+        if key in settings
+    }
+
+
+def differing_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """'key (saved value there, wanted value here)' for every key of `wanted` that was saved with another value."""
+    return [f"{k} ({saved[k]} there, {v} here)" for k, v in wanted.items() if k in saved and saved[k] != v]

@@ -1,0 +1,379 @@
+"""One dataclass per concern: the source of flags, help, YAML presets, the saved configuration and its validation.
+
+Flags keep ADM's spelling (`--learn_sigma True`). Values come from, later ones winning: the dataclass, the checkpoint (when
+sampling), `--preset NAME`, `--config FILE`, the command line. Unknown keys are errors that name the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ..diffusion.process import SCHEDULES
+from ..diffusion.resample import SCHEDULE_SAMPLERS
+from ..diffusion.samplers import CONDITIONINGS, SAMPLERS
+from ..errors import UserError, nearest
+from ..networks.classifier import POOLS
+
+
+def option(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A dataclass field that is a flag of its own name. least, most: its range; where the default is -1, that is valid too.
+
+    free: a trained model may be used with another value, since no weight's meaning depends on it.
+    """
+    metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """Model (ADM's flags)"""
+
+    image_size: int = option(64, "side of the square images, in pixels", least=1)
+    num_channels: int = option(128, "width of the first level", least=1)
+    num_res_blocks: int = option(2, "residual blocks per level", least=1)
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1", least=1)
+    num_heads_upsample: int = option(-1, "attention heads while upsampling; -1: as num_heads", least=1)
+    num_head_channels: int = option(-1, "channels per attention head; -1: use num_heads", least=1)
+    attention_resolutions: str = option("16,8", "feature map sizes with attention")
+    channel_mult: str = option("", "width of each level as multiples of num_channels; empty: by image_size")
+    dropout: float = option(0.0, "dropout rate in the residual blocks", least=0, most=1, free=True)
+    class_cond: bool = option(False, "give the network the class of each image")
+    num_classes: int = option(
+        1000, "number of classes, for class_cond True; with --mt_task label that of the data unless given", least=1
+    )
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", free=True)
+    use_scale_shift_norm: bool = option(True, "FiLM-like conditioning in the residual blocks")
+    resblock_updown: bool = option(False, "residual blocks for up- and downsampling")
+    use_fp16: bool = option(False, "ADM's name for --precision fp16", free=True)
+    use_new_attention_order: bool = option(False, "split q, k, v before the heads")
+    precision: str = option(
+        "fp32", "network arithmetic; norms, output and losses stay float32", ("fp32", "bf16", "fp16"), free=True
+    )
+    compile: bool = option(False, "train through torch.compile; sampling ignores it", free=True)
+
+
+@dataclass
+class DiffusionConfig:
+    """Diffusion (ADM's flags)"""
+
+    learn_sigma: bool = option(False, "learn the reverse variances (hybrid loss)")
+    sigma_small: bool = option(False, "without learn_sigma: the posterior variance instead of beta", free=True)
+    diffusion_steps: int = option(1000, "T", least=2)
+    noise_schedule: str = option("linear", "beta schedule", SCHEDULES)
+    timestep_respacing: str = option(
+        "", "timesteps to keep: '250', 'ddim25', '10,15,20' or 'frame50'; training uses all", free=True
+    )
+    use_kl: bool = option(False, "train on the variational bound")
+    predict_xstart: bool = option(False, "predict z_0 instead of the noise")
+    rescale_timesteps: bool = option(False, "tell the network timesteps on the scale 0..1000")
+    rescale_learned_sigmas: bool = option(False, "scale the bound of the hybrid loss by T/1000")
+
+
+@dataclass
+class ClassifierConfig:
+    """Classifier (ADM's flags)"""
+
+    classifier_width: int = option(
+        128, "width of the classifier's first level; attention wants multiples of 64", least=1
+    )
+    classifier_depth: int = option(2, "the classifier's residual blocks per level", least=1)
+    classifier_attention_resolutions: str = option("32,16,8", "feature map sizes with attention in the classifier")
+    classifier_use_scale_shift_norm: bool = option(True, "FiLM-like conditioning in the classifier")
+    classifier_resblock_updown: bool = option(True, "residual blocks for the classifier's downsampling")
+    classifier_pool: str = option("attention", "how the classifier pools its features", POOLS)
+    classifier_use_fp16: bool = option(False, "fp16 arithmetic in the classifier")
+
+
+@dataclass
+class DataConfig:
+    """Data"""
+
+    data_dir: str = option("", "folder, .tar or .zip of images, .npz, or builtin:digits")
+    random_crop: bool = option(False, "random instead of centre crops")
+    random_flip: bool = option(True, "mirror half of the images")
+    data_workers: int = option(2, "decoding processes per training process", least=0)
+
+
+@dataclass
+class LoopConfig:
+    """Training of any network"""
+
+    log_dir: str = option(
+        "", "folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/TASK-SIZE"
+    )
+    total_steps: int = option(
+        1_000_000,
+        "optimiser steps of the whole run; where only lr_anneal_steps is given, that many, as in ADM",
+        least=1,
+    )
+    batch_size: int = option(-1, "images per process and pass; -1: global_batch_size / processes", least=1)
+    global_batch_size: int = option(-1, "images per step over all processes; -1: batch_size * processes", least=1)
+    microbatch: int = option(-1, "images per forward pass, accumulating gradients; -1: batch_size", least=1)
+    lr: float = option(1e-4, "learning rate of AdamW", least=0)
+    weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
+    lr_warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    lr_anneal_steps: int = option(0, "steps over which the rate falls linearly to 0; 0: constant", least=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", least=0)
+    ema_rate: str = option("0.9999", "comma-separated rates of the averaged weights")
+    schedule_sampler: str = option("uniform", "how training timesteps are drawn", SCHEDULE_SAMPLERS)
+    fp16_scale_growth: float = option(1e-3, "growth per step of log2 of the fp16 loss scale", least=0)
+    log_interval: int = option(10, "steps between log lines", least=1)
+    save_interval: int = option(10_000, "steps between checkpoints", least=1)
+    keep_checkpoints: int = option(0, "how many checkpoints to keep; 0: all", least=0)
+    resume_checkpoint: str = option("", "weights to start from: an ADM .pt, a run, a checkpoint or a weights file")
+    seed: int = option(0, "seed of initialisation, data order, noise and masks", least=0, most=2**32 - 1)
+    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
+    dry_run: bool = option(False, "print the resolved configuration and the model's size, then stop")
+
+
+@dataclass
+class TrainConfig(LoopConfig):
+    """Training"""
+
+    sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none", least=0)
+
+
+@dataclass
+class SampleConfig:
+    """Sampling"""
+
+    model_path: str = option("", "run folder, checkpoint folder or weights file (.safetensors, ADM's .pt)")
+    out: str = option("", "the .npz to write; a .png grid is put beside it. Empty: inside the run folder")
+    batch_size: int = option(16, "samples per forward pass", least=1)
+    sampler: str = option("dpm++", "rule of each step", SAMPLERS)
+    steps: int = option(
+        50, "sampling steps, whatever the model was trained with; timestep_respacing overrides it", least=1
+    )
+    eta: float = option(0.0, "noise of the ddim sampler: 0 is deterministic", least=0, most=1)
+    use_ddim: bool = option(False, "ADM's name for --sampler ddim")
+    clip_denoised: bool = option(True, "clip the predicted z_0 to [-1, 1]")
+    seeds: str = option("", "one seed per sample, as '0-99' or '3,5,10-20'; empty: 0, 1, 2, ...")
+    ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
+    mt_condition: str = option(
+        "own-head", "how form U uses a known modality", [c for c in CONDITIONINGS if c != "network"]
+    )
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance: eps = eps_pure + scale (eps - eps_pure); 1 is off", least=0
+    )
+    mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule", least=0)
+    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
+    dry_run: bool = option(False, "print the resolved configuration, then stop")
+
+    @property
+    def rule(self) -> str:
+        """The sampler to use, by our flag or by ADM's."""
+        return "ddim" if self.use_ddim else self.sampler
+
+
+class Config:
+    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `given` are the keys that the user set."""
+
+    def __init__(self, sections: Sequence[Any], given: frozenset[str] = frozenset()):
+        self._sections = {type(section): section for section in sections}
+        self.given = given
+
+    def __getitem__(self, section: type) -> Any:
+        return self._sections[section]
+
+    def __getattr__(self, name: str) -> Any:
+        for section in self.__dict__.get("_sections", {}).values():
+            if name in section.__dataclass_fields__:
+                return getattr(section, name)
+        raise AttributeError(name)
+
+    def sections(self) -> list[Any]:
+        return list(self._sections.values())
+
+    def as_dict(self, *sections: type) -> dict[str, Any]:
+        """{key: value} of the named sections, or of all."""
+        chosen = sections or tuple(self._sections)
+        return {key: value for s in chosen for key, value in dataclasses.asdict(self._sections[s]).items()}
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
+
+
+def parse(
+    argv: Sequence[str],
+    sections: Sequence[type],
+    *,
+    description: str,
+    base: Mapping[str, Any] | None = None,
+    presets: bool = False,
+) -> Config:
+    """Command line -> Config. `base`: values of a checkpoint, over the dataclasses' defaults; its other keys are ignored.
+
+    Raises UserError for an unknown flag or preset key (naming the nearest), a value of the wrong type, and a bad choice.
+    `--help` prints every flag with its default and exits.
+    """
+    fields = {f.name: f for section in sections for f in dataclasses.fields(section)}
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.error = _refuse
+    seen: set[str] = set()
+    for section in sections:
+        group = parser.add_argument_group(section.__doc__.strip())
+        for field in dataclasses.fields(section):
+            if field.name not in seen:  # a flag that two sections share is one flag
+                seen.add(field.name)
+                text = field.metadata["help"] + (
+                    f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+                )
+                group.add_argument(
+                    f"--{field.name}", default=field.default, metavar=_word(field), help=text.replace("%", "%%")
+                )
+    if presets:
+        parser.add_argument("--preset", default="", metavar="NAME", help=f"named settings: {', '.join(preset_names())}")
+        parser.add_argument(
+            "--config", default="", metavar="FILE", help="YAML of flags, e.g. another run's config.yaml"
+        )
+
+    # Only what was typed: defaults are suppressed so that the checkpoint's and the preset's values can come in between.
+    typed, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(seen)))
+    for word in unknown:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0]
+            raise UserError(
+                f"unknown flag --{name}{nearest(name, [*seen, *(['preset', 'config'] if presets else [])])}; --help lists all"
+            )
+        raise UserError(f"don't know what to do with '{word}'; flags are written --name value")
+    values = {key: value for key, value in (base or {}).items() if key in fields}
+    given: dict[str, Any] = {}
+    if presets:
+        for source, content in ((typed.preset, load_preset), (typed.config, _load_yaml)):
+            if source:
+                given.update(check_keys(content(source), fields, source))
+    typed_values = {name: getattr(typed, name) for name in seen if getattr(typed, name) is not None}
+    given.update(typed_values)
+    values.update(given)
+    resolved = {name: _convert(fields[name], value) for name, value in values.items()}
+    if resolved.get("use_fp16"):  # another name for a precision: from here on there is only one
+        if "precision" in typed_values and resolved["precision"] != "fp16":
+            raise UserError(f"--use_fp16 True contradicts --precision {resolved['precision']}; give one of them")
+        resolved |= {"precision": "fp16", "use_fp16": False}
+    made = [
+        section(**{f.name: resolved[f.name] for f in dataclasses.fields(section) if f.name in resolved})
+        for section in sections
+    ]
+    return Config(made, frozenset(given))
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _word(field: dataclasses.Field) -> str:
+    return {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}[_type_name(field)]
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    return field.type if isinstance(field.type, str) else field.type.__name__
+
+
+def _convert(field: dataclasses.Field, value: Any) -> Any:
+    kind = _type_name(field)
+    try:
+        if kind == "bool":
+            result = value if isinstance(value, bool) else _BOOLEANS[str(value).strip().lower()]
+        elif kind == "int":
+            if (isinstance(value, (bool, float)) and int(value) != value) or isinstance(value, bool):
+                raise ValueError
+            result = int(value)
+        elif kind == "float":
+            result = float(value)
+            if not math.isfinite(result):
+                raise ValueError
+        else:
+            result = "" if value is None else str(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        wanted = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text"}[kind]
+        raise UserError(f"--{field.name} takes {wanted}, not '{value}'") from None
+    choices = field.metadata["choices"]
+    if choices and result not in choices:
+        raise UserError(f"--{field.name}: '{result}' is none of {', '.join(choices)}{nearest(result, choices)}")
+    _check_range(field, result)
+    return result
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    least, most = field.metadata["least"], field.metadata["most"]
+    chosen_by_us = value == field.default == -1
+    if chosen_by_us or ((least is None or value >= least) and (most is None or value <= most)):
+        return
+    wanted = f"between {least} and {most}" if most is not None else f"at least {least}"
+    also = ", or -1" if field.default == -1 else ""
+    raise UserError(f"--{field.name} must be {wanted}{also}, not {value}")
+
+
+_BOOLEANS = {
+    word: word in ("yes", "true", "t", "y", "1")
+    for word in ["yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"]
+}
+
+
+def check_keys(values: Mapping[str, Any], known: Collection[str], source: str | Path) -> dict[str, Any]:
+    """`values` as they are. Raises UserError for a key that isn't in `known`, naming the nearest that is."""
+    for key in values:
+        if key not in known:
+            raise UserError(f"{source}: unknown key '{key}'{nearest(str(key), known)}")
+    return dict(values)
+
+
+def make_section(section: type, values: Mapping[str, Any], source: str | Path) -> Any:
+    """A dataclass of options with these values. Raises UserError for unknown keys and bad values."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    known = check_keys(values, fields, source)
+    try:
+        return section(**{name: _convert(fields[name], value) for name, value in known.items()})
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix('--')}") from None
+
+
+def preset_names() -> list[str]:
+    folder = resources.files("guided_mt.runs") / "presets"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The flags of presets/NAME.yaml. Raises UserError for an unknown name."""
+    if name not in preset_names():
+        raise UserError(
+            f"unknown preset '{name}'{nearest(name, preset_names())}; there are {', '.join(preset_names())}"
+        )
+    return _parse_yaml((resources.files("guided_mt.runs") / "presets" / f"{name}.yaml").read_text(), name)
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _parse_yaml(file.read(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except Exception as error:  # OmegaConf and PyYAML raise many kinds; all mean the same to the user
+        raise UserError(f"{source}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: a YAML file of 'key: value' lines is expected")
+    return content

@@ -1,0 +1,207 @@
+"""Training of MT-Diffusion: Algorithm 2 on every batch, the heads' variances, and pictures now and then.
+
+The run around it is `loop.Loop`. Everything random belongs to a sample.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Batch, ImageSource, load_images
+from ..data.images import make_grid, save_png, to_nhwc
+from ..diffusion.random import SampleStreams
+from ..generation.generate import Generator
+from ..modalities import Images, take_images
+from ..modalities.registry import (
+    build_diffusion,
+    build_modalities,
+    build_model,
+    loss_weights,
+    model_sections,
+    needs_labels,
+    saved_config,
+    variant_of,
+)
+from ..networks.model import MTModel
+from ..runs import checkpoint
+from ..runs.config import Config, SampleConfig
+from ..runs.distributed import Processes
+from .conflict import conflict_names, task_conflict
+from .loop import Loop
+from .loop import batch_sizes as batch_sizes
+from .objective import Losses, multi_task_losses
+
+PREVIEW_COUNT = 16
+log = logging.getLogger("guided_mt")
+
+
+class TrainLoop(Loop):
+    """A run of MT-Diffusion, or of one of the single-task models it is compared with."""
+
+    def __init__(self, config: Config, processes: Processes, source: ImageSource | None, run: Path):
+        self.modalities = build_modalities(config)
+        self.loss_weight = loss_weights(config)
+        terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
+        self.terms = [*terms, *self.modalities]
+        self.timeless = [f"rms_{name}" for name in self.modalities if variant_of(config) != "X"]
+        tasks = ["denoising", *self.modalities]
+        self.spread = [name for name, m in self.modalities.items() if self.timeless and m.has_spread]
+        super().__init__(
+            config,
+            processes,
+            source,
+            run,
+            build=self.make_model,
+            diffusion=build_diffusion(config),
+            names=["loss", *self.terms, *self.timeless],
+            scalars=[
+                *(f"spread_{name}" for name in self.spread),
+                *(conflict_names(tasks) if config.mt_conflict_interval else ()),
+            ],
+            dropout=config.dropout,
+            compiled=config.compile,
+        )
+
+        if source is not None:
+            for modality in self.modalities.values():
+                modality.prepare(source)
+
+    # ------------------------------------------------------------ set-up
+
+    def make_model(self, config: Config) -> MTModel:
+        """The network, and the modalities that encode by it."""
+        model = build_model(config)
+        self.modalities = build_modalities(config, model)
+        return model
+
+    def start_from(self, path: str) -> None:
+        file = checkpoint.find_weights(path, "none")
+        new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict())
+        if self.processes.is_main:
+            log.info("started from %s; %s", file, f"new: {len(new)} entries" if new else "every entry was found")
+            theirs, ours = checkpoint.read_classes(file.parent), self.source.class_names if self.source else []
+            if theirs and needs_labels(self.config) and theirs != ours:
+                text = "%s knew other classes, %d of them and not %d: id 0 was '%s' and is now '%s', and so on"
+                log.warning(text, file, len(theirs), len(ours), theirs[0], ours[0])
+
+    def fixed_settings(self) -> dict[str, Any]:
+        free = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
+        # What is only measured may change, and a file may have moved, as the images may.
+        free += ("mt_conflict_interval", "representation_file")
+        return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
+
+    def saved_settings(self, weights: Path) -> dict[str, Any]:
+        return saved_config(weights)
+
+    # ------------------------------------------------------------ one step
+
+    def run_step(self, batch: Batch) -> None:
+        for name, modality in self.modalities.items():
+            modality.before_step(self.step, self.processes)
+            beside = modality.load(batch.indices.numpy())
+            if beside is not None:
+                batch.loaded[name] = beside.to(self.device, non_blocking=True)
+        interval = self.config.mt_conflict_interval
+        if interval and self.step % interval == 0:
+            self.measure_conflict(batch)
+        super().run_step(batch)
+
+    def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
+        losses, t, weights = self.task_losses(self.network, batch, part)
+        ones = torch.ones_like(losses.kept)
+        sizes = [losses.encoding_rms[name] for name in self.modalities] if self.timeless else []
+        values = [losses.loss, *(losses.terms[name] for name in self.terms), *sizes]
+        kept = [losses.predicted.get(name, ones) for name in ("loss", *self.terms, *self.timeless)]
+        record = torch.stack([t.to(values[0].dtype), *(v.detach() for v in values), *kept], dim=1)
+        return (losses.loss * weights).mean(), record
+
+    def task_losses(self, network: Callable, batch: Batch, part: slice) -> tuple[Losses, Tensor, Tensor]:
+        """(losses, timesteps [b], importance weights [b]) of a part of the batch: the same draws at every call."""
+        streams, x_start, t, weights = self.draw(batch, part)
+        noise = streams.normal(*x_start.shape[1:])
+        labels = batch.labels[part] if batch.labels is not None else None
+        losses = multi_task_losses(
+            network,
+            self.diffusion,
+            self.modalities,
+            Images(x_start, labels, {name: x[part] for name, x in batch.loaded.items()}),
+            t,
+            noise,
+            streams,
+            variant=self.model.variant,
+            loss_weight=self.loss_weight,
+            drop_prob=self.config.mt_drop_prob,
+            given_prob=self.config.mt_given_prob,
+            model_kwargs={"y": labels} if self.config.class_cond else None,
+        )
+        return losses, t, weights
+
+    def measure(self) -> None:
+        """How much the encodings tell: an E(x) that is the same for every x has a fine RMS and says nothing."""
+        if self.spread and self.step % self.config.log_interval == 0:
+            measured = {f"spread_{name}": self.modalities[name].encoding_spread(self.device) for name in self.spread}
+            self.averages.add_scalars(measured)
+
+    def measure_conflict(self, batch: Batch) -> None:
+        """Norms of the tasks' gradients on the shared backbone and the cosines between them, on this step's first images."""
+        self.seed_dropout()
+        # The network itself, not its wrapper: nothing is to be accumulated or sent along the way.
+        losses, _, weights = self.task_losses(self.model, batch, slice(0, self.microbatch))
+        objectives = {"denoising": (losses.denoising * weights).mean()}
+        for name in self.modalities:
+            objectives[name] = (self.loss_weight[name] * losses.kept * losses.terms[name] * weights).mean()
+        shared = [p for name, p in self.model.named_parameters() if not checkpoint.is_own(name)]
+        self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
+
+    def learn(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
+        for name, variance in self.model.head_variance.items():
+            column = 1 + self.terms.index(name)
+            variance.update(t, values[:, column], kept[:, column])
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        saved = state["modalities"] if "modalities" in state else {name: {} for name in self.modalities}  # version 0.1
+        for name, modality in self.modalities.items():
+            modality.load_state_dict({key: x.to(self.device) for key, x in saved[name].items()})
+
+    # ------------------------------------------------------------ now and then
+
+    def preview(self) -> None:
+        """A PNG grid from the averaged weights: samples, and the training set's first images masked and restored."""
+        if self.processes.is_main:
+            rate = max(self.ema.averages, key=float)
+            self.ema.swap(rate)
+            self.model.eval()
+            try:
+                grid = self._preview_grid()
+            finally:
+                self.ema.swap(rate)
+                self.model.train()
+            save_png(grid, self.run / "grids" / f"step_{self.step:08d}.png")
+            self.reporter.image("preview", torch.from_numpy(grid).permute(2, 0, 1), self.step)
+        self.processes.barrier()
+
+    def _preview_grid(self):
+        names = self.source.class_names if self.source.labels is not None else None
+        generator = Generator(self.config, self.model, build_modalities(self.config, self.model), names)
+        settings = SampleConfig(steps=25)
+        loaded = load_images(self.source, self.config.image_size, limit=PREVIEW_COUNT)
+        images = take_images(loaded, slice(None), self.modalities, self.device)
+        y = images.labels if self.config.class_cond else None
+        seeds = range(len(images.x_start))
+        rows = [generator.draw(seeds, settings, labels=y).x_start]
+        trained = self.modalities if self.config.mt_drop_prob < 1 else {}  # else no head is
+        for name, modality in trained.items():
+            x = modality.from_batch(images, SampleStreams(torch.tensor(seeds), index=1, device=self.device))
+            picture = modality.picture(x)
+            rows += [images.x_start, *([] if picture is None else [picture])]
+            rows += [generator.draw(seeds, settings, {name: x}, labels=y).x_start]
+        return make_grid(to_nhwc(torch.cat(rows)), columns=len(seeds))

@@ -1,0 +1,345 @@
+"""LDM's checkpoints, `.ckpt` or .safetensors of the same entries: reading, writing, and loading into a LatentMTDiffusion.
+
+    state_dict:  model.diffusion_model.*   the U-Net
+                 first_stage_model.*       the autoencoder
+                 cond_stage_model.*        what encodes the condition
+                 model_ema.*               averages of the U-Net's parameters: their names without dots, decay, num_updates
+                 betas, alphas_cumprod ... the noise schedule;  scale_factor, logvar
+    global_step: optimiser steps so far
+
+Nothing is unpickled: files that hold more than tensors are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from guided_mt.diffusion.process import GaussianDiffusion
+from guided_mt.errors import UserError, reason
+from guided_mt.runs import checkpoint
+
+MODEL, FIRST_STAGE, COND_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
+SCHEDULE_BUFFERS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+OTHER_BUFFERS = ("lvlb_weights", "logvar", "cond_ids")
+# What Lightning keeps in a checkpoint beside the weights, for going on with its own training.
+LIGHTNING = (
+    "state_dict",
+    "global_step",
+    "epoch",
+    "pytorch-lightning_version",
+    "optimizer_states",
+    "lr_schedulers",
+    "callbacks",
+    "loops",
+    "hparams_name",
+    "hyper_parameters",
+    "native_amp_scaling_state",
+    "amp_scaling_state",
+)
+# What Lightning 1.x pickled beside the weights of LDM's released files. None of it is imported: an `Inert` stands for each.
+PICKLED = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "quantize.")
+TRAINING_ONLY = ("loss.", "model_ema.")  # entries of an autoencoder that only its own training needs
+log = logging.getLogger("latent_mt")
+
+
+@dataclass
+class LDMCheckpoint:
+    """The parts of a checkpoint as state dicts of the modules that they belong to: no prefixes.
+
+    model, ema: of the U-Net; first_stage, cond_stage: of the autoencoder and of what encodes the condition; buffers: the
+    schedule, float32 [T] each, and logvar. None and {} are what a file lacks. unknown: entries that are none of LDM's, by name.
+    """
+
+    model: dict[str, Tensor]
+    first_stage: dict[str, Tensor] = field(default_factory=dict)
+    cond_stage: dict[str, Tensor] = field(default_factory=dict)
+    ema: dict[str, Tensor] | None = None
+    ema_decay: float | None = None
+    ema_updates: int | None = None
+    scale_factor: float | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    step: int | None = None
+    unknown: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Inert:
+    """In the place of an object that is not loaded: takes whatever it is made of, and does nothing."""
+
+    def __init__(self, *parts: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_state_dict(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(the state dict, what stands beside it) of a .ckpt, .pt or .safetensors file of `kind` "diffusion" or "autoencoder".
+
+    Objects that Lightning 1.x left beside the weights of LDM's released files become `Inert`. Raises UserError for a damaged file,
+    one with any other objects, and one of the other kind.
+    """
+    path = Path(path)
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in PICKLED]):
+            content = checkpoint.read_state(path)
+    except checkpoint.RefusedFile as error:
+        raise UserError(
+            f"{error}; if you trust where it is from, keep its weights alone: import torch; torch.save({{'state_dict': "
+            f"torch.load('{path.name}', weights_only=False)['state_dict']}}, 'weights.ckpt')"
+        ) from None
+    state, beside = content, {}
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        state, beside = content["state_dict"], {key: value for key, value in content.items() if key != "state_dict"}
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict of tensors; LDM's .ckpt files have one as 'state_dict'")
+    if path.suffix == ".safetensors":
+        beside = _metadata(path)
+    found = kind_of(state)
+    if found == kind:
+        return dict(state), beside
+    if found == "autoencoder":
+        raise UserError(
+            f"{path}: is an autoencoder's checkpoint, but a diffusion model's is expected; give it as ckpt_path of "
+            "first_stage_config.params"
+        )
+    if found == "diffusion":
+        raise UserError(
+            f"{path}: is a diffusion model's checkpoint, but an autoencoder's is expected; load it as ckpt_path of "
+            "model.params, which brings its first stage along"
+        )
+    raise UserError(
+        f"{path}: is no checkpoint of latent-diffusion: no entry begins with {MODEL} or encoder. (first: '{next(iter(state))}')"
+    )
+
+
+def kind_of(state: Iterable[str]) -> str:
+    """ "diffusion", "autoencoder" or "other", from the names of a state dict's entries."""
+    names = list(state)
+    if any(name.startswith((MODEL, EMA + "diffusion_model")) for name in names):
+        return "diffusion"
+    return "autoencoder" if any(name.startswith(AUTOENCODER) for name in names) else "other"
+
+
+def read_ldm(path: str | Path, names: Iterable[str] = (), ignore: Sequence[str] = ()) -> LDMCheckpoint:
+    """A diffusion model's checkpoint in parts.
+
+    names: the U-Net's parameters, for the averages of a file without the U-Net itself (names in the file are known anyway).
+    ignore: entries that begin with one of these are left out. Raises UserError as `read_state_dict` does.
+    """
+    state, beside = read_state_dict(path, "diffusion")
+    state = {key: value for key, value in state.items() if not key.startswith(tuple(ignore))} if ignore else state
+    found = LDMCheckpoint({}, step=_whole_number(beside.get("global_step")))
+    averages: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(EMA):
+            averages[key.removeprefix(EMA)] = value
+        elif key == "scale_factor" and value.numel() == 1:
+            found.scale_factor = float(value)
+        elif key in SCHEDULE_BUFFERS + OTHER_BUFFERS:
+            found.buffers[key] = value
+        else:
+            parts = {MODEL: found.model, FIRST_STAGE: found.first_stage, COND_STAGE: found.cond_stage}
+            prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
+            if prefix is None:
+                found.unknown.append(key)
+            else:
+                parts[prefix][key.removeprefix(prefix)] = value
+    _read_averages(found, averages, names)
+    found.unknown += [key for key in beside if key not in LIGHTNING]
+    return found
+
+
+def _read_averages(found: LDMCheckpoint, averages: dict[str, Tensor], names: Iterable[str]) -> None:
+    """`averages` {name without dots: tensor} -> the fields ema, ema_decay and ema_updates."""
+    if "decay" in averages:
+        found.ema_decay = float(averages.pop("decay"))
+    if "num_updates" in averages:
+        found.ema_updates = int(averages.pop("num_updates"))
+    dotted = {average_name(name): name for name in (*found.model, *names)}
+    for key, value in averages.items():
+        if key not in dotted:
+            found.unknown.append(EMA + key)
+            continue
+        found.ema = found.ema or {}
+        found.ema[dotted[key]] = value
+
+
+def _whole_number(value: Any) -> int | None:
+    try:
+        return None if value is None else int(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def average_name(name: str) -> str:
+    """How LDM's averages call a parameter of the U-Net: dots can't be in a buffer's name, so it drops them."""
+    return f"diffusion_model.{name}".replace(".", "")
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return {key: value for key, value in (file.metadata() or {}).items() if key == "global_step"}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_ldm(path: str | Path, content: LDMCheckpoint) -> None:
+    """Write `content` as a .ckpt or .safetensors file, under a temporary name until it is complete.
+
+    LDM's own samplers use the averages (`ema_scope`), which begin as random weights where a file has none: give `ema`.
+    `content.unknown` is names alone and is not written. Raises UserError.
+    """
+    path = Path(path)
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise UserError(f"{path}: the file to write must end in .ckpt or .safetensors")
+    state = _whole(content)
+    temporary = path.with_name(f".tmp_{path.name}")
+    step = {} if content.step is None else {"global_step": content.step}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".ckpt":
+            torch.save({"state_dict": state, **step}, temporary)
+        else:
+            save_file(state, str(temporary), metadata={key: json.dumps(value) for key, value in step.items()} or None)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: can't be written ({reason(error)})") from None
+
+
+def _whole(content: LDMCheckpoint) -> dict[str, Tensor]:
+    """The state dict as LDM names it; every tensor has memory of its own."""
+    state = {MODEL + key: value for key, value in content.model.items()}
+    state |= {FIRST_STAGE + key: value for key, value in content.first_stage.items()}
+    state |= {COND_STAGE + key: value for key, value in content.cond_stage.items()}
+    if content.ema is not None:
+        averages = {EMA + average_name(key): value for key, value in content.ema.items()}
+        if len(averages) != len(content.ema):
+            raise UserError("two of the U-Net's parameters have the same name without dots, so LDM can't average them")
+        state |= averages
+    if content.ema_decay is not None:
+        state[EMA + "decay"] = torch.tensor(content.ema_decay, dtype=torch.float32)
+    if content.ema_updates is not None:
+        state[EMA + "num_updates"] = torch.tensor(content.ema_updates, dtype=torch.int32)
+    state |= content.buffers
+    if content.scale_factor is not None:
+        state["scale_factor"] = torch.tensor(content.scale_factor, dtype=torch.float32)
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+
+
+def schedule_buffers(betas: np.ndarray) -> dict[str, Tensor]:
+    """The entries that LDM keeps of a noise schedule, float32 [T], from betas [T] (its v_posterior is 0)."""
+    diffusion = GaussianDiffusion(betas=np.asarray(betas, dtype=np.float64))
+    tables = {name: getattr(diffusion, name) for name in SCHEDULE_BUFFERS}
+    # ADM gives t = 0 the logarithm of the next timestep's variance; LDM bounds it from below.
+    tables["posterior_log_variance_clipped"] = np.log(np.maximum(diffusion.posterior_variance, 1e-20))
+    return {name: torch.tensor(table, dtype=torch.float32) for name, table in tables.items()}
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_ldm(
+    module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), *, only_unet: bool = False, ema: bool = False
+) -> LDMCheckpoint:
+    """Load a checkpoint into a LatentMTDiffusion; float16 files are widened. Returns what the file holds.
+
+    ignore_keys: entries that begin with one of these are left out, as in LDM. only_unet: first and conditioning stage stay as
+    they are. ema: take the averaged weights, which LDM samples with, where the file has some (it may have no others). Heads and
+    condition inputs of ours may be new, and then change nothing (guided_mt.runs.checkpoint.load_weights). Raises UserError for
+    parts that differ, for entries that the model has no place for, and for another noise schedule.
+    """
+    network = module.model.diffusion_model
+    found = read_ldm(path, network.state_dict(), ignore_keys)
+    # Averages are of parameters alone; buffers, if any, come from the network itself.
+    weights = {**found.model, **found.ema} if found.ema is not None and (ema or not found.model) else found.model
+    if module.both_roles and "label_emb.weight" not in weights:
+        # The class that tells the role is new as well, and begins by saying nothing.
+        weights = {**weights, "label_emb.weight": torch.zeros_like(network.label_emb.weight)}
+    _load_part(network, weights, f"{path}: U-Net", "unet_config", new=True)
+    if not only_unet:
+        if found.unknown:
+            first = found.unknown[0]
+            raise UserError(
+                f"{path}: has {len(found.unknown)} entries that are none of latent-diffusion's, first '{first}'; leave them out "
+                f"by ignore_keys: [{first.partition('.')[0]}]"
+            )
+        _check_schedule(module, found, path)
+        _load_stages(module, found, path)
+        if found.scale_factor is not None:
+            module.scale_factor.fill_(found.scale_factor)
+    return found
+
+
+def _load_stages(module: nn.Module, found: LDMCheckpoint, path: str | Path) -> None:
+    dropped = [key for key in found.first_stage if key.startswith(TRAINING_ONLY)]
+    if dropped:
+        log.info("%s: %d entries of the first stage not loaded: they belong to its training", path, len(dropped))
+    first = {key: value for key, value in found.first_stage.items() if key not in dropped}
+    if module.first_stage_model.state_dict() or first:
+        _load_part(module.first_stage_model, first, f"{path}: first stage", "first_stage_config")
+    stage = getattr(module, "cond_stage_model", None)
+    if stage is not None:
+        _load_part(stage, found.cond_stage, f"{path}: conditioning stage", "cond_stage_config")
+    elif found.cond_stage.keys() - found.first_stage.keys():  # __is_first_stage__: LDM writes the same module twice
+        first_key = next(iter(found.cond_stage))
+        raise UserError(
+            f"{path}: conditioning stage: it has {len(found.cond_stage)} entries that the model lacks, first '{first_key}'; "
+            "set cond_stage_config, or leave them out by ignore_keys: [cond_stage_model]"
+        )
+
+
+def _load_part(module: nn.Module, state: Mapping[str, Tensor], where: str, key: str, new: bool = False) -> None:
+    what = checkpoint.difference(state, module.state_dict(), optional=checkpoint.is_own if new else None)
+    if what:
+        raise UserError(f"{where}: another architecture: {what}; compare model.params.{key}")
+    checkpoint.fill(module, state)
+
+
+def _check_schedule(module: nn.Module, found: LDMCheckpoint, path: str | Path) -> None:
+    saved, own = found.buffers.get("betas"), torch.as_tensor(module.diffusion.betas, dtype=torch.float32)
+    if saved is not None and (saved.shape != own.shape or not torch.allclose(saved.float(), own, rtol=1e-3, atol=0)):
+        ends = [f"{len(b)} betas from {float(b[0]):.4g} to {float(b[-1]):.4g}" for b in (saved, own)]
+        raise UserError(
+            f"{path}: was trained with another noise schedule: {ends[0]} there, {ends[1]} here; compare timesteps, "
+            "beta_schedule, linear_start and linear_end, or leave it out by ignore_keys: [betas]"
+        )

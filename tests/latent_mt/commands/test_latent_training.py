@@ -1,0 +1,258 @@
+"""Training latent models through the real command and the real Lightning: resume, processes, precision, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from make_golden_traces import FILE, LATENT_TRACES, latent_loss_trace
+from PIL import Image
+from tiny import finish, mpiexec, start, torchrun, wait_for
+from tiny_latent import LATENT, SIZE, UNET, newest_weights, train, write_config, write_pairs
+
+from guided_mt.diffusion.random import SampleStreams
+from guided_mt.errors import UserError
+from latent_mt.runs.configuration import instantiate, load_config
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def rows(run) -> list[dict[str, str]]:
+    with open(run / "progress.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in found]
+
+
+def same(a, b) -> None:
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("variant", ["any", "U"])
+def test_resume_is_bit_for_bit(pairs, tmp_path, variant, accumulate):
+    """4 steps == 2 steps, stop, the same command, 2 steps: weights, averages and every logged value."""
+    more = [f"lightning.trainer.accumulate_grad_batches={accumulate}", "data.params.batch_size=2", "run.val_interval=2"]
+    dropout = {"unet_config": {"target": "latent_mt.model.unet.UNetModel", "params": {**UNET, "dropout": 0.1}}}
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        file = write_config(
+            tmp_path / f"{name}.yaml", pairs, tmp_path / name, mt_variant=variant, scale_by_std=True, **dropout
+        )
+        for total in stops:
+            train(file, *more, f"run.total_steps={total}")
+    for stem in ("model", "ema_0.9"):
+        same(newest_weights(tmp_path / "whole", stem), newest_weights(tmp_path / "parts", stem))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert [row["step"] for row in rows(tmp_path / "whole")] == ["1", "2", "3", "4"]
+
+
+def test_accumulation_is_the_larger_batch(pairs, tmp_path):
+    """Two batches of 2 accumulated give the step of one batch of 4, to rounding."""
+    found = []
+    for name, more in (
+        ("one", ["data.params.batch_size=4"]),
+        ("two", ["data.params.batch_size=2", "lightning.trainer.accumulate_grad_batches=2"]),
+    ):
+        train(write_config(tmp_path / f"{name}.yaml", pairs, tmp_path / name), *more)
+        found.append(newest_weights(tmp_path / name))
+    for key in found[0]:
+        torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-3, atol=2e-4)
+
+
+def test_frozen_first_stage_and_learned_rest(pairs, tmp_path):
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
+    train(file, "run.total_steps=1", "run.save_interval=1")
+    before = newest_weights(tmp_path / "a")
+    train(file)
+    after = newest_weights(tmp_path / "a")
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert not any(key.startswith(("first_stage_model.", "scale_factor")) for key in moved)
+    assert any(".heads.paired." in key for key in moved) and any(".label_emb." in key for key in moved)
+    assert any(key.startswith("model.diffusion_model.input_blocks.") for key in moved)
+
+
+def test_scale_by_std_gives_unit_latents(pairs, tmp_path):
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a", scale_by_std=True)
+    train(file, "run.total_steps=1")
+    config = load_config(file)
+    module, data = (
+        instantiate({k: config["model"][k] for k in ("target", "params")}, "model"),
+        instantiate(config["data"], "data"),
+    )
+    module.load_state_dict(newest_weights(tmp_path / "a"))
+    assert float(module.scale_factor) != 1.0
+    values = []
+    for batch in data.stream(seed=0, total_steps=8):
+        values += module.latents(batch, SampleStreams(0, batch.positions))
+    assert torch.cat(values).std().item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun", "mpiexec"])
+def test_processes_change_nothing(pairs, tmp_path, launcher):
+    """Two processes of batch 2 train as one of batch 4, to rounding, whoever starts them."""
+    train(write_config(tmp_path / "one.yaml", pairs, tmp_path / "one"))
+    file = write_config(tmp_path / "two.yaml", pairs, tmp_path / "two")
+    words, more = [], []
+    if launcher == "lightning":
+        more = ["lightning.trainer.devices=2", "lightning.trainer.strategy=ddp"]
+    else:
+        words = {"torchrun": torchrun, "mpiexec": mpiexec}[launcher](2)
+    argv = ["--config", str(file), "data.params.batch_size=2", *more]
+    if words:  # a launcher's processes count, not what the file says for plain python
+        argv.append("lightning.trainer.devices=1")
+    printed = finish(start("latent_train.py", argv, words))
+    assert printed.count("# run folder") == 1  # announced once
+    one, two = newest_weights(tmp_path / "one"), newest_weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-4)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path):
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
+    argv = ["--config", str(file), "run.total_steps=100000", "run.save_interval=100000"]
+    process = start("latent_train.py", argv)
+    log = tmp_path / "a/progress.csv"
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: saved step" in finish(process)
+    (saved,) = (tmp_path / "a/checkpoints").glob("step_*")
+    step = int(saved.name[5:])
+    train(file, f"run.total_steps={step + 1}")
+    assert rows(tmp_path / "a")[-1]["step"] == str(step + 1)
+
+
+def test_bf16(pairs, tmp_path):
+    train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), "lightning.trainer.precision=bf16-mixed")
+    train(write_config(tmp_path / "b.yaml", pairs, tmp_path / "b"))
+    a, b = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert a != b
+    assert float(a[0]["mse"]) == pytest.approx(float(b[0]["mse"]), rel=0.05)
+    assert all(value.dtype == torch.float32 for value in newest_weights(tmp_path / "a").values())
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_weights(pairs, tmp_path):
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
+    train(file, "run.total_steps=2")
+    before = newest_weights(tmp_path / "a")
+    with pytest.raises(UserError, match=r"not finite 1\d steps in a row"):
+        train(file, "run.total_steps=40", "model.learning_rate=9e8")
+    same(before, newest_weights(tmp_path / "a"))
+
+
+def test_grids_and_validation(pairs, tmp_path):
+    train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), "run.sample_interval=4", "run.val_interval=2")
+    with Image.open(tmp_path / "a/grids/step_00000004.png") as picture:
+        assert picture.size[0] > 3 * SIZE
+    assert float(rows(tmp_path / "a")[1]["val_paired"]) > 0
+    assert list((tmp_path / "a").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("name", LATENT_TRACES)
+def test_golden_loss_trace(name, tmp_path):
+    """As guided_mt's in test_train."""
+    expected = json.loads(FILE.read_text())[name]
+    assert len(expected) == 20
+    np.testing.assert_allclose(latent_loss_trace(name, tmp_path), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "model.params.unet_config.params.in_channels=3",
+            r"in_channels 3 and out_channels 4 don't fit latents of 4 channels",
+        ),
+        ("model.params.channels=3", r"latents of 4 channels \(embed_dim\), but model.params.channels is 3"),
+        (
+            "model.params.image_size=16",
+            rf"images of {SIZE} pixels give latents of {LATENT}, but model.params.image_size is 16",
+        ),
+        ("model.params.first_stage_config.target=ldm.models.autoencoder.AutoencoderK", "did you mean .*AutoencoderKL"),
+        ("model.params.mt_variants=U", "unknown key 'mt_variants' .did you mean mt_variant"),
+        ("model.params.unet_config.params.num_head=3", "unknown key 'num_head' .did you mean num_heads"),
+        (
+            "model.params.mt_sides=[photo,map]",
+            r"mt_sides \['photo', 'map'\], but the data's sides are \['day', 'night'\]",
+        ),
+        ("model.params.mt_sides=[day]", "name the two sides"),
+        ("model.params.mt_swap_prob=2", "mt_swap_prob must be between 0 and 1"),
+        ("model.params.mt_variant=Y", "mt_variant 'Y' is none of U, X, any"),
+        ("model.params.loss_type=l3", "loss_type 'l3' is none of l1, l2"),
+        ("model.params.learn_logvar=true", "learn_logvar: only its default"),
+        ("model.params.beta_schedule=lineer", "did you mean linear"),
+        ("model.params.mt_weights=papre", "mt_weights 'papre' is none of paper, "),
+        ("model.params.mt_sides=day", "mt_sides takes a list, not 'day'"),
+        ("model.params.mt_loss_weight=-1", "mt_loss_weight must be at least 0"),
+        ("model.params.scale_factor=0", "scale_factor must be a number above 0"),
+        ("model.params.timesteps=0", "timesteps 0: must be at least 1"),
+        ("model.params.linear_start=-1", "linear_start -1 .*: must be above 0"),
+        ("model.params.given_betas=[0.1,2]", "given_betas: betas must be a list of numbers above 0"),
+        ("model.params.ignore_keys=betas", "ignore_keys takes a list, not 'betas'"),
+        ("model.params.ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such file or folder"),
+        ("model.params.unet_config=small", "unet_config: 'small' is no configuration"),
+        ("model.params.unet_config.params=null", "unet_config.params: lacks image_size, in_channels"),
+        ("model.params.unet_config.params.channel_mult=3", "channel_mult takes a list, not '3'"),
+        ("model.params.unet_config.params.dropout=2", "dropout 2 must be a share"),
+        ("model.params.first_stage_config.target=torch.nn.Identity", "torch.nn.Identity is no first stage"),
+        ("lightning.trainer.accumulate_grad_batches=0", "accumulate_grad_batches 0: write a whole number of 1 or more"),
+        ("data.params.image_size=15", "15"),
+        ("data.params.image_siz=15", "unknown key 'image_siz'"),
+        ("run.total_step=15", "unknown key 'total_step' .did you mean total_steps"),
+        ("run.total_steps=many", "total_steps takes a whole number"),
+        ("run.ema_rate=2", "ema_rate '2'"),
+        ("run.images_per_step=3", "images_per_step 3, but .* are 4"),
+        ("lightning.trainer.strategy=fsdp", "use ddp"),
+        ("lightning.trainer.precision=bf16-true", "bf16-true: .* take one of 32-true, bf16-mixed, 16-mixed"),
+        ("lightning.trainer.precisio=16", "unknown key 'precisio'"),
+    ],
+)
+def test_bad_settings(pairs, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), override)
+    assert not (tmp_path / "a/checkpoints").exists()
+
+
+@pytest.mark.parametrize("word", ["--total_steps", "total_steps", "--limt"])
+def test_words_that_are_no_settings(pairs, tmp_path, word):
+    with pytest.raises(UserError, match=f"don't know what to do with '{word}'"):
+        train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), "run.seed=1", word)
+
+
+def test_limit_and_dry_run(pairs, tmp_path, capsys):
+    train(
+        write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"),
+        "--dry_run",
+        "run.seed=1",
+        "--limit",
+        "5",
+        "run.seed=2",
+    )
+    printed = capsys.readouterr().out
+    assert "limit: 5" in printed and "seed: 2" in printed and "M parameters to train" in printed
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("run.seed=1", "run.seed .0 there, 1 here"),
+        ("data.params.batch_size=2", "run.images_per_step .4 there, 2 here"),
+        ("model.params.mt_loss_weight=0.2", "mt_loss_weight .0.1 there, 0.2 here"),
+        ("model.params.unet_config.params.num_heads=4", "num_heads .2 there, 4 here"),
+        ("run.ema_rate=0.5", "no averaged weights for run.ema_rate 0.5"),
+    ],
+)
+def test_a_run_refuses_other_settings(pairs, tmp_path, override, message):
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
+    train(file, "run.total_steps=1")
+    with pytest.raises(UserError, match=message):
+        train(file, override)
