@@ -126,10 +126,10 @@ def sample(
     The number of steps is that of `diffusion`. seeds: one integer per sample (default: drawn from torch's generator); a
     sample depends on its own seed and conditions alone. eta is DDIM's.
     start: (y_t [B, C, H, W], t) begins there instead of with noise at the last timestep (SDEdit).
-    guidance_scale: classifier-free guidance, eps = eps_pure + scale (eps - eps_pure) (Ho and Salimans 2022, with scale = 1 + w);
-    other than 1 it needs a model that takes `pure` bool [B], the samples to be seen without any condition: see `MTModel`.
+    guidance_scale: classifier-free guidance, eps = eps_unconditional + scale (eps - eps_unconditional) (Ho and Salimans 2022, with scale = 1 + w);
+    other than 1 it needs a model that takes `unconditional` bool [B], the samples to be seen without any condition: see `MTModel`.
     With a further modality unknown it is approximate: y_t is then known only as far as that one is.
-    cond_fn: (y_t [B, C, H, W], told timesteps [B]) -> scaled gradient of log p(condition | y_t), as an outside classifier gives it:
+    cond_fn: (y_t [B, C, H, W], timesteps as the network is told them [B]) -> scaled gradient of log p(condition | y_t), as an outside classifier gives it:
     ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
     Raises ValueError for names, shapes and counts that don't fit.
     """
@@ -155,7 +155,9 @@ def sample(
         for step in diffusion.reversed_steps(progress, first):
             t = torch.full((shape[0],), step, device=device)
             bare = z - diffusion.aggregation.shift(encodings, t) if guidance_scale != 1 else None
-            output, predictions, gradient, pure = _denoise(model, diffusion, modalities, z, t, given, guiding, bare)
+            output, predictions, gradient, unconditional = _denoise(
+                model, diffusion, modalities, z, t, given, guiding, bare
+            )
             unknown = {name: modalities[name].estimate(_head(predictions, name)) for name in unknown}
             encodings = {**fixed, **{name: modalities[name].encode(x) for name, x in unknown.items()}}
             y = z - diffusion.aggregation.shift(encodings, t)
@@ -163,13 +165,15 @@ def sample(
             pred_xstart = diffusion.predict_xstart(output, y, t)
             outside = cond_fn(y, diffusion.model_timesteps(t)) if cond_fn is not None else None
             shifts_eps = outside is not None and not rule.shifts_mean
-            if gradient is not None or pure is not None or shifts_eps:
+            if gradient is not None or unconditional is not None or shifts_eps:
                 eps = diffusion.predict_eps_from_xstart(y, t, pred_xstart)
                 if gradient is not None:
                     eps = diffusion.condition_eps(eps, conditioning_scale * gradient, t)
-                if pure is not None:
-                    eps_pure = diffusion.predict_eps_from_xstart(y, t, diffusion.predict_xstart(pure, y, t))
-                    eps = eps_pure + guidance_scale * (eps - eps_pure)
+                if unconditional is not None:
+                    eps_unconditional = diffusion.predict_eps_from_xstart(
+                        y, t, diffusion.predict_xstart(unconditional, y, t)
+                    )
+                    eps = eps_unconditional + guidance_scale * (eps - eps_unconditional)
                 if shifts_eps:
                     eps = diffusion.condition_eps(eps, outside, t)
                 pred_xstart = diffusion.predict_xstart_from_eps(y, t, eps)
@@ -197,23 +201,23 @@ def _denoise(
 ) -> tuple[Tensor, Mapping[str, Tensor], Tensor | None, Tensor | None]:
     """The network at z_t; grad_z sum_i log p_head(x_i | z_t) for the modalities in `guiding` (DESIGN 2.5), or None; and the
     output without any condition at `bare` = y_t in the same pass, or None."""
-    count, told = len(z), diffusion.model_timesteps(t)
+    count, model_t = len(z), diffusion.model_timesteps(t)
     with torch.set_grad_enabled(bool(guiding)):
         state = z = z.detach().requires_grad_(bool(guiding))
         kwargs = {}
         if bare is not None:
-            state, told = torch.cat([z, bare]), told.repeat(2)
+            state, model_t = torch.cat([z, bare]), model_t.repeat(2)
             given = {name: torch.cat([x, x]) for name, x in given.items()}
-            kwargs["pure"] = torch.arange(2 * count, device=z.device) >= count
-        result = call_model(model, state, told, given, **kwargs)
+            kwargs["unconditional"] = torch.arange(2 * count, device=z.device) >= count
+        result = call_model(model, state, model_t, given, **kwargs)
         predictions = {name: prediction[:count] for name, prediction in result.predictions.items()}
         gradient = None
         if guiding:
             original = diffusion.network_timesteps(t)
             log_prob = sum(modalities[n].log_prob(_head(predictions, n), x, original).sum() for n, x in guiding.items())
             (gradient,) = torch.autograd.grad(log_prob, z)
-    output, pure = result.output[:count].detach(), None if bare is None else result.output[count:].detach()
-    return output, {n: p.detach() for n, p in predictions.items()}, gradient, pure
+    output, unconditional = result.output[:count].detach(), None if bare is None else result.output[count:].detach()
+    return output, {n: p.detach() for n, p in predictions.items()}, gradient, unconditional
 
 
 def _head(predictions: Mapping[str, Tensor], name: str) -> Tensor:

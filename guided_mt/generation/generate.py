@@ -155,7 +155,7 @@ class Generator:
         if not self.modalities:
             return lambda x, t: model(x, t, y=labels).output
         if config.mt_drop_prob > 0:
-            return lambda x, t: model(x, t, y=labels, pure=True).output
+            return lambda x, t: model(x, t, y=labels, unconditional=True).output
         only_masks = model.variant == "X" and not model.context_in
         without_frame = model.variant == "U" and all(name == "none" for name in weights_names(config).values())
         if only_masks or without_frame:

@@ -176,7 +176,7 @@ class MTConfig:
         "0.1", "lambda of eq. 6, or one each: masked=0.1,label=0.05; 0 trains the purely conditional twin"
     )
     mt_drop_prob: float = option(
-        0.0, "share of samples trained as pure generation, with no modality and no class", least=0, most=1
+        0.0, "share of samples trained unconditionally, with no modality and no class", least=0, most=1
     )
     mt_given_prob: float = option(0.5, "variant any: how often a modality is given to the network", least=0, most=1)
     mt_encoding_norm: str = option("none", "rms: rescale the network's own encodings E(x) to RMS 1", ENCODING_NORMS)

@@ -66,7 +66,7 @@ class MTModel(UNetModel):
         self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, context_dim)) for name in framed})
 
     def freeze_context(self) -> None:
-        """For training without any modality (every sample `pure`): what is not read gets no gradient."""
+        """For training without any modality (every sample `unconditional`): what is not read gets no gradient."""
         for name, parameter in self.named_parameters():
             if name.startswith(("context_in.", "null_token.")) or ".encoder_kv." in name:
                 parameter.requires_grad_(False)
@@ -79,12 +79,12 @@ class MTModel(UNetModel):
         y: Tensor | None = None,
         *,
         given: Mapping[str, Tensor] | None = None,
-        pure: Tensor | bool | None = None,
+        unconditional: Tensor | bool | None = None,
         context: Tensor | None = None,
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
-        given: {name: bool [B]} where only some samples are given a modality; pure: bool [B], or True for all: the samples that
+        given: {name: bool [B]} where only some samples are given a modality; unconditional: bool [B], or True for all: the samples that
         are seen as ADM sees them, with no modality at all (nor class, nor context). context [B, L, context_dim]: tokens of the
         caller, beside those of the modalities. Raises ValueError for a modality that this form isn't
         given.
@@ -96,10 +96,10 @@ class MTModel(UNetModel):
                     ", ".join([*self.image_inputs, *self.context_in] if self.variant != "U" else []) or "no modality"
                 )
                 raise ValueError(f"variant {self.variant} is given {wanted}; got {name}")
-        condition = self._condition(z_t, x, given or {}, pure) if self.image_inputs else None
-        shown = None if pure is True else self._context(len(z_t), x, given or {}, pure, context)
-        if y is not None and pure is not None:
-            y = torch.full_like(y, -1) if pure is True else torch.where(pure, -1, y)
+        condition = self._condition(z_t, x, given or {}, unconditional) if self.image_inputs else None
+        shown = None if unconditional is True else self._context(len(z_t), x, given or {}, unconditional, context)
+        if y is not None and unconditional is not None:
+            y = torch.full_like(y, -1) if unconditional is True else torch.where(unconditional, -1, y)
         tokens, mask = shown or (None, None)
         features = self.features(z_t, timesteps, y, tokens, condition, mask)
         output = self.output(features)
@@ -118,15 +118,17 @@ class MTModel(UNetModel):
             features = self._features(zeros, emb, self._context(len(x), {name: x}, {}, None), condition)
             return self.output(features)[:, : self.in_channels]
 
-    def _condition(self, z_t: Tensor, x: Mapping[str, Tensor], given: Mapping[str, Tensor], pure: Any) -> Tensor:
+    def _condition(
+        self, z_t: Tensor, x: Mapping[str, Tensor], given: Mapping[str, Tensor], unconditional: Any
+    ) -> Tensor:
         """The image inputs [B, condition_channels, H, W], zero where not given."""
         parts = []
         for name, channels in self.image_inputs.items():
             shown = z_t.new_ones(len(z_t), 1, 1, 1) if name in x else z_t.new_zeros(len(z_t), 1, 1, 1)
             if name in given:
                 shown = given[name].view(-1, 1, 1, 1).to(z_t.dtype)
-            if pure is not None:
-                shown = shown * (0.0 if pure is True else (~pure).view(-1, 1, 1, 1).to(z_t.dtype))
+            if unconditional is not None:
+                shown = shown * (0.0 if unconditional is True else (~unconditional).view(-1, 1, 1, 1).to(z_t.dtype))
             size = (len(z_t), channels, *z_t.shape[2:])
             parts.append(x[name].to(z_t.dtype) * shown if name in x else z_t.new_zeros(size))
             if self.variant == "any":
@@ -138,12 +140,12 @@ class MTModel(UNetModel):
         batch: int,
         x: Mapping[str, Tensor],
         given: Mapping[str, Tensor],
-        pure: Any,
+        unconditional: Any,
         own: Tensor | None = None,
     ) -> Context | None:
         """The caller's `own` tokens, then those of all modalities that have some, [B, L, width], or None; a mask where some are
         left out of some samples."""
-        tokens, shown, partly = [], [], pure is not None
+        tokens, shown, partly = [], [], unconditional is not None
         if own is not None:
             tokens.append(own)
             shown.append(own.new_ones(own.shape[:2], dtype=torch.bool))
@@ -162,7 +164,7 @@ class MTModel(UNetModel):
         if not tokens:
             return None
         mask = torch.cat(shown, dim=1) if partly else None
-        return Context(torch.cat(tokens, dim=1), mask if pure is None else mask & ~pure[:, None])
+        return Context(torch.cat(tokens, dim=1), mask if unconditional is None else mask & ~unconditional[:, None])
 
 
 @contextlib.contextmanager

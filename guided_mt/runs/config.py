@@ -170,7 +170,7 @@ class SampleConfig:
         "own-head", "how form U uses a known modality", [c for c in CONDITIONINGS if c != "network"]
     )
     guidance_scale: float = option(
-        1.0, "classifier-free guidance: eps = eps_pure + scale (eps - eps_pure); 1 is off", least=0
+        1.0, "classifier-free guidance: eps = eps_u + scale (eps - eps_u), eps_u without conditions; 1 is off", least=0
     )
     mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule", least=0)
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")

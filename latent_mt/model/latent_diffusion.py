@@ -75,7 +75,7 @@ class DiffusionWrapper(nn.Module):
         **options: Any,
     ) -> ModelOutput:
         """z_t [B, C, h, w], timesteps [B]; c_concat [B, C', h, w]; c_crossattn tokens [B, L, width]; options: as MTModel's."""
-        # `pure` doubles the batch when guidance is on; LDM's conditions are the same in both halves.
+        # `unconditional` doubles the batch when guidance is on; LDM's conditions are the same in both halves.
         repeats = 1 if c_concat is None and c_crossattn is None else len(z_t) // len(_first(c_concat, c_crossattn))
         if c_concat is not None:
             z_t = torch.cat([z_t, c_concat.repeat(repeats, 1, 1, 1)], dim=1)

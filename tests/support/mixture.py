@@ -68,12 +68,12 @@ class LabelledMixture:
 
     def network(self, diffusion: GaussianDiffusion, name: str = "label") -> Callable:
         """The best network of every form for the full process `diffusion`, called as `MTModel` is: a given label has left the
-        frame, one that isn't given stands in it (if `diffusion` has weights for it), and a `pure` sample has neither."""
+        frame, one that isn't given stands in it (if `diffusion` has weights for it), and a `unconditional` sample has neither."""
         abars = torch.from_numpy(diffusion.alphas_cumprod)
         bs = torch.from_numpy(diffusion.aggregation.coefficients.get(name, np.zeros(diffusion.num_timesteps)))
 
-        def network(z_t, t, modalities, pure=None):
-            alone = torch.zeros(len(z_t), dtype=torch.bool) if pure is None else pure
+        def network(z_t, t, modalities, unconditional=None):
+            alone = torch.zeros(len(z_t), dtype=torch.bool) if unconditional is None else unconditional
             framed = ~alone if name not in modalities else torch.zeros_like(alone)
             log_joint, eps = self.components(z_t, abars[t], bs[t] * framed)
             weights = log_joint.softmax(-1)

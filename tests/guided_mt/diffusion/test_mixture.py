@@ -199,12 +199,15 @@ def test_the_printed_rule_for_a_known_label_fails_as_documented():
 
 
 def guided(data, weights, scale):
-    """A form-X network whose output is eps_pure + scale (eps - eps_pure)."""
+    """A form-X network whose output is eps_unconditional + scale (eps - eps_unconditional)."""
     network = data.network(full_process(weights))
 
     def combined(z_t, t, modalities):
-        eps, pure = network(z_t, t, modalities).output, network(z_t, t, modalities, torch.ones(len(z_t)).bool()).output
-        return ModelOutput(pure + scale * (eps - pure))
+        eps, unconditional = (
+            network(z_t, t, modalities).output,
+            network(z_t, t, modalities, torch.ones(len(z_t)).bool()).output,
+        )
+        return ModelOutput(unconditional + scale * (eps - unconditional))
 
     return combined
 
@@ -245,7 +248,7 @@ def test_guidance_strengthens_the_condition():
 
 
 def test_scale_1_asks_for_no_second_prediction():
-    """A model that knows nothing of `pure` can be sampled: its batch isn't doubled either."""
+    """A model that knows nothing of `unconditional` can be sampled: its batch isn't doubled either."""
     network, sizes = OVERLAPPING.network(full_process("paper")), set()
 
     def model(z_t, t, modalities):
@@ -256,7 +259,7 @@ def test_scale_1_asks_for_no_second_prediction():
     plain = draw(OVERLAPPING, "paper", **options, model=model)
     assert sizes == {7}
     assert torch.equal(plain.x_start, draw(OVERLAPPING, "paper", **options, guidance_scale=1.0).x_start)
-    with pytest.raises(TypeError, match="pure"):
+    with pytest.raises(TypeError, match="unconditional"):
         draw(OVERLAPPING, "paper", **options, model=model, guidance_scale=2.0)
 
 
@@ -317,7 +320,7 @@ def test_a_classifiers_gradient_is_not_scaled_by_classifier_free_guidance(sample
     full = full_process(None)
     network = OVERLAPPING.network(full)
     guide = classifier_guidance(OVERLAPPING.classifier(full), LABELS[:20])
-    same = lambda z_t, t, modalities, pure=None: network(z_t, t, modalities)  # noqa: E731
+    same = lambda z_t, t, modalities, unconditional=None: network(z_t, t, modalities)  # noqa: E731
     options = {"sampler": sampler, "steps": 10, "n": 20, "model": same, "cond_fn": guide}
     plain, scaled = (draw(OVERLAPPING, None, **options, guidance_scale=scale).x_start for scale in (1.0, 4.0))
     torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-4)

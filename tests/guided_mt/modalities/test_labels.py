@@ -261,9 +261,9 @@ def test_pure_samples_are_seen_as_adm_sees_them(variant):
     data = data if variant != "U" else {}
     unet = plain_unet(model)
     reference = unet(z, t)
-    assert torch.equal(model(z, t, data, pure=True).output, reference)
+    assert torch.equal(model(z, t, data, unconditional=True).output, reference)
     some = torch.tensor([True, False, True])
-    output = model(z, t, data, pure=some).output
+    output = model(z, t, data, unconditional=some).output
     close(output[some], reference[some])
     close(output[~some], model(z, t, data).output[~some])
     assert not torch.allclose(output[1], reference[1])
@@ -312,8 +312,8 @@ class Recorder(nn.Module):
         super().__init__()
         self.weight, self.logits = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([0.3, -0.2, 0.1]))
 
-    def forward(self, z_t, t, modalities, given=None, pure=None):
-        self.z_t, self.data, self.given, self.pure = z_t, modalities, given, pure
+    def forward(self, z_t, t, modalities, given=None, unconditional=None):
+        self.z_t, self.data, self.given, self.unconditional = z_t, modalities, given, unconditional
         logits = self.logits.expand(len(z_t), -1)
         return ModelOutput(self.weight * z_t, {"image": self.weight * z_t, "label": logits})
 
@@ -362,7 +362,7 @@ def test_form_any_shows_or_frames_each_modality_of_each_sample():
 
 @pytest.mark.parametrize("given_prob", [0.0, 0.3, 1.0])
 def test_given_prob_is_how_often_a_modality_is_given(given_prob):
-    """Independently of each other; samples trained as pure generation are given nothing."""
+    """Independently of each other; samples trained as unconditional generation are given nothing."""
     losses, model, *_ = recorded(count=4000, variant="any", given_prob=given_prob, drop_prob=0.25)
     kept = losses.kept.bool()
     given = {name: shown[kept].double() for name, shown in model.given.items()}
@@ -372,7 +372,9 @@ def test_given_prob_is_how_often_a_modality_is_given(given_prob):
     both = float((given["image"] * given["label"]).mean())
     assert abs(both - given_prob**2) <= 4 * math.sqrt(given_prob**2 * (1 - given_prob**2) / int(kept.sum()))
     assert not any(shown[~kept].any() for shown in model.given.values())
-    assert torch.equal(model.pure, ~kept) and abs(float(kept.double().mean()) - 0.75) < 4 * math.sqrt(0.19 / 4000)
+    assert torch.equal(model.unconditional, ~kept) and abs(float(kept.double().mean()) - 0.75) < 4 * math.sqrt(
+        0.19 / 4000
+    )
 
 
 def test_given_prob_0_and_1_are_forms_u_and_x():

@@ -311,7 +311,7 @@ def test_the_loaded_adm_model_is_the_pure_pass(folder, tmp_path):
     generator = load(run)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 30])
     with torch.no_grad():
-        assert torch.equal(generator.model(x, t, pure=True).output, unet(x, t))
+        assert torch.equal(generator.model(x, t, unconditional=True).output, unet(x, t))
 
 
 def load(run: Path) -> Generator:

@@ -104,8 +104,8 @@ class Recorder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.5))
 
-    def forward(self, z_t, t, modalities, given=None, pure=None):
-        self.z_t, self.given, self.pure = z_t, modalities, pure
+    def forward(self, z_t, t, modalities, given=None, unconditional=None):
+        self.z_t, self.given, self.unconditional = z_t, modalities, unconditional
         return ModelOutput(self.weight * z_t, {"masked": self.weight * z_t})
 
 
@@ -115,7 +115,7 @@ def objective(variant, drop_prob=0.0, loss_weight=0.1, task=True):
     t = torch.arange(16) * 60
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", mt_weights={"masked": "paper"} if task else {})
     modalities = {"masked": MaskedImage(patch=2)} if task else {}
-    model = Recorder() if task else lambda z, t, pure=None: 0.5 * z
+    model = Recorder() if task else lambda z, t, unconditional=None: 0.5 * z
     streams = SampleStreams(0, torch.arange(16))
     options = {"variant": variant, "drop_prob": drop_prob, "loss_weight": loss_weight}
     losses = multi_task_losses(model, diffusion, modalities, Images(x_start), t, noise, streams, **options)
@@ -147,9 +147,9 @@ def test_dropped_samples_are_plain_generation(variant):
     dropped, model, *_ = objective(variant, drop_prob=1.0)
     plain, *_ = objective(variant, task=False)
     torch.testing.assert_close(dropped.loss, plain.loss)
-    assert not dropped.kept.any() and model.pure is True
+    assert not dropped.kept.any() and model.unconditional is True
     half, model, *_ = objective(variant, drop_prob=0.5)
-    assert 0 < half.kept.sum() < 16 and torch.equal(model.pure, half.kept == 0)
+    assert 0 < half.kept.sum() < 16 and torch.equal(model.unconditional, half.kept == 0)
 
 
 def test_loss_weight_zero_is_the_conditional_twin():
