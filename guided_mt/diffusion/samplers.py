@@ -126,10 +126,10 @@ def sample(
     The number of steps is that of `diffusion`. seeds: one integer per sample (default: drawn from torch's generator); a
     sample depends on its own seed and conditions alone. eta is DDIM's.
     start: (y_t [B, C, H, W], t) begins there instead of with noise at the last timestep (SDEdit).
-    guidance_scale: classifier-free guidance, eps = eps_unconditional + scale (eps - eps_unconditional) (Ho and Salimans 2022, with scale = 1 + w);
+    guidance_scale: classifier-free guidance, eps = eps_u + scale (eps - eps_u) (Ho and Salimans 2022, with scale = 1 + w);
     other than 1 it needs a model that takes `unconditional` bool [B], the samples to be seen without any condition: see `MTModel`.
     With a further modality unknown it is approximate: y_t is then known only as far as that one is.
-    cond_fn: (y_t [B, C, H, W], timesteps as the network is told them [B]) -> scaled gradient of log p(condition | y_t), as an outside classifier gives it:
+    cond_fn: (y_t [B, C, H, W], the network's timesteps [B]) -> scaled gradient of log p(condition | y_t), as an outside classifier's:
     ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
     Raises ValueError for names, shapes and counts that don't fit.
     """

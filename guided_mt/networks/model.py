@@ -84,10 +84,9 @@ class MTModel(UNetModel):
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
-        given: {name: bool [B]} where only some samples are given a modality; unconditional: bool [B], or True for all: the samples that
-        are seen as ADM sees them, with no modality at all (nor class, nor context). context [B, L, context_dim]: tokens of the
-        caller, beside those of the modalities. Raises ValueError for a modality that this form isn't
-        given.
+        given: {name: bool [B]} where only some samples are given a modality. unconditional: bool [B], or True for all: the
+        samples that are seen as ADM sees them, with no modality at all (nor class, nor context). context [B, L, context_dim]:
+        tokens of the caller, beside those of the modalities. Raises ValueError for a modality that this form isn't given.
         """
         x = dict(modalities or {})
         for name in x:

@@ -19,8 +19,8 @@ from ..modalities.tokens import rms
 class Losses:
     """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities. `terms` {name:
     values} are its parts, unweighted; `encoding_rms` {name: values} the sizes of the encodings in the frame. `kept` is 0 for the
-    samples that were trained as unconditional generation (`mt_drop_prob`), else 1; `predicted` {name: values} is 1 where a head's term
-    tells how well it predicts: not for those samples, nor where form any was given the modality."""
+    samples that were trained unconditionally (`mt_drop_prob`), else 1; `predicted` {name: values} is 1 where
+    a head's term tells how well it predicts: not for those samples, nor where form any was given the modality."""
 
     loss: Tensor
     denoising: Tensor
@@ -49,8 +49,8 @@ def multi_task_losses(
 
     variant "U": every modality stands in the frame; "X": every modality is given to the network and leaves the frame; "any": each
     is given to each sample with probability `given_prob`. loss_weight: lambda, or one per modality.
-    drop_prob: the share of samples trained as unconditional generation: no frame, nothing given, no modality loss (DESIGN 2.6.6). The model
-    is told which by `unconditional`, and in form any what is given by `given`, as `MTModel.forward` takes them.
+    drop_prob: the share of samples trained unconditionally: no frame, nothing given, no modality loss (DESIGN 2.6.6). The model is
+    told which by `unconditional`, and in form any what is given by `given`, as `MTModel.forward` takes them.
     """
     x_start = images.x_start
     dropped = streams.uniform() < drop_prob  # (B,)
