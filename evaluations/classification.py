@@ -31,12 +31,17 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file: import from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from .errors import EvaluationError, run, warn
-from .files.files import prepare_output, write_json
-from .files.npz import open_npz, read_array
-from .scores.classification_scores import BINS, LEAST_PROBABILITY, ClassificationScores, classification_scores
-from .scores.segmentation_scores import confusion_matrix
-from .tables.figures import new_figure, plot_confusion, save_figure
+from evaluations.errors import EvaluationError, run, warn
+from evaluations.files.files import prepare_output, write_json
+from evaluations.files.npz import open_npz, read_array
+from evaluations.scores.classification_scores import (
+    BINS,
+    LEAST_PROBABILITY,
+    ClassificationScores,
+    classification_scores,
+)
+from evaluations.scores.segmentation_scores import confusion_matrix
+from evaluations.tables.figures import new_figure, plot_confusion, save_figure
 
 PROBABILITIES = ("probabilities", "probs", "label_probabilities", "arr_0")
 LABELS = ("labels", "label", "arr_1")

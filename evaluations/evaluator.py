@@ -16,14 +16,14 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: import from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from .errors import EvaluationError, run, warn
-from .features.backends import add_backend_flags, check_backend_flags
-from .features.reference import stored_weights
-from .files.files import prepare_output, write_json
-from .files.images import open_images
-from .scores.comparison import METRICS, Comparison, Score, choose_metrics, describe
-from .scores.manifolds import precision_recall
-from .scores.metrics import frechet_distance, inception_score
+from evaluations.errors import EvaluationError, run, warn
+from evaluations.features.backends import add_backend_flags, check_backend_flags
+from evaluations.features.reference import stored_weights
+from evaluations.files.files import prepare_output, write_json
+from evaluations.files.images import open_images
+from evaluations.scores.comparison import METRICS, Comparison, Score, choose_metrics, describe
+from evaluations.scores.manifolds import precision_recall
+from evaluations.scores.metrics import frechet_distance, inception_score
 
 __all__ = ["frechet_distance", "inception_score", "main", "precision_recall"]
 

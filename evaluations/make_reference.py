@@ -15,11 +15,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: import from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from .errors import EvaluationError, run
-from .features.backends import add_backend_flags, check_backend_flags, load_backend
-from .features.reference import write_reference
-from .files.files import prepare_output
-from .files.images import open_images
+from evaluations.errors import EvaluationError, run
+from evaluations.features.backends import add_backend_flags, check_backend_flags, load_backend
+from evaluations.features.reference import write_reference
+from evaluations.files.files import prepare_output
+from evaluations.files.images import open_images
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,15 +20,15 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a file: import from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from .errors import EvaluationError, run, warn
-from .features import weights
-from .features.device import choose_device
-from .files.files import prepare_output, write_json
-from .files.hashing import sha256
-from .files.restored_files import Restoration, read
-from .scores.perceptual import Lpips, load_package
-from .scores.region_scores import METRICS, Score, mae, mse, psnr, ssim
-from .tables import table1
+from evaluations.errors import EvaluationError, run, warn
+from evaluations.features import weights
+from evaluations.features.device import choose_device
+from evaluations.files.files import prepare_output, write_json
+from evaluations.files.hashing import sha256
+from evaluations.files.restored_files import Restoration, read
+from evaluations.scores.perceptual import Lpips, load_package
+from evaluations.scores.region_scores import METRICS, Score, mae, mse, psnr, ssim
+from evaluations.tables import table1
 
 if TYPE_CHECKING:
     from torch import Tensor

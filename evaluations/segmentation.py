@@ -33,12 +33,20 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a file: import from the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from .errors import EvaluationError, run, warn
-from .files.files import prepare_output, write_json
-from .files.label_maps import Decoded, LabelMaps, decode_prediction, decode_reference, open_label_maps, pairs, resize
-from .files.palettes import CITYSCAPES, VOID, Palette, nearest_class, palette_of, read_classes
-from .scores.segmentation_scores import SegmentationScores, confusion_matrix, scores
-from .tables.figures import plot_confusion
+from evaluations.errors import EvaluationError, run, warn
+from evaluations.files.files import prepare_output, write_json
+from evaluations.files.label_maps import (
+    Decoded,
+    LabelMaps,
+    decode_prediction,
+    decode_reference,
+    open_label_maps,
+    pairs,
+    resize,
+)
+from evaluations.files.palettes import CITYSCAPES, VOID, Palette, nearest_class, palette_of, read_classes
+from evaluations.scores.segmentation_scores import SegmentationScores, confusion_matrix, scores
+from evaluations.tables.figures import plot_confusion
 
 __all__ = ["SegmentationScores", "confusion_matrix", "count", "main", "nearest_class", "scores"]
 

@@ -25,7 +25,7 @@ IN_TENSORFLOW = """
 import sys
 from pathlib import Path
 import numpy as np
-from evaluations.tensorflow_worker import TensorFlowInception
+from evaluations.features.tensorflow_worker import TensorFlowInception
 assert "torch" not in sys.modules
 network = TensorFlowInception(Path(sys.argv[1]), "cpu")
 outputs = {"softmax_weight": network.softmax_weight}
