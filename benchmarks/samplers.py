@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 from gaussian import JointGaussian, frechet
 
 from guided_mt.diffusion.respacing import create_gaussian_diffusion, frame_timesteps, respace, space_timesteps
-from guided_mt.diffusion.samplers import SAMPLERS, sample
+from guided_mt.diffusion.sampling import SAMPLERS, sample
 from guided_mt.modalities import ImageModality
 
 SHAPE = (3, 2, 2)

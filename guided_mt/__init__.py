@@ -14,13 +14,14 @@ _HOMES = {
     "ImageModality": "modalities",
     "MTModel": "networks.model",
     "MaskedImage": "modalities",
-    "ModelOutput": "diffusion.process",
+    "ModelOutput": "diffusion.network",
     "aggregation_coefficients": "diffusion.aggregation",
     "aggregation_weights": "diffusion.aggregation",
     "create_classifier": "networks.classifier",
     "create_gaussian_diffusion": "diffusion.respacing",
     "create_model": "networks.unet",
-    "sample": "diffusion.samplers",
+    "sample": "diffusion.sampling",
+    "timestep_weights": "diffusion.weighting",
 }
 __all__ = sorted(_HOMES)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data.images import make_grid, save_png, to_nhwc
-from ..diffusion.guidance import classifier_guidance
-from ..diffusion.samplers import sample
+from ..diffusion.sampling import sample
+from ..diffusion.sampling.guidance import classifier_guidance
 from ..errors import UserError
 from ..generation.generate import Generator, output_path, parse_seeds
 from ..generation.noisy_classifier import find_classifier, load_classifier

@@ -1,38 +1,29 @@
 """Gaussian diffusion with ADM's process, losses and names, and the frame of MT-Diffusion around it.
 
 In the frame y_t = z_t - s_t (DESIGN 2.2) the chain of MT-Diffusion *is* DDPM's, so every formula below is the published one:
-Ho et al. 2020 (DDPM), Nichol and Dhariwal 2021 (IDDPM: cosine schedule, learned variances, hybrid loss), Dhariwal and
-Nichol 2021 (ADM: guidance), Song et al. 2021 (DDIM). Here `x_t` is the state in the frame; only `training_losses` and
-`bpd_terms` put it into z-space for the network, by adding `aggregation.shift`.
+Ho et al. 2020 (DDPM), Nichol and Dhariwal 2021 (IDDPM: learned variances, hybrid loss), Dhariwal and Nichol 2021 (ADM:
+guidance), Song et al. 2021 (DDIM). Here `x_t` is the state in the frame; only `training_losses` and `calc_bpd_loop` put it into
+z-space for the network, by adding `aggregation.shift`.
 """
 
 from __future__ import annotations
 
+import copy
 import enum
-import functools
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .adm_loops import ADMLoops
 from .aggregation import Aggregation
-
-
-class ModelOutput(NamedTuple):
-    """What a denoiser returns: ADM's output [B, C or 2C, H, W] and one prediction per modality head."""
-
-    output: Tensor
-    predictions: Mapping[str, Tensor] = {}
-
-
-class ModelMeanType(enum.Enum):
-    EPSILON = "epsilon"
-    START_X = "start_x"
-    PREVIOUS_X = "previous_x"
+from .likelihood import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .network import ModelOutput, as_denoising, as_output
+from .targets import TARGETS, ModelMeanType, xstart_from_eps
+from .weighting import timestep_weights as weights_of
 
 
 class ModelVarType(enum.Enum):
@@ -54,103 +45,12 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-# ---------------------------------------------------------------- schedules
-
-
-def _linear_betas(steps: int) -> np.ndarray:
-    """Ho et al.'s 1e-4 .. 0.02 over 1000 steps, rescaled to any number of steps."""
-    return np.linspace(0.0001, 0.02, steps, dtype=np.float64) * (1000 / steps)
-
-
-def _cosine_betas(steps: int, max_beta: float = 0.999) -> np.ndarray:
-    """IDDPM eq. 17, with beta clipped at 0.999."""
-    u = np.arange(steps + 1, dtype=np.float64) / steps
-    abar = np.array([math.cos((v + 0.008) / 1.008 * math.pi / 2) ** 2 for v in u])
-    return np.minimum(1 - abar[1:] / abar[:-1], max_beta)
-
-
-SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": _linear_betas, "cosine": _cosine_betas}
-
-
-def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
-    """beta_t, float64 [T]. Raises ValueError for a name that is not in SCHEDULES."""
-    if schedule_name not in SCHEDULES:
-        raise ValueError(f"unknown noise schedule '{schedule_name}'; choose from {', '.join(SCHEDULES)}")
-    return SCHEDULES[schedule_name](num_diffusion_timesteps)
-
-
-# ---------------------------------------------------------------- likelihood terms
-
-
-def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all dimensions but the batch, [B]."""
-    return x.mean(dim=tuple(range(1, x.ndim)))
-
-
-def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """KL(N1 || N2) of diagonal Gaussians, element by element, in nats."""
-    logvar2 = torch.as_tensor(logvar2, device=mean1.device, dtype=mean1.dtype)
-    return 0.5 * (-1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
-
-
-def _approx_standard_normal_cdf(x: Tensor) -> Tensor:
-    # The tanh form, not erf: DDPM and ADM report their likelihoods with it.
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """log p of 8-bit data x in [-1, 1] under a Gaussian integrated over bins of width 2/255, in nats (DDPM eq. 13)."""
-    centered, inv_std = x - means, torch.exp(-log_scales)
-    cdf_plus = _approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
-    cdf_min = _approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
-    log_cdf_plus = torch.log(cdf_plus.clamp(min=1e-12))
-    log_one_minus_cdf_min = torch.log((1.0 - cdf_min).clamp(min=1e-12))
-    log_middle = torch.log((cdf_plus - cdf_min).clamp(min=1e-12))
-    return torch.where(x < -0.999, log_cdf_plus, torch.where(x > 0.999, log_one_minus_cdf_min, log_middle))
-
-
-# ---------------------------------------------------------------- the network, seen from the process
-
-
-def call_model(
-    model: Callable, z_t: Tensor, t: Tensor, modalities: Mapping[str, Tensor], **model_kwargs: Any
-) -> ModelOutput:
-    """Run `model(z_t, t, modalities) -> ModelOutput`, or ADM's `model(x, t, **kwargs) -> Tensor` (no modalities)."""
-    if takes_modalities(model):
-        result = model(z_t, t, modalities, **model_kwargs)
-    elif modalities:
-        raise ValueError(f"this model takes no modalities, but {', '.join(modalities)} was given to it")
-    else:
-        result = model(z_t, t, **model_kwargs)
-    return result if isinstance(result, ModelOutput) else ModelOutput(result)
-
-
-def takes_modalities(model: Callable) -> bool:
-    """True for (z_t, t, modalities, ...), False for ADM's (x, timesteps, y=None, ...) whose third argument has a default."""
-    while True:  # partial, DistributedDataParallel and torch.compile hide the signature
-        if isinstance(model, functools.partial) and isinstance(model.func, torch.nn.Module):
-            model = model.func
-        elif isinstance(model, torch.nn.Module) and ("module" in model._modules or "_orig_mod" in model._modules):
-            model = model._modules.get("module", model._modules.get("_orig_mod"))
-        else:
-            break
-    signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
-    if "modalities" in signature.parameters:
-        return True
-    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        return True
-    return len(positional) > 2 and positional[2].default is inspect.Parameter.empty and positional[2].name != "y"
-
-
-# ---------------------------------------------------------------- the process
-
-
-class GaussianDiffusion:
+class GaussianDiffusion(ADMLoops):
     """ADM's diffusion process for betas [T], carrying the Aggregation of the same timesteps.
 
     timestep_map [T]: the timestep that the network is told, one of 0..original_num_steps-1; identity unless respaced.
-    All arrays are float64 numpy [T], with ADM's names.
+    timestep_weights: a name of `weighting.TIMESTEP_WEIGHTS`. All arrays are float64 numpy [T], with ADM's names.
+    Raises ValueError for betas outside (0, 1], and for timestep weights where no squared error is weighted.
     """
 
     def __init__(
@@ -164,17 +64,37 @@ class GaussianDiffusion:
         aggregation: Aggregation | None = None,
         timestep_map: np.ndarray | None = None,
         original_num_steps: int | None = None,
+        timestep_weights: str = "uniform",
     ):
+        self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
+        self.rescale_timesteps, self.timestep_weights = rescale_timesteps, timestep_weights
+        self.target = TARGETS[model_mean_type]
+        if timestep_weights != "uniform" and (loss_type.is_vb or not self.target.prediction):
+            raise ValueError(
+                f"timestep weights '{timestep_weights}' weigh a squared error of eps, x_0 or v; this loss has none"
+            )
+        self.original_num_steps = original_num_steps or len(betas)
+        map_of = np.arange(len(betas)) if timestep_map is None else np.asarray(timestep_map, dtype=np.int64)
+        self._tabulate(betas, aggregation or Aggregation(), map_of)
+
+    def respace(self, timesteps: Sequence[int]) -> GaussianDiffusion:
+        """The process that keeps abar_t and alpha-tilde_t at `timesteps` (local indices), so all kept marginals; nothing else
+        changes (DESIGN 2.2)."""
+        kept = sorted(set(timesteps))
+        abar = self.alphas_cumprod[kept]
+        respaced = copy.copy(self)
+        respaced._tabulate(
+            1 - abar / np.append(1.0, abar[:-1]), self.aggregation.respace(kept), self.timestep_map[kept]
+        )
+        return respaced
+
+    def _tabulate(self, betas: np.ndarray, aggregation: Aggregation, timestep_map: np.ndarray) -> None:
+        """Everything that follows from the timesteps."""
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0).all() and (betas <= 1).all()):
             raise ValueError("betas must be a vector of numbers in (0, 1]")
-        self.betas = betas
-        self.num_timesteps = len(betas)
-        self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
-        self.rescale_timesteps = rescale_timesteps
-        self.aggregation = aggregation or Aggregation()
-        self.timestep_map = np.arange(len(betas)) if timestep_map is None else np.asarray(timestep_map, dtype=np.int64)
-        self.original_num_steps = original_num_steps or self.num_timesteps
+        self.betas, self.num_timesteps = betas, len(betas)
+        self.aggregation, self.timestep_map = aggregation, timestep_map
 
         alphas = 1.0 - betas
         self.alphas_cumprod = np.cumprod(alphas)
@@ -194,6 +114,8 @@ class GaussianDiffusion:
         self.log_betas = np.log(betas)
         self.large_variance = np.append(first, betas[1:])
         self.log_large_variance = np.log(self.large_variance)
+        if self.timestep_weights != "uniform":
+            self.loss_weights = weights_of(self.timestep_weights, self.alphas_cumprod, self.target.prediction)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
@@ -240,7 +162,7 @@ class GaussianDiffusion:
     # ------------------------------------------------------------ reverse process (in the frame)
 
     def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        return xstart_from_eps(self, eps, x_t, t)
 
     def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
@@ -248,21 +170,11 @@ class GaussianDiffusion:
 
     def xstart_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
         """(a, b), each [T], with z_0 = a_t y_t + b_t output[:, :C]: `predict_xstart` as one linear map."""
-        if self.model_mean_type is ModelMeanType.START_X:
-            return np.zeros(self.num_timesteps), np.ones(self.num_timesteps)
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            return self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod
-        return -self.posterior_mean_coef2 / self.posterior_mean_coef1, 1.0 / self.posterior_mean_coef1
+        return self.target.xstart_coefficients(self)
 
     def predict_xstart(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """z_0 from the first C channels of a network output."""
-        prediction = output[:, : x_t.shape[1]]
-        if self.model_mean_type is ModelMeanType.START_X:
-            return prediction
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            return self.predict_xstart_from_eps(x_t, t, prediction)
-        scale = 1.0 / self.at("posterior_mean_coef1", t, x_t)  # y_{t-1} is predicted: solve the posterior mean for z_0
-        return scale * (prediction - self.at("posterior_mean_coef2", t, x_t) * x_t)
+        return self.target.xstart(self, output[:, : x_t.shape[1]], x_t, t)
 
     def p_variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Variance and log variance of p(y_{t-1} | y_t), each of the shape of x_t."""
@@ -321,167 +233,39 @@ class GaussianDiffusion:
         return self.p_mean_variance_from_output(output, x, t, clip_denoised, denoised_fn)
 
     def _run(self, model: Callable, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None) -> ModelOutput:
-        kwargs = dict(model_kwargs or {})
-        return call_model(model, x, self.model_timesteps(t), kwargs.pop("modalities", {}), **kwargs)
+        kwargs, timesteps = dict(model_kwargs or {}), self.model_timesteps(t)
+        if "modalities" in kwargs:
+            return as_output(model(x, timesteps, kwargs.pop("modalities"), **kwargs))
+        return as_denoising(model)(x, timesteps, {}, **kwargs)
 
     def p_sample_step(self, p: Mapping[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
         """y_{t-1} ~ N(mean, variance); no noise is added at t = 0."""
         return p["mean"] + self._unless_last(t, noise) * torch.exp(0.5 * p["log_variance"]) * noise
 
     def ddim_step(
-        self, x: Tensor, pred_xstart: Tensor, t: Tensor, noise: Tensor | None = None, eta: float = 0.0
+        self,
+        x: Tensor,
+        pred_xstart: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        eta: float = 0.0,
+        to: Tensor | None = None,
     ) -> Tensor:
-        """y_{t-1} by DDIM eq. 12. noise may be None where eta = 0."""
+        """y at the timestep `to` [B] (default t - 1; -1 is z_0) by DDIM eq. 12. noise may be None where eta = 0."""
         eps = self.predict_eps_from_xstart(x, t, pred_xstart)
-        abar, abar_prev = self.at("alphas_cumprod", t, x), self.at("alphas_cumprod_prev", t, x)
-        sigma = eta * torch.sqrt((1 - abar_prev) / (1 - abar)) * torch.sqrt(1 - abar / abar_prev)
-        mean = pred_xstart * torch.sqrt(abar_prev) + torch.sqrt(1 - abar_prev - sigma**2) * eps
+        abar = self.at("alphas_cumprod", t, x)
+        abar_to = self.at("alphas_cumprod_prev", t if to is None else to + 1, x)
+        sigma = eta * torch.sqrt((1 - abar_to) / (1 - abar)) * torch.sqrt(1 - abar / abar_to)
+        mean = pred_xstart * torch.sqrt(abar_to) + torch.sqrt(1 - abar_to - sigma**2) * eps
         return mean if noise is None else mean + self._unless_last(t, x) * sigma * noise
 
     @staticmethod
     def _unless_last(t: Tensor, like: Tensor) -> Tensor:
         return (t != 0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
-    def condition_mean(
-        self,
-        cond_fn: Callable,
-        p: dict[str, Tensor],
-        x: Tensor,
-        t: Tensor,
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """The mean of p shifted by variance * grad log p(y | x_t) (ADM algorithm 1)."""
-        return p["mean"] + p["variance"] * cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
-
-    def condition_score(
-        self,
-        cond_fn: Callable,
-        p: dict[str, Tensor],
-        x: Tensor,
-        t: Tensor,
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> dict[str, Tensor]:
-        """Shift eps by -sqrt(1 - abar_t) grad log p(y | x_t) (ADM algorithm 2, for DDIM and other ODE samplers)."""
-        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
-        eps = self.predict_eps_from_xstart(x, t, p["pred_xstart"])
-        pred_xstart = self.predict_xstart_from_eps(x, t, self.condition_eps(eps, gradient, t))
-        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {**p, "pred_xstart": pred_xstart, "mean": mean}
-
     def condition_eps(self, eps: Tensor, gradient: Tensor, t: Tensor) -> Tensor:
         """eps | condition = eps - sqrt(1 - abar_t) grad log p(condition | state): Bayes' rule for the score."""
         return eps - self.at("sqrt_one_minus_alphas_cumprod", t, eps) * gradient
-
-    # ------------------------------------------------------------ ADM's sampling (no modalities; for those see samplers.py)
-
-    def p_sample(
-        self,
-        model: Callable,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> dict[str, Tensor]:
-        """One ancestral step from x = y_t [B, C, H, W]: `sample` and `pred_xstart`."""
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = torch.randn_like(x)
-        if cond_fn is not None:
-            p = {**p, "mean": self.condition_mean(cond_fn, p, x, t, model_kwargs)}
-        return {"sample": self.p_sample_step(p, t, noise), "pred_xstart": p["pred_xstart"]}
-
-    def ddim_sample(
-        self,
-        model: Callable,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        eta: float = 0.0,
-    ) -> dict[str, Tensor]:
-        """One DDIM step from x = y_t [B, C, H, W]: `sample` and `pred_xstart`."""
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        if cond_fn is not None:
-            p = self.condition_score(cond_fn, p, x, t, model_kwargs)
-        noise = torch.randn_like(x)
-        return {"sample": self.ddim_step(x, p["pred_xstart"], t, noise, eta), "pred_xstart": p["pred_xstart"]}
-
-    def p_sample_loop(
-        self,
-        model: Callable,
-        shape: tuple[int, ...],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """Ancestral sampling from noise, [B, C, H, W]."""
-        step = functools.partial(
-            self.p_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-        )
-        return self._sample_loop(step, model, shape, noise, device, progress)
-
-    def ddim_sample_loop(
-        self,
-        model: Callable,
-        shape: tuple[int, ...],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-    ) -> Tensor:
-        """DDIM sampling from noise, [B, C, H, W]."""
-        step = functools.partial(
-            self.ddim_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            eta=eta,
-        )
-        return self._sample_loop(step, model, shape, noise, device, progress)
-
-    @torch.no_grad()
-    def _sample_loop(
-        self,
-        step: Callable[[Tensor, Tensor], dict[str, Tensor]],
-        model: Callable,
-        shape: tuple[int, ...],
-        noise: Tensor | None,
-        device: torch.device | str | None,
-        progress: bool,
-    ) -> Tensor:
-        if device is None:
-            device = noise.device if noise is not None else next(model.parameters()).device
-        x = torch.randn(*shape, device=device) if noise is None else noise
-        for i in self.reversed_steps(progress):
-            x = step(x, torch.full((shape[0],), i, device=device))["sample"]
-        return x
-
-    def reversed_steps(self, progress: bool = False, first: int | None = None) -> Iterable[int]:
-        """T-1 (or `first`), ..., 0, with a progress bar on request."""
-        steps = range(self.num_timesteps - 1 if first is None else first, -1, -1)
-        if progress:
-            from tqdm.auto import tqdm
-
-            return tqdm(steps, leave=False)
-        return steps
 
     # ------------------------------------------------------------ losses
 
@@ -496,17 +280,11 @@ class GaussianDiffusion:
         decoder_nll = mean_flat(decoder_nll) / math.log(2.0)
         return {"output": torch.where(t == 0, decoder_nll, kl), "pred_xstart": p["pred_xstart"]}
 
-    def _target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            return noise
-        if self.model_mean_type is ModelMeanType.START_X:
-            return x_start
-        return self.q_posterior_mean_variance(x_start, x_t, t)[0]
-
     def losses_from_output(
         self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        """ADM's loss terms, each [B]: `loss`, and `mse` (or `l1`) and `vb` where they are part of it."""
+        """ADM's loss terms, each [B]: `loss`, and `mse` (or `l1`) and `vb` where they are part of it. The timestep weights are in
+        `loss` alone."""
         if self.loss_type.is_vb:
             loss = self.vb_terms_bpd(output, x_start, x_t, t, clip_denoised=False)["output"]
             return {"loss": loss * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else loss}
@@ -519,10 +297,12 @@ class GaussianDiffusion:
             terms["vb"] = self.vb_terms_bpd(frozen, x_start, x_t, t, clip_denoised=False)["output"]
             if self.loss_type is LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
-        error = self._target(x_start, x_t, t, noise) - prediction
+        error = self.target.wanted(self, x_start, noise, x_t, t) - prediction
         name, values = ("l1", error.abs()) if self.loss_type is LossType.L1 else ("mse", error**2)
-        terms[name] = mean_flat(values)
-        terms["loss"] = terms[name] + terms["vb"] if "vb" in terms else terms[name]
+        terms[name] = weighted = mean_flat(values)
+        if self.timestep_weights != "uniform":
+            weighted = self.at("loss_weights", t, weighted) * weighted
+        terms["loss"] = weighted + terms["vb"] if "vb" in terms else weighted
         return terms
 
     def training_losses(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-
 
 class UniformSampler(nn.Module):
     """Every timestep alike, weight 1."""
@@ -74,7 +72,7 @@ SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecond
 
 
 def create_named_schedule_sampler(name: str, num_timesteps: int) -> UniformSampler:
-    """ADM's `--schedule_sampler`. Raises UserError for a name that is not in SCHEDULE_SAMPLERS."""
+    """ADM's `--schedule_sampler`. Raises ValueError for a name that is not in SCHEDULE_SAMPLERS."""
     if name not in SCHEDULE_SAMPLERS:
-        raise UserError(f"schedule_sampler: unknown '{name}'; choose from {', '.join(SCHEDULE_SAMPLERS)}")
+        raise ValueError(f"schedule_sampler: unknown '{name}'; choose from {', '.join(SCHEDULE_SAMPLERS)}")
     return SCHEDULE_SAMPLERS[name](num_timesteps)

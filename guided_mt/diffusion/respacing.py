@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from ..errors import UserError
 from .aggregation import Aggregation
-from .process import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .process import GaussianDiffusion, LossType, ModelVarType
+from .schedules import get_named_beta_schedule
+from .spacing import solver_timesteps
+from .targets import ModelMeanType
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int]) -> list[int]:
@@ -16,7 +16,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
 
     "ddimN": the fixed stride that gives exactly N steps, starting at 0 (DDIM). "a,b,c" or a list: the timesteps are cut into
     equal sections, with a, b, c evenly spaced steps in each, both ends included. A single number is one section.
-    Raises UserError where the counts can't be had.
+    Raises ValueError where the counts can't be had.
     """
     if isinstance(section_counts, int):
         section_counts = [section_counts]
@@ -30,7 +30,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
     for i, count in enumerate(section_counts):
         length = size + (i < extra)
         if not 0 < count <= length:
-            raise UserError(f"timestep_respacing: can't take {count} steps from a section of {length}")
+            raise ValueError(f"timestep_respacing: can't take {count} steps from a section of {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):  # summed up as in ADM, whose rounding of the sum decides between neighbours
@@ -44,7 +44,7 @@ def _count(text: str, whole: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"timestep_respacing '{whole}': write '250', 'ddim25' or '10,15,20'") from None
+        raise ValueError(f"timestep_respacing '{whole}': write '250', 'ddim25', '10,15,20' or 'solver20'") from None
 
 
 def _fixed_stride(num_timesteps: int, count: int) -> list[int]:
@@ -52,45 +52,14 @@ def _fixed_stride(num_timesteps: int, count: int) -> list[int]:
         steps = list(range(0, num_timesteps, stride))
         if len(steps) == count:
             return steps
-    raise UserError(f"timestep_respacing: no whole-number stride gives {count} of {num_timesteps} steps; use '{count}'")
-
-
-def frame_timesteps(aggregation: Aggregation, num_timesteps: int, count: int) -> list[int]:
-    """`count` sorted timesteps, evenly spaced but denser where the frame moves, both ends included.
-
-    Their density is 1/T plus 0.3 times each modality's share |alpha-tilde_t - alpha-tilde_{t-1}| of its total variation. For
-    unknown modalities that is where deterministic samplers err: on a Gaussian of variance 5.4 with `paper` weights, 50
-    DPM-Solver++ steps end 0.025 from the data this way and 0.089 evenly spaced; ancestral steps lose by it, 0.026 against 0.019
-    (benchmarks/samplers.py). Raises UserError if count is not in 2..num_timesteps.
-    """
-    if not 2 <= count <= num_timesteps:
-        raise UserError(f"steps: can't take {count} steps of {num_timesteps}; choose 2..{num_timesteps}")
-    density = np.full(num_timesteps, 1.0 / num_timesteps)
-    for coefficients in aggregation.coefficients.values():
-        variation = np.abs(np.diff(np.append(0.0, coefficients)))
-        if variation.any():
-            density += 0.3 * variation / variation.sum()
-    reached = np.cumsum(density) - density[0]
-    kept = np.interp(np.linspace(0, reached[-1], count), reached, np.arange(num_timesteps)).round().astype(int)
-    forward = np.maximum.accumulate(kept - np.arange(count)) + np.arange(count)  # distinct, pushing up ...
-    backward = np.arange(num_timesteps - count, num_timesteps)  # ... but leaving room for what is above
-    return np.minimum(forward, backward).tolist()
+    raise ValueError(
+        f"timestep_respacing: no whole-number stride gives {count} of {num_timesteps} steps; use '{count}'"
+    )
 
 
 def respace(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> GaussianDiffusion:
-    """The process that keeps abar_t and alpha-tilde_t at `timesteps` (local indices), so all kept marginals (DESIGN 2.2)."""
-    kept = sorted(set(timesteps))
-    abar = diffusion.alphas_cumprod[kept]
-    return GaussianDiffusion(
-        betas=1 - abar / np.append(1.0, abar[:-1]),
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=diffusion.model_var_type,
-        loss_type=diffusion.loss_type,
-        rescale_timesteps=diffusion.rescale_timesteps,
-        aggregation=diffusion.aggregation.respace(kept),
-        timestep_map=diffusion.timestep_map[kept],
-        original_num_steps=diffusion.original_num_steps,
-    )
+    """`diffusion.respace(timesteps)`: the process on some of its timesteps, with the same marginals there."""
+    return diffusion.respace(timesteps)
 
 
 def create_gaussian_diffusion(
@@ -104,12 +73,17 @@ def create_gaussian_diffusion(
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | Sequence[int] = "",
+    predict_v: bool = False,
+    timestep_weights: str = "uniform",
     mt_weights: Mapping[str, str] | None = None,
 ) -> GaussianDiffusion:
-    """ADM's function of this name, plus `mt_weights` {modality name: aggregation weights name}.
+    """ADM's function of this name, plus predict_v, timestep_weights (a name of `weighting.TIMESTEP_WEIGHTS`) and mt_weights
+    {modality name: aggregation weights name}.
 
-    timestep_respacing: see `space_timesteps`, or "frameN" for N steps of `frame_timesteps`.
+    timestep_respacing: see `kept_timesteps`. Raises ValueError for settings that contradict each other.
     """
+    if predict_v and predict_xstart:
+        raise ValueError("predict_v and predict_xstart exclude each other: a network predicts one of them")
     betas = get_named_beta_schedule(noise_schedule, steps)
     if use_kl:
         loss_type = LossType.RESCALED_KL
@@ -119,21 +93,32 @@ def create_gaussian_diffusion(
         var_type = ModelVarType.LEARNED_RANGE
     else:
         var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    if predict_v:
+        mean_type = ModelMeanType.V
+    else:
+        mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
     base = GaussianDiffusion(
         betas=betas,
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_mean_type=mean_type,
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
         aggregation=Aggregation.from_weights(mt_weights or {}, betas),
+        timestep_weights=timestep_weights,
     )
-    # Always through respace, as ADM does: its betas are recomputed from abar_t even when every step is kept.
-    return respace(base, kept_timesteps(base, timestep_respacing))
+    # Always respaced, as ADM does: its betas are recomputed from abar_t even when every step is kept.
+    return base.respace(kept_timesteps(base, timestep_respacing))
 
 
 def kept_timesteps(diffusion: GaussianDiffusion, timestep_respacing: str | Sequence[int]) -> list[int]:
-    """The timesteps of `space_timesteps`, or of "frameN", see `frame_timesteps`; "" keeps all. Raises UserError."""
+    """The timesteps that a spacing keeps of a process; "" keeps all.
+
+    "solverN": the N that few-step solvers use best (`spacing.solver_timesteps`), also by its former name "frameN"; else one of
+    ADM's, see `space_timesteps`. Raises ValueError where the counts can't be had.
+    """
     steps = diffusion.num_timesteps
-    if isinstance(timestep_respacing, str) and timestep_respacing.startswith("frame"):
-        return frame_timesteps(diffusion.aggregation, steps, _count(timestep_respacing[5:], timestep_respacing))
+    for name in ("solver", "frame"):
+        if isinstance(timestep_respacing, str) and timestep_respacing.startswith(name):
+            count = _count(timestep_respacing.removeprefix(name), timestep_respacing)
+            return solver_timesteps(diffusion.alphas_cumprod, diffusion.aggregation.coefficients.values(), count)
     return space_timesteps(steps, timestep_respacing or [steps])

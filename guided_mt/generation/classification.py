@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.aggregation import Aggregation
-from ..diffusion.process import GaussianDiffusion, call_model
+from ..diffusion.network import as_denoising
+from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..modalities import Modality
@@ -58,6 +59,7 @@ def head_estimates(
     priors at the largest timestep. What their heads estimate there, averaged over the draws, is encoded into the frame of the next.
     model: (z_t, t, modalities) -> ModelOutput of form U or any, given no modality.
     """
+    network = as_denoising(model)
     unknown = {n: modality.prior(x_start.shape[1:], streams) for n, modality in modalities.items()}
     total = torch.zeros_like(unknown[name])
     for step in sorted(timesteps, reverse=True):
@@ -66,7 +68,7 @@ def head_estimates(
         sums = {n: torch.zeros_like(x) for n, x in unknown.items()}
         for _ in range(draws):
             y_t = diffusion.q_sample(x_start, t, streams.normal(*x_start.shape[1:]))
-            predictions = call_model(model, y_t + frame, diffusion.model_timesteps(t), {}).predictions
+            predictions = network(y_t + frame, diffusion.model_timesteps(t), {}).predictions
             for n, modality in modalities.items():
                 sums[n] += modality.estimate(predictions[n])
         unknown = {n: x / draws for n, x in sums.items()}

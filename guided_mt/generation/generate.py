@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.process import GaussianDiffusion, ModelOutput
+from ..diffusion.network import ModelOutput
+from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
-from ..diffusion.samplers import Sample, sample
+from ..diffusion.sampling import Sample, sample
 from ..errors import UserError
 from ..modalities import Modality
 from ..modalities.registry import build_diffusion, build_modalities, build_model, needs_labels, weights_names

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..diffusion.process import GaussianDiffusion, call_model
+from ..diffusion.network import as_denoising
+from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
-from ..diffusion.samplers import sample
+from ..diffusion.sampling import sample
 from ..errors import UserError
 from ..runs.config import SampleConfig
 from .generate import Generator
@@ -95,7 +96,7 @@ def repaint(
 ) -> Tensor:
     """RePaint (Lugmayr et al. 2022, algorithm 1): after each step the unmasked part is replaced by the noised image."""
     streams = SampleStreams(torch.as_tensor(seeds), device=known.device)
-    y = streams.normal(*known.shape[1:])
+    network, y = as_denoising(model), streams.normal(*known.shape[1:])
     for level, to in repaint_schedule(diffusion.num_timesteps, jump, resamples):
         t = torch.full(
             (len(y),), min(level, to), device=y.device
@@ -105,7 +106,7 @@ def repaint(
             beta = diffusion.at("betas", t, y)
             y = torch.sqrt(1 - beta) * y + torch.sqrt(beta) * noise
             continue
-        output = call_model(model, y, diffusion.model_timesteps(t), {}).output
+        output = network(y, diffusion.model_timesteps(t), {}).output
         y = diffusion.p_sample_step(diffusion.p_mean_variance_from_output(output, y, t), t, noise)
         at_level = known if to == 0 else diffusion.q_sample(known, t - 1, streams.normal(*known.shape[1:]))
         y = torch.where(keep > 0, at_level, y)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import ImageSource
 from ..data.dataset import LoadedImages
 from ..data.images import from_uint8
-from ..diffusion.process import mean_flat
+from ..diffusion.likelihood import mean_flat
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..runs.distributed import Processes

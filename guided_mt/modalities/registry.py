@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..data import ImageSource
 from ..diffusion.aggregation import WEIGHTS
-from ..diffusion.process import GaussianDiffusion, get_named_beta_schedule
+from ..diffusion.process import GaussianDiffusion
 from ..diffusion.respacing import create_gaussian_diffusion
+from ..diffusion.schedules import get_named_beta_schedule
 from ..errors import UserError, nearest
 from ..networks.classifier import create_classifier
 from ..networks.heads import ClassifierHead, ImageHead, PooledHead, PooledMLPHead

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.process import ModelOutput
+from ..diffusion.network import ModelOutput
 from .heads import HeadInputs, HeadVariance
 from .layers import Context
 from .unet import UNetModel

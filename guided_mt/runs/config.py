@@ -17,9 +17,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..diffusion.process import SCHEDULES
 from ..diffusion.resample import SCHEDULE_SAMPLERS
-from ..diffusion.samplers import CONDITIONINGS, SAMPLERS
+from ..diffusion.sampling import CONDITIONINGS, SAMPLERS
+from ..diffusion.schedules import SCHEDULES
 from ..errors import UserError, nearest
 from ..networks.classifier import POOLS
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from guided_mt.data.images import make_grid, to_nhwc
-from guided_mt.diffusion.process import GaussianDiffusion, ModelOutput
+from guided_mt.diffusion.network import ModelOutput
+from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.diffusion.samplers import sample
+from guided_mt.diffusion.sampling import sample
 from guided_mt.errors import UserError, nearest
 from guided_mt.generation.classification import head_estimates, read_timesteps
 from guided_mt.runs.config import SampleConfig, option

@@ -1,7 +1,7 @@
 """Latent-space MT-Diffusion: latent-diffusion's model and configuration keys, with a second image as a modality.
 
 Both images of a pair are encoded by the same frozen first stage; from there on it is guided_mt: `multi_task_losses` in training,
-`samplers.sample` in generation. z_0 is the latent of one side, the modality `paired` that of the other.
+`sampling.sample` in generation. z_0 is the latent of one side, the modality `paired` that of the other.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from guided_mt.data import Batch
 from guided_mt.data.images import from_uint8
 from guided_mt.diffusion.aggregation import WEIGHTS, Aggregation
-from guided_mt.diffusion.process import GaussianDiffusion, LossType, ModelMeanType, ModelOutput, ModelVarType
+from guided_mt.diffusion.network import ModelOutput
+from guided_mt.diffusion.process import GaussianDiffusion, LossType, ModelVarType
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.resample import UniformSampler
 from guided_mt.diffusion.respacing import kept_timesteps, respace
+from guided_mt.diffusion.targets import ModelMeanType
 from guided_mt.errors import UserError
 from guided_mt.modalities import Images
 from guided_mt.networks.heads import HeadVariance, ImageHead

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from guided_mt.diffusion.process import GaussianDiffusion, ModelOutput
+from guided_mt.diffusion.network import ModelOutput
+from guided_mt.diffusion.process import GaussianDiffusion
 
 
 @dataclass

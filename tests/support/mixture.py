@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guided_mt.diffusion.process import GaussianDiffusion, ModelOutput
+from guided_mt.diffusion.network import ModelOutput
+from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.modalities import LabelModality
 
 

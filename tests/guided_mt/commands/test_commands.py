@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import BIN, MODEL, PROCESS, adm_unet, finish, flags, mpiexec, start, torchrun, wait_for, words
 
 from guided_mt.commands import export, nll, restore, sample, train
-from guided_mt.diffusion.samplers import SAMPLERS
+from guided_mt.diffusion.sampling import SAMPLERS
 from guided_mt.errors import UserError
 from guided_mt.generation import sharded
 from guided_mt.generation.restoration import METHODS

@@ -15,11 +15,11 @@ from mixture import LabelledMixture
 from test_samplers import SOUND_WEIGHTS, finite_sample_error
 
 from guided_mt.diffusion.aggregation import WEIGHTS
-from guided_mt.diffusion.guidance import classifier_guidance
-from guided_mt.diffusion.process import ModelOutput
+from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.diffusion.respacing import create_gaussian_diffusion, frame_timesteps, respace, space_timesteps
-from guided_mt.diffusion.samplers import SAMPLERS, sample
+from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps, respace, space_timesteps
+from guided_mt.diffusion.sampling import SAMPLERS, sample
+from guided_mt.diffusion.sampling.guidance import classifier_guidance
 from guided_mt.modalities import ImageModality
 
 SHAPE = (3, 2, 2)
@@ -71,7 +71,7 @@ def assert_classes(data, z_0, labels, of_mean: float = 0.0, of_cov: float = 0.0)
 def test_label_unknown(weights, sampler):
     """Image and label drawn together: class frequencies, the law of the image in each class, and the label tells the class that
     the image shows. `paper` loses some of the spread of E(y) in its last step, see below."""
-    frame = frame_timesteps(full_process(weights).aggregation, 1000, 80)
+    frame = kept_timesteps(full_process(weights), "solver80")
     drawn = draw(APART, weights, sampler=sampler, steps=frame if sampler in DETERMINISTIC else 100)
     p = drawn.modalities["label"]
     torch.testing.assert_close(p.sum(1), torch.ones(N, dtype=p.dtype))
@@ -94,7 +94,7 @@ def test_what_paper_weights_lose_is_their_last_step(sampler):
     label = APART.modality()
     ends = torch.tensor(PROBABILITIES).cumsum(0)[:2]
     label.prior = lambda shape, streams: F.one_hot((streams.uniform()[:, None] >= ends).sum(1), 3).float()
-    frame = frame_timesteps(full.aggregation, 1000, 80)
+    frame = kept_timesteps(full, "solver80")
     steps = [*(frame if sampler in DETERMINISTIC else space_timesteps(1000, "100"))[:-1], 998]
     drawn = draw(APART, "paper", sampler=sampler, steps=steps, modality=label)
     reported = drawn.modalities["label"].argmax(1)

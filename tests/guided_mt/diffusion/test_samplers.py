@@ -8,10 +8,11 @@ import torch
 from gaussian import JointGaussian, frechet
 
 from guided_mt.diffusion.aggregation import WEIGHTS
-from guided_mt.diffusion.process import SCHEDULES, ModelOutput
+from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.diffusion.respacing import create_gaussian_diffusion, frame_timesteps, respace, space_timesteps
-from guided_mt.diffusion.samplers import SAMPLERS, sample
+from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps, respace, space_timesteps
+from guided_mt.diffusion.sampling import SAMPLERS, sample
+from guided_mt.diffusion.schedules import SCHEDULES
 from guided_mt.modalities import ImageModality
 
 SHAPE = (3, 2, 2)
@@ -41,10 +42,10 @@ def test_unknown_modality(sampler, weights):
     """z_0 has the right law when x is unknown. `paper` ends at alpha-tilde 0.05, so that z_T is not quite N(0, I): the
     deterministic samplers carry that error along, the ancestral one forgets it."""
     data, full = JointGaussian.make(D, seed=1), full_process(weights)
-    steps = frame_timesteps(full.aggregation, 1000, 200)
+    steps = kept_timesteps(full, "solver200")
     drawn = sample(
         data.network_u(full),
-        respace(full, steps),
+        full.respace(steps),
         {"x": ImageModality("x")},
         (N, *SHAPE),
         sampler=sampler,

@@ -15,9 +15,9 @@ from test_classifier_training import flags as classifier_flags
 from tiny import MODEL, PROCESS, adm_unet, flags, start, wait_for, words
 
 from guided_mt.commands import classifier_sample, classifier_train, train
-from guided_mt.diffusion.guidance import classifier_guidance
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
-from guided_mt.diffusion.samplers import SAMPLERS, sample
+from guided_mt.diffusion.sampling import SAMPLERS, sample
+from guided_mt.diffusion.sampling.guidance import classifier_guidance
 from guided_mt.errors import UserError
 
 COUNT = 5

@@ -21,7 +21,7 @@ from guided_mt.commands import classifier_train, classify, train
 from guided_mt.data import load_images, open_source
 from guided_mt.data.images import from_uint8
 from guided_mt.data.subset import spread
-from guided_mt.diffusion.process import ModelOutput
+from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.errors import UserError

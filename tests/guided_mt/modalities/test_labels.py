@@ -9,7 +9,7 @@ import torch
 from test_model import inputs, randomise, tiny
 from torch import nn
 
-from guided_mt.diffusion.process import ModelOutput
+from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.modalities import ImageModality, Images, LabelModality, LabelTokens, Modality, RandomLabel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from guided_mt.diffusion.process import call_model
+from guided_mt.diffusion.network import as_denoising
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.modalities import Images
 from guided_mt.modalities.registry import TASKS, build_diffusion, build_modalities, build_model, model_sections
@@ -58,7 +58,7 @@ def test_every_task_and_variant_predicts_its_modality(task, variant):
     config, model = tiny("--mt_task", task, "--mt_variant", variant)
     randomise(model)
     z_t, t, data = inputs(config)
-    result = call_model(model, z_t, t, data if variant != "U" else {})
+    result = as_denoising(model)(z_t, t, data if variant != "U" else {})
     assert result.output.shape == (3, 6, 8, 8)
     modality = build_modalities(config, model)[task]
     assert modality.loss(result.predictions[task], data[task]).shape == (3,)
@@ -86,7 +86,7 @@ def test_the_u_net_inside_is_adms():
         config, model = tiny("--mt_task", "masked", "--mt_variant", variant)
         model.load_state_dict(unet.state_dict(), strict=False)
         z_t, t, data = inputs(config)
-        result = call_model(model, z_t, t, data if variant != "U" else {})
+        result = as_denoising(model)(z_t, t, data if variant != "U" else {})
         assert torch.equal(result.output, unet(z_t, t))
 
 

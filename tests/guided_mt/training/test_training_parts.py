@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_mt.diffusion.process import ModelOutput
+from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.resample import SCHEDULE_SAMPLERS, LossSecondMomentResampler, create_named_schedule_sampler
 from guided_mt.diffusion.respacing import create_gaussian_diffusion

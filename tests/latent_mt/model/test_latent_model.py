@@ -24,7 +24,8 @@ from torch import nn
 
 from guided_mt.data import Batch
 from guided_mt.data.images import from_uint8
-from guided_mt.diffusion.process import GaussianDiffusion, LossType, ModelOutput
+from guided_mt.diffusion.network import ModelOutput
+from guided_mt.diffusion.process import GaussianDiffusion, LossType
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
 from guided_mt.networks.unet import UNetModel as SharedUNet

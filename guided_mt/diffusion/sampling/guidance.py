@@ -13,7 +13,7 @@ def classifier_guidance(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """cond_fn(y_t [B, C, H, W], timesteps [B]) -> scale * grad log p(labels | y_t), of the shape of y_t.
 
-    classifier: (y_t, timesteps as the network is told them) -> logits [B, K]; labels: class ids [B]. `samplers.sample` shifts the
+    classifier: (y_t, timesteps as the network is told them) -> logits [B, K]; labels: class ids [B]. `sampling.sample` shifts the
     mean of an ancestral step by its variance times this (ADM algorithm 1), and eps in the other rules (algorithm 2).
     """
 

@@ -1,0 +1,165 @@
+"""What is known at z_t: one call of the network, and everything that Algorithm 1 makes of it before the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..network import Denoising
+from ..process import GaussianDiffusion
+from ..random import SampleStreams
+
+CONDITIONINGS = ("own-head", "algorithm1", "network")
+
+
+class Modality(Protocol):
+    """What sampling asks of a modality; see `guided_mt.modalities.Modality`."""
+
+    def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor: ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def estimate(self, prediction: Tensor) -> Tensor: ...
+
+    def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the network knows at z_t, all [B, C, H, W].
+
+    x_start: E[z_0 | z_t, what is given], after guidance and clipping. encodings: {name: E_i} of the modalities in the frame.
+    variance, log_variance: of the ancestral step. mean_gradient: what an ancestral step adds to its mean, times the variance;
+    None without a separate classifier.
+    """
+
+    x_start: Tensor
+    encodings: dict[str, Tensor]
+    variance: Tensor
+    log_variance: Tensor
+    mean_gradient: Tensor | None = None
+
+    def toward(self, *terms: tuple[float, Estimate]) -> Estimate:
+        """self + sum_k w_k (other_k - self), of z_0 and of the encodings alike: both are predictions at z_t.
+
+        All that a linear rule does, from Heun's to UniPC; a negative weight extrapolates.
+        """
+        x_start, encodings = self.x_start, dict(self.encodings)
+        for weight, other in terms:
+            x_start = x_start + weight * (other.x_start - self.x_start)
+            for name, encoding in self.encodings.items():
+                encodings[name] = encodings[name] + weight * (other.encodings[name] - encoding)
+        return Estimate(x_start, encodings, self.variance, self.log_variance, self.mean_gradient)
+
+
+class Denoiser:
+    """`denoise(z, step) -> Estimate` for a process, a network and what is known: the stages of Algorithm 1 between two steps.
+
+    known, unknown: {name: x} of all modalities; the values of the unknown ones follow the heads from call to call and are read
+    off `unknown` at the end. The options are those of `sample`; shifts_mean: whether the gradient of `cond_fn` is for the mean of
+    the step (ADM's algorithm 1) or goes into eps (algorithm 2).
+    """
+
+    def __init__(
+        self,
+        network: Denoising,
+        diffusion: GaussianDiffusion,
+        modalities: Mapping[str, Modality],
+        known: Mapping[str, Tensor],
+        unknown: Mapping[str, Tensor],
+        *,
+        conditioning: str = "own-head",
+        conditioning_scale: float = 1.0,
+        guidance_scale: float = 1.0,
+        cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        shifts_mean: bool = False,
+        clip_denoised: bool = True,
+        dynamic_threshold: float = 0.0,
+    ):
+        self.network, self.diffusion, self.modalities = network, diffusion, modalities
+        self.given = dict(known) if conditioning == "network" else {}
+        in_frame = {name: x for name, x in known.items() if name not in self.given}
+        self.guiding = in_frame if conditioning == "own-head" and conditioning_scale != 0 else {}
+        self.unknown = dict(unknown)
+        self.fixed = {name: modalities[name].encode(x) for name, x in in_frame.items()}
+        self.conditioning_scale, self.guidance_scale = conditioning_scale, guidance_scale
+        self.cond_fn, self.shifts_mean = cond_fn, shifts_mean
+        self.clip_denoised, self.dynamic_threshold = clip_denoised, dynamic_threshold
+        self.encodings = self._encode()
+
+    def __call__(self, z: Tensor, step: int) -> Estimate:
+        """z = z_t [B, C, H, W] at local timestep `step`."""
+        diffusion, t = self.diffusion, torch.full((len(z),), step, device=z.device)
+        output, predictions, head_gradient, unconditional = self._call_network(z, t)
+        self.unknown = {name: self.modalities[name].estimate(head(predictions, name)) for name in self.unknown}
+        self.encodings = self._encode()
+        y = z - diffusion.aggregation.shift(self.encodings, t)
+        variance, log_variance = diffusion.p_variance(output, y, t)
+        x_start = diffusion.predict_xstart(output, y, t)
+        outside = None if self.cond_fn is None else self.cond_fn(y, diffusion.model_timesteps(t))
+        in_eps = None if self.shifts_mean else outside
+        if head_gradient is not None or unconditional is not None or in_eps is not None:
+            eps = diffusion.predict_eps_from_xstart(y, t, x_start)
+            if head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
+                eps = diffusion.condition_eps(eps, self.conditioning_scale * head_gradient, t)
+            if unconditional is not None:
+                eps_u = diffusion.predict_eps_from_xstart(y, t, diffusion.predict_xstart(unconditional, y, t))
+                eps = eps_u + self.guidance_scale * (eps - eps_u)
+            if in_eps is not None:
+                eps = diffusion.condition_eps(eps, in_eps, t)
+            x_start = diffusion.predict_xstart_from_eps(y, t, eps)
+        # Last, where ADM clips before an outside gradient: at high noise a little error in it is far out of range in z_0.
+        x_start = self._limit(x_start)
+        return Estimate(x_start, self.encodings, variance, log_variance, outside if self.shifts_mean else None)
+
+    def _encode(self) -> dict[str, Tensor]:
+        """E_i of everything in the frame: what is known, and what the heads say of the rest."""
+        return {**self.fixed, **{name: self.modalities[name].encode(x) for name, x in self.unknown.items()}}
+
+    def _limit(self, x_start: Tensor) -> Tensor:
+        if (
+            self.dynamic_threshold > 0
+        ):  # Saharia et al. 2022 (Imagen): clip to a sample's own percentile, then scale back
+            most = torch.quantile(x_start.flatten(1).abs().float(), self.dynamic_threshold, dim=1).clamp(min=1.0)
+            most = most.to(x_start.dtype).view(-1, *[1] * (x_start.ndim - 1))
+            return x_start.clamp(-most, most) / most
+        return x_start.clamp(-1, 1) if self.clip_denoised else x_start
+
+    def _call_network(self, z: Tensor, t: Tensor) -> tuple[Tensor, Mapping[str, Tensor], Tensor | None, Tensor | None]:
+        """(output at z_t, the heads' predictions, grad_z sum_i log p_head(x_i | z_t) of the modalities in `guiding` or None, the
+        output without any condition at y_t or None), all by one pass of the network."""
+        count, model_t, given = len(z), self.diffusion.model_timesteps(t), self.given
+        with torch.set_grad_enabled(bool(self.guiding)):
+            state = z = z.detach().requires_grad_(bool(self.guiding))
+            options: dict[str, Any] = {}
+            if self.guidance_scale != 1:
+                bare = z.detach() - self.diffusion.aggregation.shift(self.encodings, t)
+                state, model_t = torch.cat([z, bare]), model_t.repeat(2)
+                given = {name: torch.cat([x, x]) for name, x in given.items()}
+                options["unconditional"] = torch.arange(2 * count, device=z.device) >= count
+            result = self.network(state, model_t, given, **options)
+            predictions = {name: prediction[:count] for name, prediction in result.predictions.items()}
+            gradient = None
+            if self.guiding:
+                original = self.diffusion.network_timesteps(t)
+                log_prob = sum(
+                    self.modalities[name].log_prob(head(predictions, name), x, original).sum()
+                    for name, x in self.guiding.items()
+                )
+                (gradient,) = torch.autograd.grad(log_prob, z)
+        unconditional = result.output[count:].detach() if self.guidance_scale != 1 else None
+        detached = {name: prediction.detach() for name, prediction in predictions.items()}
+        return result.output[:count].detach(), detached, gradient, unconditional
+
+
+def head(predictions: Mapping[str, Tensor], name: str) -> Tensor:
+    """A modality's prediction. Raises ValueError where the model has no such head."""
+    if name not in predictions:
+        raise ValueError(
+            f"the model has no head for modality '{name}'; it predicts: {', '.join(predictions) or 'nothing'}"
+        )
+    return predictions[name]

@@ -1,0 +1,35 @@
+"""Noise schedules beta_t of the pixel-space models, by ADM's names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+def _linear_betas(steps: int) -> np.ndarray:
+    """Ho et al.'s 1e-4 .. 0.02 over 1000 steps, rescaled to any number of steps."""
+    return np.linspace(0.0001, 0.02, steps, dtype=np.float64) * (1000 / steps)
+
+
+def _cosine_betas(steps: int, max_beta: float = 0.999) -> np.ndarray:
+    """IDDPM eq. 17, with beta clipped at 0.999."""
+    u = np.arange(steps + 1, dtype=np.float64) / steps
+    abar = np.array([math.cos((v + 0.008) / 1.008 * math.pi / 2) ** 2 for v in u])
+    return np.minimum(1 - abar[1:] / abar[:-1], max_beta)
+
+
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": _linear_betas, "cosine": _cosine_betas}
+
+
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
+    """beta_t, float64 [T]. Raises ValueError for a name that is not in SCHEDULES."""
+    if schedule_name not in SCHEDULES:
+        raise ValueError(f"unknown noise schedule '{schedule_name}'; choose from {', '.join(SCHEDULES)}")
+    return SCHEDULES[schedule_name](num_diffusion_timesteps)
+
+
+def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """lambda_t = log(sqrt(abar_t) / sqrt(1 - abar_t)), the time of DPM-Solver and UniPC, float64 [T]."""
+    return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
