@@ -176,6 +176,17 @@ class GaussianDiffusion(ADMLoops):
         """z_0 from the first C channels of a network output."""
         return self.target.xstart(self, output[:, : x_t.shape[1]], x_t, t)
 
+    def predict_eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """eps from the first C channels of a network output."""
+        if self.predicts_eps:
+            return output[:, : x_t.shape[1]]
+        return self.predict_eps_from_xstart(x_t, t, self.predict_xstart(output, x_t, t))
+
+    @property
+    def predicts_eps(self) -> bool:
+        """Whether the network's output is eps itself. Any other prediction means eps only together with the state y_t."""
+        return self.model_mean_type is ModelMeanType.EPSILON
+
     def p_variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Variance and log variance of p(y_{t-1} | y_t), each of the shape of x_t."""
         channels = x_t.shape[1]

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from ..diffusion.resample import SCHEDULE_SAMPLERS
 from ..diffusion.sampling import CONDITIONINGS, SAMPLERS
 from ..diffusion.schedules import SCHEDULES
+from ..diffusion.weighting import TIMESTEP_WEIGHTS
 from ..errors import UserError, nearest
 from ..networks.classifier import POOLS
 
@@ -27,7 +28,7 @@ from ..networks.classifier import POOLS
 def option(
     default: Any,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     *,
     least: float | None = None,
     most: float | None = None,
@@ -35,9 +36,11 @@ def option(
 ) -> Any:
     """A dataclass field that is a flag of its own name. least, most: its range; where the default is -1, that is valid too.
 
+    choices: the valid values; of a registry its names, also those of rows that are added later.
+
     free: a trained model may be used with another value, since no weight's meaning depends on it.
     """
-    metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most, "free": free}
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -78,10 +81,14 @@ class DiffusionConfig:
     diffusion_steps: int = option(1000, "T", least=2)
     noise_schedule: str = option("linear", "beta schedule", SCHEDULES)
     timestep_respacing: str = option(
-        "", "timesteps to keep: '250', 'ddim25', '10,15,20' or 'frame50'; training uses all", free=True
+        "",
+        "timesteps to keep: ADM's '250', 'ddim25', '10,15,20', or 'solver20' as few-step samplers want them; training uses all",
+        free=True,
     )
     use_kl: bool = option(False, "train on the variational bound")
     predict_xstart: bool = option(False, "predict z_0 instead of the noise")
+    predict_v: bool = option(False, "predict v = sqrt(abar) eps - sqrt(1 - abar) z_0 instead of the noise")
+    timestep_weights: str = option("uniform", "factors on the image's squared error by timestep", TIMESTEP_WEIGHTS)
     rescale_timesteps: bool = option(False, "tell the network timesteps on the scale 0..1000")
     rescale_learned_sigmas: bool = option(False, "scale the bound of the hybrid loss by T/1000")
 
@@ -159,11 +166,17 @@ class SampleConfig:
     batch_size: int = option(16, "samples per forward pass", least=1)
     sampler: str = option("dpm++", "rule of each step", SAMPLERS)
     steps: int = option(
-        50, "sampling steps, whatever the model was trained with; timestep_respacing overrides it", least=1
+        50, "network calls, whatever the model was trained with; timestep_respacing overrides it", least=1
     )
     eta: float = option(0.0, "noise of the ddim sampler: 0 is deterministic", least=0, most=1)
     use_ddim: bool = option(False, "ADM's name for --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted z_0 to [-1, 1]")
+    dynamic_threshold: float = option(
+        0.0,
+        "instead, clip it to this percentile of each sample's values and scale back, as 0.995; 0: off",
+        least=0,
+        most=1,
+    )
     seeds: str = option("", "one seed per sample, as '0-99' or '3,5,10-20'; empty: 0, 1, 2, ...")
     ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
     mt_condition: str = option(

@@ -94,27 +94,39 @@ class Denoiser:
     def __call__(self, z: Tensor, step: int) -> Estimate:
         """z = z_t [B, C, H, W] at local timestep `step`."""
         diffusion, t = self.diffusion, torch.full((len(z),), step, device=z.device)
-        output, predictions, head_gradient, unconditional = self._call_network(z, t)
-        self.unknown = {name: self.modalities[name].estimate(head(predictions, name)) for name in self.unknown}
+        seen = self._call_network(z, t)
+        self.unknown = {name: self.modalities[name].estimate(head(seen.predictions, name)) for name in self.unknown}
         self.encodings = self._encode()
         y = z - diffusion.aggregation.shift(self.encodings, t)
-        variance, log_variance = diffusion.p_variance(output, y, t)
-        x_start = diffusion.predict_xstart(output, y, t)
+        variance, log_variance = diffusion.p_variance(seen.output, y, t)
         outside = None if self.cond_fn is None else self.cond_fn(y, diffusion.model_timesteps(t))
         in_eps = None if self.shifts_mean else outside
-        if head_gradient is not None or unconditional is not None or in_eps is not None:
-            eps = diffusion.predict_eps_from_xstart(y, t, x_start)
-            if head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
-                eps = diffusion.condition_eps(eps, self.conditioning_scale * head_gradient, t)
-            if unconditional is not None:
-                eps_u = diffusion.predict_eps_from_xstart(y, t, diffusion.predict_xstart(unconditional, y, t))
+        if self.fixed or self.guidance_scale != 1 or in_eps is not None:
+            eps = diffusion.predict_eps(seen.output, self._state_seen(z, t, y, seen.predictions), t)
+            if seen.head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
+                eps = diffusion.condition_eps(eps, self.conditioning_scale * seen.head_gradient, t)
+            if seen.unconditional is not None:
+                eps_u = diffusion.predict_eps(seen.unconditional, seen.bare, t)
                 eps = eps_u + self.guidance_scale * (eps - eps_u)
             if in_eps is not None:
                 eps = diffusion.condition_eps(eps, in_eps, t)
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
+        else:
+            x_start = diffusion.predict_xstart(seen.output, y, t)
         # Last, where ADM clips before an outside gradient: at high noise a little error in it is far out of range in z_0.
         x_start = self._limit(x_start)
         return Estimate(x_start, self.encodings, variance, log_variance, outside if self.shifts_mean else None)
+
+    def _state_seen(self, z: Tensor, t: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -> Tensor:
+        """y_t as the network sees it: a known modality in the frame is to it what its head says, not what is known.
+
+        A prediction of z_0 or v means eps = E[eps | z_t] only together with this state; eps itself needs none.
+        """
+        if not self.fixed or self.diffusion.predicts_eps:
+            return y
+        as_seen = {name: self.modalities[name].estimate(head(predictions, name)) for name in self.fixed}
+        encodings = {**self.encodings, **{name: self.modalities[name].encode(x) for name, x in as_seen.items()}}
+        return z - self.diffusion.aggregation.shift(encodings, t)
 
     def _encode(self) -> dict[str, Tensor]:
         """E_i of everything in the frame: what is known, and what the heads say of the rest."""
@@ -129,13 +141,13 @@ class Denoiser:
             return x_start.clamp(-most, most) / most
         return x_start.clamp(-1, 1) if self.clip_denoised else x_start
 
-    def _call_network(self, z: Tensor, t: Tensor) -> tuple[Tensor, Mapping[str, Tensor], Tensor | None, Tensor | None]:
-        """(output at z_t, the heads' predictions, grad_z sum_i log p_head(x_i | z_t) of the modalities in `guiding` or None, the
-        output without any condition at y_t or None), all by one pass of the network."""
+    def _call_network(self, z: Tensor, t: Tensor) -> Seen:
+        """One pass of the network, twice as wide where guidance needs it without any condition too."""
         count, model_t, given = len(z), self.diffusion.model_timesteps(t), self.given
         with torch.set_grad_enabled(bool(self.guiding)):
             state = z = z.detach().requires_grad_(bool(self.guiding))
             options: dict[str, Any] = {}
+            bare = None
             if self.guidance_scale != 1:
                 bare = z.detach() - self.diffusion.aggregation.shift(self.encodings, t)
                 state, model_t = torch.cat([z, bare]), model_t.repeat(2)
@@ -146,14 +158,33 @@ class Denoiser:
             gradient = None
             if self.guiding:
                 original = self.diffusion.network_timesteps(t)
-                log_prob = sum(
+                log_probs = [
                     self.modalities[name].log_prob(head(predictions, name), x, original).sum()
                     for name, x in self.guiding.items()
-                )
-                (gradient,) = torch.autograd.grad(log_prob, z)
-        unconditional = result.output[count:].detach() if self.guidance_scale != 1 else None
-        detached = {name: prediction.detach() for name, prediction in predictions.items()}
-        return result.output[:count].detach(), detached, gradient, unconditional
+                ]
+                (gradient,) = torch.autograd.grad(torch.stack(log_probs).sum(), z)
+        return Seen(
+            result.output[:count].detach(),
+            {name: prediction.detach() for name, prediction in predictions.items()},
+            gradient,
+            None if bare is None else result.output[count:].detach(),
+            bare,
+        )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass of the network says at z_t.
+
+    head_gradient: grad_z sum_i log p_head(x_i | z_t) over the modalities that own head conditions on, or None. unconditional: the
+    output without any condition at the state `bare` = y_t, or None where guidance is off.
+    """
+
+    output: Tensor
+    predictions: Mapping[str, Tensor]
+    head_gradient: Tensor | None
+    unconditional: Tensor | None
+    bare: Tensor | None
 
 
 def head(predictions: Mapping[str, Tensor], name: str) -> Tensor:
