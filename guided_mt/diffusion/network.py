@@ -43,15 +43,20 @@ def as_output(result: ModelOutput | Tensor) -> ModelOutput:
     return result if isinstance(result, ModelOutput) else ModelOutput(result)
 
 
+def _unwrapped(model: Callable) -> Callable:
+    """The model inside partial, DistributedDataParallel and torch.compile, which hide its signature."""
+    if isinstance(model, functools.partial) and isinstance(model.func, torch.nn.Module):
+        return _unwrapped(model.func)
+    for name in ("module", "_orig_mod"):
+        inner = model._modules.get(name) if isinstance(model, torch.nn.Module) else None
+        if inner is not None:
+            return _unwrapped(inner)
+    return model
+
+
 def takes_modalities(model: Callable) -> bool:
     """True for (z_t, t, modalities, ...), False for ADM's (x, timesteps, y=None, ...) whose third argument has a default."""
-    while True:  # partial, DistributedDataParallel and torch.compile hide the signature
-        if isinstance(model, functools.partial) and isinstance(model.func, torch.nn.Module):
-            model = model.func
-        elif isinstance(model, torch.nn.Module) and ("module" in model._modules or "_orig_mod" in model._modules):
-            model = model._modules.get("module") or model._modules["_orig_mod"]
-        else:
-            break
+    model = _unwrapped(model)
     signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
     if "modalities" in signature.parameters:
         return True

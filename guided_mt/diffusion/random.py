@@ -49,12 +49,12 @@ class SampleStreams:
     """
 
     def __init__(self, seeds: Tensor | int, index: Tensor | int = 0, *, device: torch.device | str = "cpu"):
-        seeds, index = torch.broadcast_tensors(_vector(seeds, device), _vector(index, device))
-        self._key = ((seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None])
-        self._index = ((index & _MASK)[:, None], ((index >> 32) & _MASK)[:, None])
+        seed, sample = torch.broadcast_tensors(_vector(seeds, device), _vector(index, device))
+        self._key = ((seed & _MASK)[:, None], ((seed >> 32) & _MASK)[:, None])
+        self._index = ((sample & _MASK)[:, None], ((sample >> 32) & _MASK)[:, None])
         self._draw = 0
-        self._pool = torch.empty(len(self), 0, device=seeds.device)
-        self.device = seeds.device
+        self._pool = torch.empty(len(self), 0, device=seed.device)
+        self.device = seed.device
 
     def __len__(self) -> int:
         return len(self._index[0])
@@ -65,8 +65,8 @@ class SampleStreams:
         draw = torch.full_like(block, self._draw)
         self._draw += 1
         size = (len(self), block.shape[1])
-        counter = tuple(word.expand(size) for word in (block, draw, *self._index))
-        return philox(counter, self._key)
+        low, high = self._index
+        return philox((block.expand(size), draw.expand(size), low.expand(size), high.expand(size)), self._key)
 
     def uniform(self, *shape: int) -> Tensor:
         """float32 [B, *shape] in [0, 1)."""

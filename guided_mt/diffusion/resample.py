@@ -27,6 +27,9 @@ class LossSecondMomentResampler(UniformSampler):
     A ring of losses per timestep lives on the device and takes a whole batch at once.
     """
 
+    losses: Tensor  # [T, history]
+    counts: Tensor  # [T], losses seen at each timestep
+
     def __init__(self, num_timesteps: int, history: int = 10, uniform_prob: float = 0.001):
         super().__init__(num_timesteps)
         self.history, self.uniform_prob = history, uniform_prob

@@ -105,7 +105,7 @@ class Denoiser:
             eps = diffusion.predict_eps(seen.output, self._state_seen(z, t, y, seen.predictions), t)
             if seen.head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
                 eps = diffusion.condition_eps(eps, self.conditioning_scale * seen.head_gradient, t)
-            if seen.unconditional is not None:
+            if seen.unconditional is not None and seen.bare is not None:
                 eps_u = diffusion.predict_eps(seen.unconditional, seen.bare, t)
                 eps = eps_u + self.guidance_scale * (eps - eps_u)
             if in_eps is not None:
