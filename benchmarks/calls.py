@@ -4,8 +4,8 @@
     python scripts/compare.py --run runs/compare --rows none,label-m,masked --seeds 0,1,2
     python benchmarks/calls.py --demo runs/demo --compare runs/compare --out runs/calls
 
-Draws with each sampler at 5, 10, 20 and 50 calls (two of them at 250), from the models of every seed, and writes OUT/calls.csv and OUT/calls.png.
-What is drawn already is not drawn again. The classifier of compare.py reads the images.
+Draws with each sampler at 5, 10, 20 and 50 calls (two of them at 250), from the models of every seed, and writes OUT/calls.csv and
+OUT/calls.png. What is drawn already is not drawn again. The classifier of compare.py reads the images.
 """
 
 from __future__ import annotations
