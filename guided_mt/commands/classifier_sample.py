@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from ..data.images import make_grid, save_png, to_nhwc
-from ..diffusion.sampling import sample
 from ..diffusion.sampling.guidance import classifier_guidance
 from ..errors import UserError
 from ..generation.generate import Generator, output_path, parse_seeds
@@ -65,25 +64,18 @@ def main(argv: Sequence[str]) -> None:
     classifier = load_classifier(
         config.classifier_path, ema=config.classifier_ema, settings=guide.as_dict(), device=processes.device
     )
-    diffusion = generator.diffusion(config[SampleConfig], unknown=False)
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
         labels = choose_classes(names, config.class_name, own, processes.device)
         guided = classifier_guidance(classifier.model, labels, config.classifier_scale)
-        drawn = sample(
-            generator.unconditional(labels if config.class_cond else None),
-            diffusion,
-            {},
-            (len(own), *generator.shape),
-            sampler=config[SampleConfig].rule,
-            seeds=own,
-            clip_denoised=config.clip_denoised,
-            device=processes.device,
-            eta=config.eta,
+        x_start = generator.draw_unconditional(
+            own,
+            config[SampleConfig],
+            labels if config.class_cond else None,
             cond_fn=guided if config.classifier_scale > 0 else None,
         )
-        return {"arr_0": to_nhwc(drawn.x_start), "arr_1": labels.cpu().numpy()}
+        return {"arr_0": to_nhwc(x_start), "arr_1": labels.cpu().numpy()}
 
     signature = {**config.as_dict(), **guide.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
     signature |= {"classifier": str(weights)}

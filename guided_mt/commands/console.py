@@ -86,7 +86,8 @@ def with_saved_config(argv: Sequence[str], sections: Sequence[type], description
     own = {field for section in sections for field in section.__dataclass_fields__}
     sections = (*sections, *model_sections())
     first = parse(argv, sections, description=description)
-    saved = saved_config(find_weights(first.model_path, first.ema))
+    weights = find_weights(first.model_path, first.ema)
+    saved = saved_config(weights)
     # What a run was trained with is no default for where and how to sample.
     base = {key: value for key, value in saved.items() if key not in own and key != "timestep_respacing"}
     config = parse(argv, sections, description=description, base=base)
@@ -97,4 +98,7 @@ def with_saved_config(argv: Sequence[str], sections: Sequence[type], description
         raise UserError(
             f"{first.model_path}: was trained with other settings: {', '.join(different)}; leave these flags out"
         )
+    for section in config.sections():
+        if hasattr(section, "model_path"):
+            section.model_path = str(weights)  # looked up once: beside a running training the newest weights change
     return config

@@ -6,8 +6,8 @@ that stands in the frame. So the timesteps are spread evenly in
     rho = int (FLOOR + (1 - FLOOR) sigmoid(lambda - START)) dlambda  +  FRAME sum_i int |dalpha-tilde_i|,
 
 each integral as a share of its own total. Below START = -2.4, where z_t is noise, z_0 hardly depends on z_t and a few long steps
-are enough; above it even steps are best, down to t = 0. The three constants are where the closed-form error of Gaussians of variance
-0.03 to 4 at 8 to 50 calls over the cosine, linear and latent-diffusion's schedules is least; it is flat there
+are enough; above it even steps are best, down to t = 0. At these three constants the closed-form error of Gaussians of variance
+0.03 to 4 is least, at 8 to 50 calls over the cosine, linear and latent-diffusion's schedules; it is flat there
 (benchmarks/spacing.py).
 """
 

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..diffusion.network import ModelOutput
-from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
-from ..diffusion.sampling import Sample, sample
+from ..diffusion.sampling import Sample
 from ..errors import UserError
 from ..modalities import Modality
 from ..modalities.registry import build_diffusion, build_modalities, build_model, needs_labels, weights_names
 from ..networks.model import MTModel
-from ..runs.checkpoint import find_weights, load_weights, read_classes, read_config
-from ..runs.config import Config, SampleConfig
+from ..runs.checkpoint import Weights, find_weights, load_weights
+from ..runs.config import Config, SamplingOptions
+from .drawing import draw, visited
 
 log = logging.getLogger("guided_mt")
 
@@ -37,6 +38,7 @@ class Generator:
     warned: bool = False
 
     def __post_init__(self) -> None:
+        self.process = build_diffusion(self.config)
         for modality in self.modalities.values():
             if self.classes:
                 modality.use_classes(self.classes)
@@ -44,11 +46,11 @@ class Generator:
     @classmethod
     def load(cls, config: Config, device: torch.device) -> Generator:
         """The model of `config.model_path`, ready to sample on `device`."""
-        weights = find_weights(config.model_path, config.ema)
+        weights = Weights.find(config.model_path, config.ema)
         model = build_model(config)
-        load_weights(model, weights, allow_new=read_config(weights) is None)
+        load_weights(model, weights.file, allow_new=weights.settings is None)
         model = model.to(device).to_fast_layout().eval().requires_grad_(False)
-        return cls(config, model, build_modalities(config, model), read_classes(weights.parent))
+        return cls(config, model, build_modalities(config, model), weights.classes)
 
     @property
     def known_classes(self) -> list[str] | None:
@@ -63,15 +65,6 @@ class Generator:
     def shape(self) -> tuple[int, int, int]:
         return (3, self.config.image_size, self.config.image_size)
 
-    def diffusion(self, settings: SampleConfig, unknown: bool) -> GaussianDiffusion:
-        """The process on the timesteps to visit: even, or for a deterministic sampler and an `unknown` modality denser where its
-        frame moves (see `respacing.frame_timesteps`)."""
-        respacing = self.config.timestep_respacing
-        if not respacing:
-            steps = min(settings.steps, self.config.diffusion_steps)
-            respacing = f"frame{steps}" if unknown and settings.rule != "ddpm" and steps > 1 else str(steps)
-        return build_diffusion(self.config, respacing)
-
     @property
     def gives(self) -> bool:
         """Whether a known modality is given to the network (forms X and any) or stands in the frame (U)."""
@@ -80,7 +73,7 @@ class Generator:
     def draw(
         self,
         seeds: Sequence[int],
-        settings: SampleConfig,
+        settings: SamplingOptions,
         known: Mapping[str, Tensor] | None = None,
         labels: Tensor | None = None,
         progress: bool = False,
@@ -113,22 +106,48 @@ class Generator:
                 )
         if settings.guidance_scale != 1:
             self._check_guidance(known)
-        return sample(
+        in_frame = [name for name in modalities if not (self.gives and name in known)]
+        return draw(
             _with_classes(self.model, labels),
-            self.diffusion(settings, any(name not in known for name in modalities)),
+            visited(self.process, settings, self.config.timestep_respacing, in_frame),
             modalities,
-            (len(seeds), *self.shape),
+            self.shape,
+            seeds,
+            settings,
             known=known,
-            sampler=settings.rule,
-            conditioning="network" if self.gives else settings.mt_condition,
-            conditioning_scale=settings.mt_condition_scale,
-            seeds=seeds,
-            clip_denoised=settings.clip_denoised,
+            gives=self.gives,
             device=self.device,
             progress=progress,
-            eta=settings.eta,
-            guidance_scale=settings.guidance_scale,
         )
+
+    def draw_unconditional(
+        self,
+        seeds: Sequence[int],
+        settings: SamplingOptions,
+        labels: Tensor | None = None,
+        *,
+        noised: tuple[Tensor, float] | None = None,
+        cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """z_0 [B, C, H, W] from the model as it is without any modality.
+
+        noised: (images [B, C, H, W], how far to noise them, 0..1) begins there instead of with noise (SDEdit). cond_fn: as in
+        `sampling.sample`. Raises UserError for a model that never saw plain noisy images.
+        """
+        network, start = self.unconditional(labels), None
+        process = visited(self.process, settings, self.config.timestep_respacing)
+        if settings.guidance_scale != 1:
+            raise UserError("--guidance_scale has no condition to strengthen here; leave it out")
+        if noised is not None:
+            images, strength = noised
+            reached = round(strength * process.original_num_steps) - 1
+            first = max(0, int(np.searchsorted(process.timestep_map, reached, side="right")) - 1)
+            streams = SampleStreams(torch.as_tensor(seeds), index=1, device=self.device)
+            t = torch.full((len(images),), first, device=self.device)
+            start = process.q_sample(images, t, streams.normal(*images.shape[1:])), first
+        return draw(
+            network, process, {}, self.shape, seeds, settings, device=self.device, start=start, cond_fn=cond_fn
+        ).x_start
 
     def _check_guidance(self, known: Mapping[str, Tensor]) -> None:
         """UserError where --guidance_scale has nothing to scale, or no model of the unconditional half."""

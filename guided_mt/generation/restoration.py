@@ -10,9 +10,9 @@ from torch import Tensor
 from ..diffusion.network import as_denoising
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
-from ..diffusion.sampling import sample
+from ..diffusion.respacing import kept_timesteps
 from ..errors import UserError
-from ..runs.config import SampleConfig
+from ..runs.config import SamplingOptions
 from .generate import Generator
 
 # RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply.
@@ -23,7 +23,7 @@ METHODS = ("mt", "sdedit", "repaint", "none")
 def restore(
     method: str,
     generator: Generator,
-    settings: SampleConfig,
+    settings: SamplingOptions,
     masked: Tensor,
     keep: Tensor,
     seeds: Sequence[int],
@@ -44,28 +44,12 @@ def restore(
         if "masked" not in generator.modalities:
             raise UserError("--method mt needs a model trained with --mt_task masked; this one has no masked images")
         return generator.draw(seeds, settings, {"masked": masked}, labels).x_start
-    plain = generator.unconditional(labels)
     if method == "sdedit":
-        diffusion = generator.diffusion(settings, unknown=False)
-        first = min(diffusion.num_timesteps - 1, max(0, round(strength * diffusion.num_timesteps) - 1))
-        streams = SampleStreams(torch.as_tensor(seeds), index=1, device=masked.device)
-        t = torch.full((len(masked),), first, device=masked.device)
-        noised = diffusion.q_sample(masked, t, streams.normal(*masked.shape[1:]))
-        return sample(
-            plain,
-            diffusion,
-            {},
-            masked.shape,
-            sampler=settings.rule,
-            seeds=seeds,
-            clip_denoised=settings.clip_denoised,
-            device=masked.device,
-            eta=settings.eta,
-            start=(noised, first),
-        ).x_start
-    steps = min(REPAINT_STEPS, generator.config.diffusion_steps)
-    diffusion = generator.diffusion(SampleConfig(steps=steps), unknown=False)
-    return repaint(plain, diffusion, masked, keep, seeds, resamples=repaint_resamples)
+        return generator.draw_unconditional(seeds, settings, labels, noised=(masked, strength))
+    full = generator.process
+    steps = generator.config.timestep_respacing or str(min(REPAINT_STEPS, full.num_timesteps))
+    network = generator.unconditional(labels)
+    return repaint(network, full.respace(kept_timesteps(full, steps)), masked, keep, seeds, resamples=repaint_resamples)
 
 
 def repaint_schedule(num_timesteps: int, jump: int = 10, resamples: int = 10) -> Iterator[tuple[int, int]]:

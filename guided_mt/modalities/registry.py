@@ -220,6 +220,8 @@ def saved_config(weights: Path) -> dict[str, Any]:
                 f"{file}: was trained with the modality '{name}'{nearest(name, TASKS)}, which this script doesn't know; "
                 "run the file that adds it to TASKS (docs/new_modality.md)"
             )
+    # What later versions added, at the value that says what runs without it did.
+    saved = {"predict_v": False, "timestep_weights": "uniform", **saved} if saved else {}
     if "mt_loss_weight" in saved:
         saved["mt_loss_weight"] = str(saved["mt_loss_weight"])  # a number in runs of version 0.1
     known = [field for section in run_sections() for field in section.__dataclass_fields__]

@@ -16,6 +16,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ def find_weights(path: str | Path, ema: str = "", flag: str = "--model_path") ->
     if ema:
         return path / f"ema_{ema}.safetensors"
     return averages[-1] if averages else path / "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file and what lies beside it: its run's configuration and the names of its classes, each None where it has none."""
+
+    file: Path
+    settings: dict[str, Any] | None
+    classes: list[str] | None
+
+    @classmethod
+    def find(cls, path: str | Path, ema: str = "", flag: str = "--model_path") -> Weights:
+        """Those that `path` means, see `find_weights`. Asked once: beside a running training the newest ones change."""
+        file = find_weights(path, ema, flag)
+        return cls(file, read_config(file), read_classes(file.parent))
 
 
 def read_config(weights: Path) -> dict[str, Any] | None:

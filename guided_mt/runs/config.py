@@ -158,12 +158,9 @@ class TrainConfig(LoopConfig):
 
 
 @dataclass
-class SampleConfig:
-    """Sampling"""
+class SamplingOptions:
+    """How each sample is drawn"""
 
-    model_path: str = option("", "run folder, checkpoint folder or weights file (.safetensors, ADM's .pt)")
-    out: str = option("", "the .npz to write; a .png grid is put beside it. Empty: inside the run folder")
-    batch_size: int = option(16, "samples per forward pass", least=1)
     sampler: str = option("dpm++", "rule of each step", SAMPLERS)
     steps: int = option(
         50, "network calls, whatever the model was trained with; timestep_respacing overrides it", least=1
@@ -177,22 +174,31 @@ class SampleConfig:
         least=0,
         most=1,
     )
-    seeds: str = option("", "one seed per sample, as '0-99' or '3,5,10-20'; empty: 0, 1, 2, ...")
-    ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
     mt_condition: str = option(
         "own-head", "how form U uses a known modality", [c for c in CONDITIONINGS if c != "network"]
     )
+    mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule", least=0)
     guidance_scale: float = option(
         1.0, "classifier-free guidance: eps = eps_u + scale (eps - eps_u), eps_u without conditions; 1 is off", least=0
     )
-    mt_condition_scale: float = option(1.0, "strength of own-head conditioning; 1 is Bayes' rule", least=0)
-    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
-    dry_run: bool = option(False, "print the resolved configuration, then stop")
 
     @property
     def rule(self) -> str:
         """The sampler to use, by our flag or by ADM's."""
         return "ddim" if self.use_ddim else self.sampler
+
+
+@dataclass
+class SampleConfig(SamplingOptions):
+    """Sampling"""
+
+    model_path: str = option("", "run folder, checkpoint folder or weights file (.safetensors, ADM's .pt)")
+    out: str = option("", "the .npz to write; a .png grid is put beside it. Empty: inside the run folder")
+    batch_size: int = option(16, "samples per forward pass", least=1)
+    seeds: str = option("", "one seed per sample, as '0-99' or '3,5,10-20'; empty: 0, 1, 2, ...")
+    ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
+    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
+    dry_run: bool = option(False, "print the resolved configuration, then stop")
 
 
 class Config:

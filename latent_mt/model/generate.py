@@ -12,12 +12,11 @@ from torch import Tensor
 
 from guided_mt.data.images import make_grid, to_nhwc
 from guided_mt.diffusion.network import ModelOutput
-from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.diffusion.sampling import sample
 from guided_mt.errors import UserError, nearest
 from guided_mt.generation.classification import head_estimates, read_timesteps
-from guided_mt.runs.config import SampleConfig, option
+from guided_mt.generation.drawing import draw, visited
+from guided_mt.runs.config import SampleConfig, SamplingOptions, option
 
 from ..data.validation import val_sides
 from .latent_diffusion import LatentMTDiffusion
@@ -113,15 +112,8 @@ class LatentGenerator:
 
         return run
 
-    def diffusion(self, settings: SampleConfig, respacing: str = "", unknown: bool = False) -> GaussianDiffusion:
-        """The process on the timesteps to visit, chosen as guided_mt's Generator does."""
-        if not respacing:
-            steps = min(settings.steps, self.model.diffusion.num_timesteps)
-            respacing = f"frame{steps}" if unknown and settings.rule != "ddpm" and steps > 1 else str(steps)
-        return self.model.respaced(respacing)
-
     def translate(
-        self, source: int, latents: Tensor, seeds: Sequence[int], settings: SampleConfig, respacing: str = ""
+        self, source: int, latents: Tensor, seeds: Sequence[int], settings: SamplingOptions, respacing: str = ""
     ) -> Tensor:
         """The other side's latents [B, C, h, w], generated with those of side `source` given; one seed per sample.
 
@@ -133,7 +125,7 @@ class LatentGenerator:
     def pairs(
         self,
         seeds: Sequence[int],
-        settings: SampleConfig,
+        settings: SamplingOptions,
         respacing: str = "",
         conditions: Mapping[str, Any] | None = None,
     ) -> list[Tensor]:
@@ -156,7 +148,7 @@ class LatentGenerator:
         role: int,
         known: Mapping[str, Tensor],
         seeds: Sequence[int],
-        settings: SampleConfig,
+        settings: SamplingOptions,
         respacing: str,
         conditions: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -169,20 +161,18 @@ class LatentGenerator:
             raise UserError(
                 "--guidance_scale needs a model that also learned without its condition: train with mt_drop_prob 0.1"
             )
-        drawn = sample(
+        in_frame = [name for name in modalities if variant == "U" or name not in known]
+        process = self.model.respaced(respacing) if respacing else visited(self.model.diffusion, settings, "", in_frame)
+        drawn = draw(
             self.network(role, conditions),
-            self.diffusion(settings, respacing, unknown=bool(modalities) and not known),
+            process,
             modalities,
-            (len(seeds), *self.shape),
+            self.shape,
+            seeds,
+            settings,
             known=known,
-            sampler=settings.rule,
-            conditioning="network" if variant != "U" else settings.mt_condition,
-            conditioning_scale=settings.mt_condition_scale,
-            seeds=seeds,
-            clip_denoised=settings.clip_denoised,
+            gives=variant != "U",
             device=self.device,
-            eta=settings.eta,
-            guidance_scale=settings.guidance_scale,
         )
         return drawn.x_start, drawn.modalities.get(PAIRED)
 

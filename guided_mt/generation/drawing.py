@@ -1,0 +1,77 @@
+"""Where a request for samples becomes a call of Algorithm 1: the one place for pixels and latents, previews and commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..diffusion.process import GaussianDiffusion
+from ..diffusion.respacing import kept_timesteps
+from ..diffusion.sampling import SAMPLERS, Sample, sample
+from ..diffusion.spacing import solver_timesteps
+from ..errors import UserError
+from ..modalities import Modality
+from ..runs.config import SamplingOptions
+
+
+def visited(
+    full: GaussianDiffusion, options: SamplingOptions, respacing: str = "", in_frame: Collection[str] = ()
+) -> GaussianDiffusion:
+    """The process `full` on the timesteps that a request visits: those of `respacing` (see `respacing.kept_timesteps`), or
+    `options.steps` as its sampler wants them, denser where the shift of the modalities `in_frame` moves, known (own head's
+    gradient is steep there) or not.
+
+    Raises UserError where the counts can't be had.
+    """
+    count = min(options.steps, full.num_timesteps)
+    try:
+        if respacing:
+            return full.respace(kept_timesteps(full, respacing))
+        if SAMPLERS[options.rule].spacing == "even":
+            return full.respace(kept_timesteps(full, str(count)))
+        coefficients = [full.aggregation.coefficients[name] for name in in_frame]
+        return full.respace(solver_timesteps(full.alphas_cumprod, coefficients, count))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def draw(
+    network: Callable,
+    process: GaussianDiffusion,
+    modalities: Mapping[str, Modality],
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    *,
+    known: Mapping[str, Tensor] | None = None,
+    gives: bool = False,
+    device: torch.device,
+    progress: bool = False,
+    start: tuple[Tensor, int] | None = None,
+    cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Sample:
+    """One sample of `shape` (C, H, W) per seed, on the timesteps of `process`; see `sampling.sample`.
+
+    gives: the `known` modalities are handed to the network (forms X and any) instead of standing in the frame (U).
+    """
+    return sample(
+        network,
+        process,
+        modalities,
+        (len(seeds), *shape),
+        known=known,
+        sampler=options.rule,
+        conditioning="network" if gives else options.mt_condition,
+        conditioning_scale=options.mt_condition_scale,
+        seeds=seeds,
+        clip_denoised=options.clip_denoised,
+        dynamic_threshold=options.dynamic_threshold,
+        device=device,
+        progress=progress,
+        eta=options.eta,
+        start=start,
+        guidance_scale=options.guidance_scale,
+        cond_fn=cond_fn,
+    )
