@@ -20,7 +20,8 @@ from ..modalities.registry import (
     run_sections,
 )
 from ..runs import distributed
-from ..runs.config import Config, TrainConfig, parse
+from ..runs.config import Config, parse
+from ..runs.loop_config import TrainConfig
 from ..training.train_loop import TrainLoop
 from .console import announce, run
 from .training import check_run, run_lines, saved_classes, train

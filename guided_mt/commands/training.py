@@ -52,10 +52,12 @@ def train(loop: Loop) -> None:
     """Write the run's config.yaml and train to the end."""
     if loop.processes.is_main:
         try:
-            loop.run.mkdir(parents=True, exist_ok=True)
-            (loop.run / "config.yaml").write_text(loop.resolved_yaml())
+            loop.folder.mkdir(parents=True, exist_ok=True)
+            (loop.folder / "config.yaml").write_text(loop.resolved_yaml())
         except OSError as error:
-            raise UserError(f"--log_dir {loop.run}: can't be written ({error.strerror}); name another folder") from None
+            raise UserError(
+                f"--log_dir {loop.folder}: can't be written ({error.strerror}); name another folder"
+            ) from None
         reached = f"resuming after step {loop.step}" if loop.step else "starting"
         print(f"# {len(loop.source)} images, {reached}", flush=True)
     loop.run_loop()

@@ -33,10 +33,10 @@ from ..runs.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    TrainConfig,
     check_keys,
     option,
 )
+from ..runs.loop_config import TrainConfig
 from . import LabelModality, MaskedImage, Modality, RandomLabel, VectorModality
 from .tokens import ENCODING_NORMS, LabelTokens, VectorTokens, rescaled
 from .vector import read_vectors

@@ -17,7 +17,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..diffusion.resample import SCHEDULE_SAMPLERS
 from ..diffusion.sampling import CONDITIONINGS, SAMPLERS
 from ..diffusion.schedules import SCHEDULES
 from ..diffusion.weighting import TIMESTEP_WEIGHTS
@@ -42,6 +41,13 @@ def option(
     """
     metadata = {"help": help, "choices": choices, "least": least, "most": most, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def redefined(section: type, name: str, default: Any = None, help: str = "") -> Any:
+    """The option `name` of a section, for another section with its own default or help (those that are given); its range stays."""
+    field = section.__dataclass_fields__[name]
+    metadata = {**field.metadata, **({"help": help} if help else {})}
+    return dataclasses.field(default=field.default if default is None else default, metadata=metadata)
 
 
 @dataclass
@@ -119,45 +125,6 @@ class DataConfig:
 
 
 @dataclass
-class LoopConfig:
-    """Training of any network"""
-
-    log_dir: str = option(
-        "", "folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/TASK-SIZE"
-    )
-    total_steps: int = option(
-        1_000_000,
-        "optimiser steps of the whole run; where only lr_anneal_steps is given, that many, as in ADM",
-        least=1,
-    )
-    batch_size: int = option(-1, "images per process and pass; -1: global_batch_size / processes", least=1)
-    global_batch_size: int = option(-1, "images per step over all processes; -1: batch_size * processes", least=1)
-    microbatch: int = option(-1, "images per forward pass, accumulating gradients; -1: batch_size", least=1)
-    lr: float = option(1e-4, "learning rate of AdamW", least=0)
-    weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
-    lr_warmup_steps: int = option(0, "steps of linear warm-up", least=0)
-    lr_anneal_steps: int = option(0, "steps over which the rate falls linearly to 0; 0: constant", least=0)
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", least=0)
-    ema_rate: str = option("0.9999", "comma-separated rates of the averaged weights")
-    schedule_sampler: str = option("uniform", "how training timesteps are drawn", SCHEDULE_SAMPLERS)
-    fp16_scale_growth: float = option(1e-3, "growth per step of log2 of the fp16 loss scale", least=0)
-    log_interval: int = option(10, "steps between log lines", least=1)
-    save_interval: int = option(10_000, "steps between checkpoints", least=1)
-    keep_checkpoints: int = option(0, "how many checkpoints to keep; 0: all", least=0)
-    resume_checkpoint: str = option("", "weights to start from: an ADM .pt, a run, a checkpoint or a weights file")
-    seed: int = option(0, "seed of initialisation, data order, noise and masks", least=0, most=2**32 - 1)
-    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
-    dry_run: bool = option(False, "print the resolved configuration and the model's size, then stop")
-
-
-@dataclass
-class TrainConfig(LoopConfig):
-    """Training"""
-
-    sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none", least=0)
-
-
-@dataclass
 class SamplingOptions:
     """How each sample is drawn"""
 
@@ -209,7 +176,9 @@ class Config:
         self.given = given
 
     def __getitem__(self, section: type) -> Any:
-        return self._sections[section]
+        """The section of this class, else one of a class derived from it."""
+        derived = (found for found in self.sections() if isinstance(found, section))
+        return self._sections[section] if section in self._sections else next(derived)
 
     def __getattr__(self, name: str) -> Any:
         for section in self.__dict__.get("_sections", {}).values():

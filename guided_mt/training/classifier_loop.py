@@ -24,10 +24,12 @@ from ..diffusion.random import SampleStreams
 from ..diffusion.resample import UniformSampler
 from ..generation.noisy_classifier import build_classifier, build_process, classifier_sections, shape_settings
 from ..runs import checkpoint
-from ..runs.config import Config, DataConfig, LoopConfig, check_keys, option
+from ..runs.config import Config, DataConfig, check_keys, option, redefined
 from ..runs.distributed import Processes
+from ..runs.loop_config import FlagLoopConfig
+from .averages import QUARTILES, Averages
 from .loop import Loop
-from .metrics import QUARTILES, Averages
+from .record import Record
 
 SCORES = ("loss", "acc@1", "acc@5")  # ADM's names
 VALIDATION = 1 << 32  # added to the seed, which is smaller: random numbers that no training sample has
@@ -35,17 +37,28 @@ log = logging.getLogger("guided_mt")
 
 
 @dataclass
-class ClassifierLoopConfig(LoopConfig):
+class ClassifierLoopConfig(FlagLoopConfig):
     """Training of a classifier (ADM's flags, and those of all training here)"""
 
-    log_dir: str = option(
-        "", "folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/classifier-SIZE"
+    log_dir: str = redefined(
+        FlagLoopConfig,
+        "log_dir",
+        help="folder of this run; the same command again resumes it. Empty: $OPENAI_LOGDIR or runs/classifier-SIZE",
     )
-    total_steps: int = option(150_000, "optimiser steps of the whole run (also --iterations, ADM's name)", least=1)
-    lr: float = option(3e-4, "learning rate of AdamW", least=0)
-    ema_rate: str = option("", "comma-separated rates of averaged weights; empty: none, as in ADM")
-    resume_checkpoint: str = option(
-        "", "weights to start from: an ADM classifier's .pt, a classifier's run, or a run with --mt_label_head E"
+    total_steps: int = redefined(
+        FlagLoopConfig,
+        "total_steps",
+        150_000,
+        help="optimiser steps of the whole run (also --iterations, ADM's name)",
+    )
+    lr: float = redefined(FlagLoopConfig, "lr", 3e-4)
+    ema_rate: str = redefined(
+        FlagLoopConfig, "ema_rate", "", help="comma-separated rates of averaged weights; empty: none, as in ADM"
+    )
+    resume_checkpoint: str = redefined(
+        FlagLoopConfig,
+        "resume_checkpoint",
+        help="weights to start from: an ADM classifier's .pt, a classifier's run, or a run with --mt_label_head E",
     )
     val_data_dir: str = option("", "images to validate on, as data_dir; empty: none")
     noised: bool = option(True, "train on noised images; False: on clean ones, with timestep 0")
@@ -66,7 +79,7 @@ class ClassifierLoop(Loop):
         config: Config,
         processes: Processes,
         source: ImageSource | None,
-        run: Path,
+        folder: Path,
         val_source: ImageSource | None = None,
     ):
         diffusion = build_process(config)
@@ -74,7 +87,7 @@ class ClassifierLoop(Loop):
         self.val_timesteps = UniformSampler(diffusion.num_timesteps)
         names = [f"val_{name}" for name in SCORES] if val_source else []
         self.val_averages = Averages(names, diffusion.num_timesteps, processes.device, scalars=())
-        super().__init__(config, processes, source, run, build=build_classifier, diffusion=diffusion, names=SCORES)
+        super().__init__(config, processes, source, folder, build=build_classifier, diffusion=diffusion, names=SCORES)
 
     # ------------------------------------------------------------ set-up
 
@@ -101,12 +114,12 @@ class ClassifierLoop(Loop):
 
     # ------------------------------------------------------------ one step
 
-    def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
         streams, x_start, t, weights = self.draw(batch, part)
         if not self.config.noised:
             t, weights = torch.zeros_like(t), torch.ones_like(weights)
         scores = self._scores(self.network, x_start, batch.labels[part], t, streams)
-        return (scores[:, 0] * weights).mean(), self._record(t, scores.detach())
+        return (scores[:, 0] * weights).mean(), Record(t, dict(zip(SCORES, scores.detach().unbind(1), strict=True)))
 
     def _scores(self, network: nn.Module, x_start: Tensor, labels: Tensor, t: Tensor, streams: SampleStreams) -> Tensor:
         """[B, 3]: cross-entropy in nats, and whether the class is the first, and among the first five."""
@@ -115,9 +128,6 @@ class ClassifierLoop(Loop):
         first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         cross_entropy = F.cross_entropy(logits, labels, reduction="none")
         return torch.stack([cross_entropy, first[:, 0].float(), first.any(dim=1).float()], dim=1)
-
-    def _record(self, t: Tensor, scores: Tensor) -> Tensor:
-        return torch.cat([t[:, None].to(scores.dtype), scores, torch.ones_like(scores)], dim=1)
 
     # ------------------------------------------------------------ validation
 
@@ -159,10 +169,10 @@ class ClassifierLoop(Loop):
             t, _ = self.val_timesteps(streams.uniform())
             t = t if self.config.noised else torch.zeros_like(t)
             x_start = from_uint8(batch.images[part])
-            records.append(self._record(t, self._scores(self.model, x_start, batch.labels[part], t, streams)))
+            scores = self._scores(self.model, x_start, batch.labels[part], t, streams)
+            records.append(Record(t, dict(zip(self.val_averages.names, scores.unbind(1), strict=True))))
         self.model.train()
-        record = self.processes.all_gather(torch.cat(records))
-        self.val_averages.add(record[:, 0].long(), *record[:, 1:].chunk(2, dim=1))
+        self.val_averages.add(Record.joined(records).gathered(self.processes))
 
     def extra_columns(self) -> list[str]:
         names = self.val_averages.names

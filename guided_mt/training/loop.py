@@ -1,18 +1,16 @@
-"""What every training run does, whatever it trains: resume, draw, step, average, report, save, stop."""
+"""What every training run does, whatever it trains: resume, draw, step, average. Reports, saves and stops are runs.policy's."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
-import signal
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,34 +21,35 @@ from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams, seed_dropout
 from ..diffusion.resample import create_named_schedule_sampler
 from ..errors import UserError
-from ..runs import checkpoint
+from ..runs import checkpoint, resume
 from ..runs.config import Config
 from ..runs.distributed import Processes
-from .metrics import QUARTILES, Averages, Reporter
+from ..runs.loop_config import LoopConfig
+from ..runs.policy import RunPolicy
+from ..runs.skipped import SkippedSteps
+from .averages import QUARTILES, Averages
 from .optim import Ema, Optimizer, learning_rate
-
-MAX_SKIPPED_IN_ROW = 10
-SIGNAL_INTERVAL = 10  # steps between GPU processes' agreeing on a SIGTERM
-log = logging.getLogger("guided_mt")
+from .record import Record
 
 
 class Loop:
-    """One training run in `run`, new or resumed from its newest checkpoint; subclasses say what is trained.
+    """One training run in `folder`, new or resumed from its newest checkpoint; subclasses say what is trained.
 
     build: config -> untrained network. names: the values that `losses` records, of which the first is minimised. scalars: more
     0-dim values, fed to `self.averages.add_scalars` in steps that measure them. dropout: the network's, 0 where it draws nothing.
-    `timeless`: those of `names` whose mean by timestep says nothing.
+    `timeless`: those of `names` whose mean by timestep says nothing. `preview_interval`: steps between pictures, 0 for none.
     A subclass has to have `losses`, `start_from`, `fixed_settings` and `saved_settings`, and may have what stands after them.
     """
 
     timeless: Sequence[str] = ()
+    preview_interval = 0
 
     def __init__(
         self,
         config: Config,
         processes: Processes,
         source: ImageSource | None,
-        run: Path,
+        folder: Path,
         *,
         build: Callable[[Config], nn.Module],
         diffusion: GaussianDiffusion,
@@ -59,7 +58,7 @@ class Loop:
         dropout: float = 0.0,
         compiled: bool = False,
     ):
-        self.config, self.processes, self.source, self.run = config, processes, source, run
+        self.config, self.processes, self.source, self.folder = config, processes, source, folder
         self.device = processes.device
         self.global_batch, self.local_batch, self.microbatch = batch_sizes(config, processes.world_size)
         self.seed, self.dropout = config.seed, dropout
@@ -80,18 +79,13 @@ class Loop:
         self.scalars = tuple(scalars)
         self.averages = Averages(names, diffusion.num_timesteps, self.device, ("grad_norm", *self.scalars))
         self.step = self._restore()  # before the averaged weights, which start as copies of the weights
-        reached = self.processes.all_gather(torch.tensor([self.step], device=self.device)).tolist()
-        if len(set(reached)) > 1:
-            raise UserError(
-                f"{run}: the processes see different checkpoints (steps {reached}); is the folder shared by all?"
-            )
+        resume.agree_on_step(folder, self.step, processes)
         self.network = self._wrap(compiled)
-        self.stop_requested = False
 
     # ------------------------------------------------------------ what a subclass trains
 
-    def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
-        """(mean loss to minimise, 0-dim; record [part, 1 + 2 K]: timestep, the K named values, and 1 where each counts, else 0)."""
+    def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
+        """(mean loss to minimise, 0-dim; record of the part's samples, with a value for each of `names`)."""
         raise NotImplementedError
 
     def start_from(self, path: str) -> None:
@@ -106,14 +100,15 @@ class Loop:
         """The configuration beside a weights file of this run. Raises UserError for keys that no such run has."""
         raise NotImplementedError
 
-    def learn(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
-        """More to learn from the records of all processes: t [B]; values, kept [B, K]."""
+    def learn(self, record: Record) -> None:
+        """More to learn from the record of all processes."""
 
     def measure(self) -> None:
         """Called after each step and before its report: what is measured now and then."""
 
-    def preview(self) -> None:
-        """Called every `sample_interval` steps, where the configuration has one."""
+    def preview(self) -> np.ndarray | None:
+        """A picture uint8 [H, W, 3], drawn on the main process every `preview_interval` steps."""
+        return None
 
     def extra_state(self) -> dict[str, Any]:
         """More entries of training_state.pt."""
@@ -134,32 +129,24 @@ class Loop:
 
     def _restore(self) -> int:
         """Load the newest checkpoint of this run, or `--resume_checkpoint` as a start; returns the step reached."""
-        found = checkpoint.checkpoints(self.run)
+        newest = resume.newest_checkpoint(self.folder)
         rates = [rate.strip() for rate in self.config.ema_rate.split(",") if rate.strip()]
-        if not found:
+        if newest is None:
             if self.config.resume_checkpoint:
                 self.start_from(self.config.resume_checkpoint)
             self.ema = Ema(self.model, rates)
             return 0
-        newest = found[-1]
         self._refuse_other_settings(newest)
         checkpoint.load_weights(self.model, newest / "model.safetensors")
         self.ema = Ema(self.model, rates)
         for rate in rates:
-            file = newest / f"ema_{rate}.safetensors"
-            if not file.exists():
-                raise UserError(f"{newest}: has no averaged weights for --ema_rate {rate}; keep the run's ema_rate")
-            self.ema.load(rate, checkpoint.read_weights(file))
+            self.ema.load(rate, resume.read_average(newest, rate, "--ema_rate"))
         state = checkpoint.read_state(newest / "training_state.pt")
-        try:
+        with resume.fitting(newest):
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
             self.averages.load_state_dict(state["averages"])
             self.load_extra_state(state)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f"{newest / 'training_state.pt'}: does not fit this run ({str(error).splitlines()[0]})"
-            ) from None
         return checkpoint.checkpoint_step(newest)
 
     def _refuse_other_settings(self, newest: Path) -> None:
@@ -167,12 +154,12 @@ class Loop:
         fixed = self.fixed_settings()
         fixed |= {"seed": self.config.seed, "schedule_sampler": self.config.schedule_sampler}
         fixed |= {"global_batch_size": self.global_batch}
-        different = checkpoint.differing_keys(self.saved_settings(newest / "model.safetensors"), fixed)
-        if different:
-            raise UserError(
-                f"{newest}: was trained with other settings: {', '.join(different)}; repeat them to resume, "
-                "or take another --log_dir (with --resume_checkpoint to start from these weights)"
-            )
+        resume.refuse_other_settings(
+            newest,
+            self.saved_settings(newest / "model.safetensors"),
+            fixed,
+            "take another --log_dir (with --resume_checkpoint to start from these weights)",
+        )
 
     def _wrap(self, compiled: bool):
         network = self.model
@@ -207,50 +194,41 @@ class Loop:
 
     def run_loop(self) -> None:
         """Train to `total_steps`, saving, reporting and drawing at their intervals; SIGTERM saves and returns."""
-        config, columns, stream = self.config, self._columns(), self.stream()
-        sample_interval = config.as_dict().get("sample_interval", 0)
-        self.reporter = Reporter(self.run, columns, config.total_steps, self.step) if self.processes.is_main else None
         self.model.train()
-        self.clock, self.clock_step = time.monotonic(), self.step
-        save_due = False
-        previous_handler = signal.signal(signal.SIGTERM, self._request_stop)
-        try:
-            with stream:
-                for batch in stream:
-                    self.run_step(batch.to(self.device))
-                    self.measure()
-                    last = self.step == config.total_steps
-                    if self.step % config.log_interval == 0 or last:
-                        self.report()
-                    if self.step % MAX_SKIPPED_IN_ROW == 0 or last:
-                        self.refuse_divergence()
-                    if sample_interval and self.step % sample_interval == 0:
-                        self.preview()
-                    stop = self._agreed_stop()
-                    save_due = save_due or self.step % config.save_interval == 0
-                    # After a skipped step a save waits for a good one: a diverged run must not push out its good checkpoints.
-                    if last or stop or (save_due and not self.optimizer.skipped_in_row.item()):
-                        self.save()
-                        save_due = False
-                    if stop:
-                        if self.processes.is_main:
-                            log.info("SIGTERM: saved step %d; run the same command to go on", self.step)
-                        break
-        finally:
-            signal.signal(signal.SIGTERM, previous_handler)
-            if self.reporter:
-                self.reporter.close()
+        with self.policy() as policy, self.stream() as stream:
+            for batch in stream:
+                self.run_step(batch.to(self.device))
+                self.measure()
+                if policy.after_step(self.step):
+                    break
+
+    def policy(self) -> RunPolicy:
+        """What decides after each step; see runs.policy."""
+        labelled = self.source is not None and self.source.labels is not None
+        return RunPolicy(
+            self,
+            self.config[LoopConfig],
+            self.processes,
+            self.folder,
+            step=self.step,
+            columns=self._columns(),
+            images_per_step=self.global_batch,
+            config_yaml=self.resolved_yaml(),
+            classes=self.source.class_names if labelled else None,
+            preview_interval=self.preview_interval,
+            advice="lower --lr, or use --precision fp32",
+        )
 
     def run_step(self, batch: Batch) -> None:
         """One optimiser step on this process's part of the global batch."""
-        gathered = self.forward_backward(batch)
+        record = self.forward_backward(batch)
         norm = self.optimizer.step(self._rate(self.step))
         self.ema.update()
-        self.track(gathered, norm)
+        self.track(record, norm)
         self.step += 1
 
-    def forward_backward(self, batch: Batch) -> Tensor:
-        """Gradients of the global mean loss; returns what `track` needs, [local batch, 1 + 2 K] (see `losses`)."""
+    def forward_backward(self, batch: Batch) -> Record:
+        """Gradients of the global mean loss; returns the record of this process's samples."""
         records = []
         self.seed_dropout()
         count = len(batch.images)
@@ -262,7 +240,7 @@ class Loop:
                 loss, record = self.losses(batch, part)
                 self.optimizer.scale(loss * ((part.stop - start) / count)).backward()
             records.append(record)
-        return torch.cat(records)
+        return Record.joined(records)
 
     def seed_dropout(self) -> None:
         if self.dropout > 0:
@@ -279,19 +257,22 @@ class Loop:
         return streams, x_start, *self.schedule_sampler(streams.uniform())
 
     @torch.no_grad()
-    def track(self, record: Tensor, norm: Tensor) -> None:
+    def track(self, record: Record, norm: Tensor) -> None:
         """Feed every process's values to the schedule sampler, the subclass and the averages: the same on all."""
-        record = self.processes.all_gather(record)
-        t, values, kept = record[:, 0].long(), *record[:, 1:].chunk(2, dim=1)
-        self.schedule_sampler.update(t, values[:, 0])
-        self.learn(t, values, kept)
-        self.averages.add(t, values, kept)
+        record = record.gathered(self.processes)
+        self.schedule_sampler.update(record.timesteps, record.values[self.averages.names[0]])
+        self.learn(record)
+        self.averages.add(record)
         self.averages.add_scalars({"grad_norm": norm})
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.config.lr, self.config.lr_warmup_steps, self.config.lr_anneal_steps)
 
-    # ------------------------------------------------------------ now and then
+    # ------------------------------------------------------------ what the policy asks (see runs.policy.Trained)
+
+    @property
+    def skipped(self) -> SkippedSteps:
+        return self.optimizer.skipped
 
     def _columns(self) -> list[str]:
         names = self.averages.names
@@ -300,54 +281,26 @@ class Loop:
         measured = ["grad_norm", "lr", "skipped_steps", *fp16, *self.scalars, "images_per_second"]
         return ["step", "samples", *names, *measured, *quartiles, *self.extra_columns()]
 
-    def report(self) -> None:
-        """Log the interval since the last report."""
-        steps = self.step - self.clock_step
-        seconds = max(time.monotonic() - self.clock, 1e-9)
+    def report_row(self) -> dict[str, float]:
         values = self.averages.pop()
-        extra = self.extra_row()
-        self.clock, self.clock_step = time.monotonic(), self.step
-        if self.reporter:
-            unseen = [name for name in self.scalars if math.isnan(values[name])]
-            row = {"step": self.step, "samples": self.step * self.global_batch, **values}
-            row |= {"lr": self._rate(self.step - 1), "skipped_steps": int(self.optimizer.skipped)}
-            row |= {"images_per_second": steps * self.global_batch / seconds}
-            if self.optimizer.fp16:
-                row["log2_loss_scale"] = float(self.optimizer.log2_scale)
-            shown = [name for name in self.reporter.columns if name not in unseen]
-            row |= extra
-            self.reporter.row({name: row[name] for name in shown if name in row})
+        unseen = [name for name in self.scalars if math.isnan(values[name])]
+        row = {name: value for name, value in values.items() if name not in unseen}
+        row["lr"] = self._rate(self.step - 1)
+        if self.optimizer.fp16:
+            row["log2_loss_scale"] = float(self.optimizer.log2_scale)
+        return {**row, **self.extra_row()}
 
-    def refuse_divergence(self) -> None:
-        """Stop a run that has stopped learning."""
-        refuse_divergence(self.step, self.optimizer.longest_row, "lower --lr, or use --precision fp32")
+    def weights(self) -> dict[str, Mapping[str, Tensor]]:
+        averages = {f"ema_{rate}": self.ema.state_dict(rate, self.model) for rate in self.ema.averages}
+        return {"model": self.model.state_dict(), **averages}
 
-    def save(self) -> None:
-        """Write a checkpoint on the main process. The others wait, and stop with it when it can't be written."""
-        failure = None
-        if self.processes.is_main:
-            weights = {f"ema_{rate}": self.ema.state_dict(rate, self.model) for rate in self.ema.averages}
-            state = {
-                "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule_sampler": self.schedule_sampler.state_dict(),
-                "averages": self.averages.state_dict(),
-                **self.extra_state(),
-            }
-            try:
-                checkpoint.save_checkpoint(
-                    self.run,
-                    self.step,
-                    config_yaml=self.resolved_yaml(),
-                    weights={"model": self.model.state_dict(), **weights},
-                    training_state=state,
-                    classes=self.source.class_names if self.source.labels is not None else None,
-                    keep=self.config.keep_checkpoints,
-                )
-            except UserError as error:
-                failure = error
-        if self.processes.any(failure is not None):
-            raise failure or UserError("the main process could not write the checkpoint")
+    def training_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule_sampler": self.schedule_sampler.state_dict(),
+            "averages": self.averages.state_dict(),
+            **self.extra_state(),
+        }
 
     def resolved_yaml(self) -> str:
         """The configuration as saved: with the global batch that the run really has, whatever the number of processes."""
@@ -355,24 +308,6 @@ class Loop:
             [_with_batch(section, self.global_batch) for section in self.config.sections()], self.config.given
         )
         return resolved.to_yaml()
-
-    def _request_stop(self, *_: object) -> None:
-        self.stop_requested = True
-
-    def _agreed_stop(self) -> bool:
-        if self.processes.world_size == 1:
-            return self.stop_requested
-        often = self.device.type == "cpu"  # on a GPU asking would wait for it
-        return (often or self.step % SIGNAL_INTERVAL == 0) and self.processes.any(self.stop_requested)
-
-
-def refuse_divergence(step: int, in_row: Tensor, advice: str) -> None:
-    """UserError where `in_row`, 0-dim, counts too many steps in a row whose gradient was not finite."""
-    if (longest := int(in_row)) >= MAX_SKIPPED_IN_ROW:
-        raise UserError(
-            f"step {step}: the loss or its gradient was not finite {longest} steps in a row, so training stopped; these steps "
-            f"changed nothing and the checkpoints are from before: {advice}"
-        )
 
 
 def _with_batch(section: Any, global_batch: int) -> Any:

@@ -18,15 +18,15 @@ from ..modalities.tokens import rms
 @dataclass
 class Losses:
     """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities. `terms` {name:
-    values} are its parts, unweighted; `encoding_rms` {name: values} the sizes of the encodings in the frame. `kept` is 0 for the
-    samples that were trained unconditionally (`mt_drop_prob`), else 1; `predicted` {name: values} is 1 where
+    values} are its parts, unweighted; `encoding_rms` {name: values} the sizes of the encodings in the frame. `multi_task` is 0 for
+    the samples that were trained unconditionally (`mt_drop_prob`), else 1; `predicted` {name: values} is 1 where
     a head's term tells how well it predicts: not for those samples, nor where form any was given the modality."""
 
     loss: Tensor
     denoising: Tensor
     terms: dict[str, Tensor]
     encoding_rms: dict[str, Tensor]
-    kept: Tensor
+    multi_task: Tensor
     predicted: dict[str, Tensor]
 
 
@@ -54,7 +54,7 @@ def multi_task_losses(
     """
     x_start = images.x_start
     dropped = streams.uniform() < drop_prob  # (B,)
-    kept = (~dropped).to(x_start.dtype)
+    multi_task = (~dropped).to(x_start.dtype)
     data = {name: modality.from_batch(images, streams) for name, modality in modalities.items()}
     given: dict[str, Tensor] = {}
     if variant == "any":
@@ -79,6 +79,6 @@ def multi_task_losses(
     for name, modality in modalities.items():
         terms[name] = modality.loss(predictions[name], data[name])
         weight = loss_weight[name] if isinstance(loss_weight, Mapping) else loss_weight
-        loss = loss + weight * kept * terms[name]
-    predicted = {name: kept * ~given[name] if name in given else kept for name in modalities}
-    return Losses(loss, denoising, terms, {name: rms(e) for name, e in encodings.items()}, kept, predicted)
+        loss = loss + weight * multi_task * terms[name]
+    predicted = {name: multi_task * ~given[name] if name in given else multi_task for name in modalities}
+    return Losses(loss, denoising, terms, {name: rms(e) for name, e in encodings.items()}, multi_task, predicted)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..runs.skipped import SkippedSteps
+
 INITIAL_LOG2_SCALE = 20.0  # ADM's INITIAL_LOG_LOSS_SCALE
 
 
 class Optimizer:
-    """Fused AdamW. A step whose gradient is not finite changes nothing but two counters.
+    """Fused AdamW. A step whose gradient is not finite changes nothing but the counts of `skipped`.
 
     fp16: scale the loss by 2^s; s grows by `scale_growth` per good step, falls by 1 per bad one (ADM), and never below 0.
     """
@@ -31,9 +34,7 @@ class Optimizer:
         self.grad_clip, self.fp16, self.scale_growth = grad_clip, fp16, scale_growth
         device = self.parameters[0].device
         self.log2_scale = torch.tensor(INITIAL_LOG2_SCALE if fp16 else 0.0, device=device)
-        self.skipped = torch.zeros((), device=device)  # bad steps in all
-        self.skipped_in_row = torch.zeros((), device=device)
-        self.longest_row = torch.zeros((), device=device)
+        self.skipped = SkippedSteps(device)
 
     def scale(self, loss: Tensor) -> Tensor:
         return loss * torch.exp2(self.log2_scale) if self.fp16 else loss
@@ -48,10 +49,7 @@ class Optimizer:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        self.skipped += bad
-        # In fp16 a bad step first lowers the scale; only at its floor does it speak of the model.
-        self.skipped_in_row = (self.skipped_in_row + (self.log2_scale <= 0)) * bad
-        self.longest_row = torch.maximum(self.longest_row, self.skipped_in_row)
+        self.skipped.count(bad, scale if self.fp16 else None)
         if self.fp16:
             self.log2_scale = torch.where(bad > 0, self.log2_scale - 1, self.log2_scale + self.scale_growth).clamp(
                 min=0.0
@@ -59,14 +57,14 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped}
+        return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         weight_decay = self.adamw.param_groups[0]["weight_decay"]
         load_optimizer(self.adamw, state["adamw"])
         self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
         self.log2_scale = state["log2_scale"].to(self.log2_scale)
-        self.skipped = state["skipped"].to(self.skipped)
+        self.skipped.load_total(state["skipped"])
 
 
 @torch.no_grad()
@@ -127,6 +125,21 @@ class Ema:
         """Move the averages to where the parameters were moved, and into their memory format."""
         for rate, average in self.averages.items():
             self.averages[rate] = [torch.empty_like(p).copy_(a) for p, a in zip(self.parameters, average, strict=True)]
+
+    @contextlib.contextmanager
+    def slowest_in(self, module: nn.Module) -> Iterator[None]:
+        """Inside, `module`, which has the averaged weights, runs with the slowest of them (where there are any) in eval mode."""
+        rate = max(self.averages, key=float, default=None)
+        training = module.training
+        module.eval()
+        if rate is not None:
+            self.swap(rate)
+        try:
+            yield
+        finally:
+            if rate is not None:
+                self.swap(rate)
+            module.train(training)
 
     def swap(self, rate: str) -> None:
         """Exchange the model's weights and the average, in place; a second call exchanges them back."""

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..data import Batch, ImageSource, load_images
-from ..data.images import make_grid, save_png, to_nhwc
+from ..data.images import make_grid, to_nhwc
 from ..diffusion.random import SampleStreams
 from ..generation.generate import Generator
 from ..modalities import Images, take_images
@@ -36,6 +37,7 @@ from .conflict import conflict_names, task_conflict
 from .loop import Loop
 from .loop import batch_sizes as batch_sizes
 from .objective import Losses, multi_task_losses
+from .record import Record
 
 PREVIEW_COUNT = 16
 log = logging.getLogger("guided_mt")
@@ -44,7 +46,7 @@ log = logging.getLogger("guided_mt")
 class TrainLoop(Loop):
     """A run of MT-Diffusion, or of one of the single-task models it is compared with."""
 
-    def __init__(self, config: Config, processes: Processes, source: ImageSource | None, run: Path):
+    def __init__(self, config: Config, processes: Processes, source: ImageSource | None, folder: Path):
         self.modalities = build_modalities(config)
         self.loss_weight = loss_weights(config)
         terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
@@ -56,7 +58,7 @@ class TrainLoop(Loop):
             config,
             processes,
             source,
-            run,
+            folder,
             build=self.make_model,
             diffusion=build_diffusion(config),
             names=["loss", *self.terms, *self.timeless],
@@ -112,13 +114,12 @@ class TrainLoop(Loop):
             self.measure_conflict(batch)
         super().run_step(batch)
 
-    def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
         losses, t, weights = self.task_losses(self.network, batch, part)
-        ones = torch.ones_like(losses.kept)
-        sizes = [losses.encoding_rms[name] for name in self.modalities] if self.timeless else []
-        values = [losses.loss, *(losses.terms[name] for name in self.terms), *sizes]
-        kept = [losses.predicted.get(name, ones) for name in ("loss", *self.terms, *self.timeless)]
-        record = torch.stack([t.to(values[0].dtype), *(v.detach() for v in values), *kept], dim=1)
+        values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.terms}}
+        if self.timeless:
+            values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.modalities}
+        record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
         return (losses.loss * weights).mean(), record
 
     def task_losses(self, network: Callable, batch: Batch, part: slice) -> tuple[Losses, Tensor, Tensor]:
@@ -155,14 +156,13 @@ class TrainLoop(Loop):
         losses, _, weights = self.task_losses(self.model, batch, slice(0, self.microbatch))
         objectives = {"denoising": (losses.denoising * weights).mean()}
         for name in self.modalities:
-            objectives[name] = (self.loss_weight[name] * losses.kept * losses.terms[name] * weights).mean()
+            objectives[name] = (self.loss_weight[name] * losses.multi_task * losses.terms[name] * weights).mean()
         shared = [p for name, p in self.model.named_parameters() if not checkpoint.is_own(name)]
         self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
 
-    def learn(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
+    def learn(self, record: Record) -> None:
         for name, variance in self.model.head_variance.items():
-            column = 1 + self.terms.index(name)
-            variance.update(t, values[:, column], kept[:, column])
+            variance.update(record.timesteps, record.values[name], record.counts(name))
 
     def extra_state(self) -> dict[str, Any]:
         return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
@@ -174,22 +174,16 @@ class TrainLoop(Loop):
 
     # ------------------------------------------------------------ now and then
 
-    def preview(self) -> None:
-        """A PNG grid from the averaged weights: samples, and the training set's first images masked and restored."""
-        if self.processes.is_main:
-            rate = max(self.ema.averages, key=float)
-            self.ema.swap(rate)
-            self.model.eval()
-            try:
-                grid = self._preview_grid()
-            finally:
-                self.ema.swap(rate)
-                self.model.train()
-            save_png(grid, self.run / "grids" / f"step_{self.step:08d}.png")
-            self.reporter.image("preview", torch.from_numpy(grid).permute(2, 0, 1), self.step)
-        self.processes.barrier()
+    @property
+    def preview_interval(self) -> int:
+        return self.config.sample_interval
 
-    def _preview_grid(self):
+    def preview(self) -> np.ndarray:
+        """From the averaged weights: samples, and the training set's first images with each modality given."""
+        with self.ema.slowest_in(self.model):
+            return self._preview_grid()
+
+    def _preview_grid(self) -> np.ndarray:
         names = self.source.class_names if self.source.labels is not None else None
         generator = Generator(self.config, self.model, build_modalities(self.config, self.model), names)
         settings = SampleConfig(steps=25)

@@ -16,7 +16,7 @@ from guided_mt.errors import UserError
 
 from ..first_stage.autoencoder import ConvolutionalAutoencoder
 from ..first_stage.autoencoder_training import AutoencoderTraining
-from ..runs.run import RunConfig
+from ..runs.run_config import RunConfig
 from .training import Command, read_command, train
 
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed")

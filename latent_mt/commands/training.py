@@ -17,7 +17,8 @@ from guided_mt.runs.config import make_section
 from ..data import LatentCache
 from ..first_stage.latents import first_stage_hash
 from ..runs.configuration import instantiate, load_config, parameters, replaced, resolve, trainer_options
-from ..runs.run import RunConfig, RunFolder, fit, flatten, make_trainer, newest_checkpoint, refuse_other_settings
+from ..runs.run import RunFolder, fit, flatten, make_trainer, newest_checkpoint, refuse_other_settings
+from ..runs.run_config import RunConfig
 
 DEFAULT_RATE = 1e-4
 

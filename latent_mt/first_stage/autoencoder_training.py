@@ -23,12 +23,12 @@ from guided_mt.data.subset import Subset, spread
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
 from guided_mt.runs import checkpoint
-from guided_mt.training.metrics import Averages
+from guided_mt.training.averages import Averages
 from guided_mt.training.optim import guard_step
 
 from ..data.ordered import ordered_batches
 from ..runs.configuration import instantiate
-from ..runs.run import TrainedModule
+from ..runs.trained_module import TrainedModule
 from .autoencoder import AutoencoderKL, ConvolutionalAutoencoder, load_entries, read_state_dict
 from .losses import AdversarialLoss, LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from .quantize import Quantized, codebook_usage
@@ -40,7 +40,7 @@ LOSSES = {True: LPIPSWithDiscriminator, False: VQLPIPSWithDiscriminator}  # by w
 
 
 class AutoencoderTraining(TrainedModule):
-    """Trains `autoencoder` with the loss that its `lossconfig` describes; see run.TrainedModule for how it is driven.
+    """Trains `autoencoder` with the loss that its `lossconfig` describes; see trained_module.TrainedModule for how it is driven.
 
     Items with several images of `in_channels` channels, such as pairs, are trained on as that many images, mirrored alike.
     microbatches: into how many parts of equal size a batch is divided, one pass each. Raises UserError for a lossconfig that
@@ -213,7 +213,7 @@ class AutoencoderTraining(TrainedModule):
         for group in adam.param_groups:
             group["lr"] = factor * self.rate(self.steps_done)
 
-    # ------------------------------------------------------------ the run (see run.Trained)
+    # ------------------------------------------------------------ the run (see trained_module.TrainedModule)
 
     def prepare(self, data: Any, resumed: bool) -> None:
         self.autoencoder.to_fast_layout()
@@ -237,7 +237,7 @@ class AutoencoderTraining(TrainedModule):
             counts = self.processes.all_gather(self.counts[None]).sum(dim=0)
             row["codes_used"], row["code_perplexity"] = codebook_usage(counts)
             self.counts.zero_()
-        return {**row, "lr": self.rate(self.steps_done - 1), "skipped_steps": int(self.skipped)}
+        return {**row, "lr": self.rate(self.steps_done - 1)}
 
     # ------------------------------------------------------------ what it can do
 
@@ -315,11 +315,10 @@ class AutoencoderTraining(TrainedModule):
             self.loss.load_trained_state(own, where)
 
     def run_state(self) -> dict[str, Any]:
-        return {"averages": self.averages.state_dict(), "skipped": self.skipped, "counts": self.counts}
+        return {"averages": self.averages.state_dict(), "counts": self.counts}
 
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
-        self.skipped = state["skipped"].to(self.device)
         self.counts.copy_(state["counts"])
 
 

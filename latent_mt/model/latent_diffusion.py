@@ -29,16 +29,17 @@ from guided_mt.modalities import Images
 from guided_mt.networks.heads import HeadVariance, ImageHead
 from guided_mt.networks.model import VARIANTS, MTModel
 from guided_mt.runs import checkpoint
-from guided_mt.training.metrics import QUARTILES, Averages
+from guided_mt.training.averages import QUARTILES, Averages
 from guided_mt.training.objective import Losses, multi_task_losses
 from guided_mt.training.optim import guard_step
+from guided_mt.training.record import Record
 
 from ..data.latent_cache import unpack
 from ..data.validation import val_batches
 from ..first_stage.autoencoder import Autoencoder
 from ..runs.configuration import arguments, instantiate
 from ..runs.ldm_checkpoint import load_ldm
-from ..runs.run import TrainedModule
+from ..runs.trained_module import TrainedModule
 from .modalities import PAIRED, PairedLatent
 from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .unet import UNetModel, unet_options
@@ -393,25 +394,22 @@ class LatentMTDiffusion(TrainedModule):
             self.seed_dropout()
         streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
         losses, t, role = self.losses(batch, streams)
-        values = [losses.loss, *(losses.terms[name] for name in self.terms)]
-        ones = torch.ones_like(losses.kept)
-        kept = [losses.predicted.get(name, ones) for name in ("loss", *self.terms)]
-        record = torch.stack([t.float(), role.float(), *(v.detach() for v in values), *kept], dim=1)
-        self._track(self.processes.all_gather(record))
+        values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.terms}, "role": role.float()}
+        record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
+        self._track(record.gathered(self.processes))
         return self.l_simple_weight * losses.loss.mean()
 
     @torch.no_grad()
-    def _track(self, record: Tensor) -> None:
-        t, role, (values, kept) = record[:, 0].long(), record[:, 1], record[:, 2:].chunk(2, dim=1)
-        self.averages.add(t, values, kept)
+    def _track(self, record: Record) -> None:
+        self.averages.add(record)
         tracked = self.network.head_variance
         for name in self.modality_names:
-            column = 1 + self.terms.index(name)
-            error, seen = values[:, column], kept[:, column]
+            error, seen = record.values[name], record.counts(name)
             if SWAPPED in tracked:
-                tracked[SWAPPED].update(t, error, seen * role)
+                role = record.values["role"]
+                tracked[SWAPPED].update(record.timesteps, error, seen * role)
                 seen = seen * (1 - role)
-            tracked[name].update(t, error, seen)
+            tracked[name].update(record.timesteps, error, seen)
 
     @property
     def terms(self) -> list[str]:
@@ -443,7 +441,7 @@ class LatentMTDiffusion(TrainedModule):
         self.averages.add_scalars({"grad_norm": norm})
         self.steps_done += 1
 
-    # ------------------------------------------------------------ the run (see run.TrainedModule)
+    # ------------------------------------------------------------ the run (see trained_module.TrainedModule)
 
     def prepare(self, data: Any, resumed: bool) -> None:
         precisions = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
@@ -480,7 +478,7 @@ class LatentMTDiffusion(TrainedModule):
         return [*names, *val, "grad_norm", "lr", "skipped_steps", *quartiles]
 
     def report_row(self) -> dict[str, float]:
-        return {**self.averages.pop(), "lr": self.rate(self.steps_done - 1), "skipped_steps": int(self.skipped)}
+        return {**self.averages.pop(), "lr": self.rate(self.steps_done - 1)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -495,7 +493,7 @@ class LatentMTDiffusion(TrainedModule):
                     losses, *_ = self.losses(batch, SampleStreams(batch.positions, 1 + k, device=self.device), t)
                     values = torch.stack([losses.loss, *(losses.terms[name] for name in self.terms)])
                     kept = torch.stack(
-                        [losses.predicted.get(n, torch.ones_like(losses.kept)) for n in ("loss", *self.terms)]
+                        [losses.predicted.get(n, torch.ones_like(losses.loss)) for n in ("loss", *self.terms)]
                     )
                     totals += torch.stack([(values * kept).sum(1), kept.sum(1)])
         self.random_flip = flip
@@ -533,11 +531,10 @@ class LatentMTDiffusion(TrainedModule):
         self.scale_known |= found.scale_factor is not None
 
     def run_state(self) -> dict[str, Any]:
-        return {"averages": self.averages.state_dict(), "skipped": self.skipped}
+        return {"averages": self.averages.state_dict()}
 
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
-        self.skipped = state["skipped"].to(self.device)
 
 
 def _posterior(mean: Tensor, logvar: Tensor | None, streams: SampleStreams | None) -> Tensor:

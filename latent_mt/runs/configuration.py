@@ -3,7 +3,7 @@
     model:     {target, base_learning_rate or learning_rate, params}
     data:      {target, params}
     lightning: {trainer, callbacks, logger, modelcheckpoint}
-    run:       ours, see latent_mt.runs.run.RunConfig
+    run:       ours, see latent_mt.runs.run_config.RunConfig
 
 A `target` is a dotted name as in latent-diffusion. Names come from a registry and nothing else is imported: a YAML file can't
 run code that the program doesn't know.

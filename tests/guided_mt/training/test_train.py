@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -467,6 +468,19 @@ def test_one_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
     state = contents(step_folder(run, 4))
     assert all(value.isfinite().all() for value in state["model.safetensors"].values())
     assert state["training_state.pt"]["optimizer"]["adamw"]["state"][0]["step"] == 3
+
+
+def test_a_row_of_skipped_steps_that_ends_before_a_look_is_noticed(tmp_path, monkeypatch):
+    """Steps 2 to 19: at step 10 the row is of 9, at step 20 it is over."""
+    true_losses, steps = train_loop.TrainLoop.losses, itertools.count(1)
+
+    def losses(self, batch, part):
+        loss, record = true_losses(self, batch, part)
+        return loss * (float("inf") if next(steps) in range(2, 20) else 1), record
+
+    monkeypatch.setattr(train_loop.TrainLoop, "losses", losses)
+    with pytest.raises(UserError, match=r"step 20: .*not finite 18 steps in a row"):
+        few_steps(tmp_path, 25)
 
 
 @pytest.mark.parametrize("limit", [1_000, 1_200_000], ids=["no room at all", "room for the weights"])

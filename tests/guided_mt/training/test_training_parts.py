@@ -16,7 +16,6 @@ from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.errors import UserError
 from guided_mt.modalities import ImageModality, Images, MaskedImage
 from guided_mt.networks.heads import HeadVariance
-from guided_mt.training.metrics import Averages
 from guided_mt.training.objective import multi_task_losses
 from guided_mt.training.optim import Ema, Optimizer, learning_rate
 
@@ -147,9 +146,9 @@ def test_dropped_samples_are_plain_generation(variant):
     dropped, model, *_ = objective(variant, drop_prob=1.0)
     plain, *_ = objective(variant, task=False)
     torch.testing.assert_close(dropped.loss, plain.loss)
-    assert not dropped.kept.any() and model.unconditional is True
+    assert not dropped.multi_task.any() and model.unconditional is True
     half, model, *_ = objective(variant, drop_prob=0.5)
-    assert 0 < half.kept.sum() < 16 and torch.equal(model.unconditional, half.kept == 0)
+    assert 0 < half.multi_task.sum() < 16 and torch.equal(model.unconditional, half.multi_task == 0)
 
 
 def test_loss_weight_zero_is_the_conditional_twin():
@@ -194,10 +193,10 @@ def test_a_non_finite_step_changes_nothing_but_its_counters(bad):
         optimizer.step(0.1)
     assert torch.equal(parameter, before)
     assert all(torch.equal(optimizer.adamw.state[parameter][k], v) for k, v in state.items())
-    assert optimizer.skipped == 3 and optimizer.longest_row == 3
+    assert optimizer.skipped.total == 3 and optimizer.skipped.longest_row == 3
     (parameter**2).sum().backward()
     optimizer.step(0.1)
-    assert not torch.equal(parameter, before) and optimizer.skipped_in_row == 0 and optimizer.longest_row == 3
+    assert not torch.equal(parameter, before) and optimizer.skipped.in_row == 0 and optimizer.skipped.longest_row == 3
 
 
 def test_the_loss_scale_falls_on_overflow_has_a_floor_and_grows():
@@ -206,6 +205,7 @@ def test_the_loss_scale_falls_on_overflow_has_a_floor_and_grows():
         (parameter * math.inf).sum().backward()
         optimizer.step(0.1)
         assert float(optimizer.log2_scale) == expected
+    assert optimizer.skipped.total == 22 and optimizer.skipped.longest_row == 2  # those at the floor alone make a row
     (parameter**2).sum().backward()
     optimizer.step(0.1)
     assert float(optimizer.log2_scale) == 0.5
@@ -229,17 +229,6 @@ def test_ema_and_swap():
 def test_learning_rate():
     assert [learning_rate(s, 1.0, 4, 0) for s in (0, 1, 3, 100)] == [0.25, 0.5, 1.0, 1.0]
     assert [learning_rate(s, 2.0, 0, 10) for s in (0, 5, 10, 20)] == [2.0, 1.0, 0.0, 0.0]
-
-
-def test_averages_by_quartile():
-    averages = Averages(["loss", "masked"], 8, torch.device("cpu"))
-    values = torch.tensor([[1.0, 10.0], [3.0, 20.0], [5.0, 30.0], [math.nan, 40.0]])
-    kept = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    averages.add(torch.tensor([0, 1, 7, 3]), values, kept)
-    means = averages.pop()
-    assert means["loss"] == 3.0 and means["loss_q0"] == 2.0 and means["loss_q3"] == 5.0
-    assert means["masked"] == pytest.approx(80 / 3) and means["masked_q0"] == 10.0 and means["masked_q1"] == 40.0
-    assert math.isnan(means["loss_q1"]) and math.isnan(averages.pop()["loss"])
 
 
 def test_moments_are_read_in_the_parameters_memory_format():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import signal
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from make_golden_traces import FILE, LATENT_TRACES, latent_loss_trace
 from PIL import Image
+from pytorch_lightning.plugins.precision import MixedPrecision
 from tiny import finish, mpiexec, start, torchrun, wait_for
 from tiny_latent import LATENT, SIZE, UNET, newest_weights, train, write_config, write_pairs
 
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
+from latent_mt import LatentMTDiffusion
 from latent_mt.runs.configuration import instantiate, load_config
+from latent_mt.runs.run import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +150,46 @@ def test_a_run_that_diverges_stops_and_keeps_its_weights(pairs, tmp_path):
     with pytest.raises(UserError, match=r"not finite 1\d steps in a row"):
         train(file, "run.total_steps=40", "model.learning_rate=9e8")
     same(before, newest_weights(tmp_path / "a"))
+
+
+def spoil(monkeypatch, bad: range) -> None:
+    """The losses of these 1-based steps of every run are infinite."""
+    true_losses, steps = LatentMTDiffusion.losses, itertools.count(1)
+
+    def losses(self, *args, **kwargs):
+        found = true_losses(self, *args, **kwargs)
+        if next(steps) in bad:
+            found[0].loss = found[0].loss * float("inf")
+        return found
+
+    monkeypatch.setattr(LatentMTDiffusion, "losses", losses)
+
+
+def test_a_row_of_skipped_steps_that_ends_before_a_look_is_noticed(pairs, tmp_path, monkeypatch):
+    """Steps 2 to 19: at step 10 the row is of 9, at step 20 it is over."""
+    spoil(monkeypatch, range(2, 20))
+    with pytest.raises(UserError, match=r"step 20: .*not finite 18 steps in a row"):
+        train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), "run.total_steps=25")
+
+
+@pytest.mark.parametrize("bad, stops", [(13, False), (30, True)])
+def test_back_offs_of_the_loss_scale_are_no_divergence(pairs, tmp_path, monkeypatch, bad, stops):
+    """In fp16 a run goes on while its scale of 2^16 can still fall, and it saves; at 2^0 a row of bad steps ends it."""
+
+    def on_the_cpu(folder, options):  # where Lightning's own choice for 16-mixed is bfloat16
+        return make_trainer(folder, {**options, "plugins": [MixedPrecision("16-mixed", "cpu")]})
+
+    monkeypatch.setattr("latent_mt.commands.training.make_trainer", on_the_cpu)
+    spoil(monkeypatch, range(2, bad + 1))
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
+    if stops:
+        with pytest.raises(UserError, match=r"step 30: .*not finite 1\d steps in a row"):
+            train(file, "run.total_steps=30", "run.save_interval=5")
+    else:
+        train(file, "run.total_steps=15", "run.save_interval=5")
+        assert rows(tmp_path / "a")[-1]["skipped_steps"] == "12"
+    steps = [int(folder.name[5:]) for folder in (tmp_path / "a/checkpoints").iterdir()]
+    assert sorted(steps) == [5, 10, 15]
 
 
 def test_grids_and_validation(pairs, tmp_path):

@@ -1,4 +1,4 @@
-"""What a run reports: means per interval, per task and per timestep quartile, to a line, progress.csv and TensorBoard."""
+"""Rows of a run at its log interval: to a line on the terminal, progress.csv and TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,65 +8,10 @@ import os
 import sys
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
-
-QUARTILES = 4  # as ADM's log: q0 has the first quarter of the timesteps
-
-
-class Averages:
-    """Sums on the device of several values per sample and of `scalars` per step; the host sees them only when asked."""
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        num_timesteps: int,
-        device: torch.device,
-        scalars: Sequence[str] = ("grad_norm",),
-    ):
-        self.names, self.num_timesteps = list(names), num_timesteps
-        self.sums = torch.zeros(1 + QUARTILES, len(names), device=device)
-        self.counts = torch.zeros_like(self.sums)
-        self.scalars = {name: torch.zeros(2, device=device) for name in scalars}  # sum, count
-
-    def add(self, t: Tensor, values: Tensor, kept: Tensor) -> None:
-        """t [B]; values, kept [B, names]: kept 0 leaves a value out."""
-        quartile = torch.nn.functional.one_hot(t * QUARTILES // self.num_timesteps, QUARTILES).to(values.dtype)
-        groups = torch.cat([torch.ones_like(quartile[:, :1]), quartile], dim=1).T  # (5, B)
-        kept = kept * torch.isfinite(values)
-        self.sums += groups @ (torch.nan_to_num(values) * kept)
-        self.counts += groups @ kept
-
-    def add_scalars(self, values: Mapping[str, Tensor]) -> None:
-        """{name: 0-dim tensor} of this step, for some or all of the scalars."""
-        for name, value in values.items():
-            self.scalars[name] += torch.stack([value, torch.ones_like(value)])
-
-    def pop(self) -> dict[str, float]:
-        """{name: mean, name_q0: ..., scalar: mean}, nan where nothing was seen; starts anew."""
-        means = (self.sums / self.counts).cpu()  # 0 / 0 is nan, on purpose
-        measured = {name: float(total[0] / total[1]) for name, total in self.scalars.items()}
-        for total in (self.sums, self.counts, *self.scalars.values()):
-            total.zero_()
-        suffixes = ["", *(f"_q{q}" for q in range(QUARTILES))]
-        values = {name + s: float(means[i, j]) for j, name in enumerate(self.names) for i, s in enumerate(suffixes)}
-        return values | measured
-
-    def state_dict(self) -> dict[str, Any]:
-        """An unfinished interval, so that a resumed run logs the same line."""
-        return {"sums": self.sums, "counts": self.counts, "scalars": dict(self.scalars)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for mine, saved in ((self.sums, state["sums"]), (self.counts, state["counts"])):
-            mine[:, : saved.shape[1]].copy_(saved)  # version 0.1 had fewer names, the first of these
-        saved = state["scalars"] if "scalars" in state else {"grad_norm": state["norms"]}  # checkpoints of version 0.1
-        for name, total in self.scalars.items():
-            if name in saved:  # a scalar that the run did not have yet starts empty
-                total.copy_(saved[name])
 
 
 class Reporter:

@@ -1,0 +1,166 @@
+"""What happens after each step of a run, whatever is trained and whoever drives the loop: log, look, picture, save, stop.
+
+with RunPolicy(trained, config, ...) as policy:
+    for batch in batches:
+        ...  # one optimiser step
+        if policy.after_step(step):
+            break
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.images import save_png
+from ..errors import UserError
+from . import checkpoint
+from .distributed import Processes
+from .loop_config import LoopConfig
+from .reporter import Reporter
+from .skipped import MAX_SKIPPED_IN_ROW, SkippedSteps
+
+SIGNAL_INTERVAL = 10  # steps between GPU processes' agreeing on a SIGTERM
+NO_FIGURES: Mapping[str, float] = {}
+log = logging.getLogger("guided_mt")
+
+
+class Trained(Protocol):
+    """What a policy asks of what is trained. `report_row` is called on all processes, the others on the main one alone."""
+
+    @property
+    def skipped(self) -> SkippedSteps:
+        """The steps whose gradient was not finite."""
+
+    def report_row(self) -> Mapping[str, float]:
+        """{column: value} since the last report; a column without a value is an empty cell. May wait for the device."""
+
+    def preview(self) -> np.ndarray | None:
+        """A picture uint8 [H, W, 3] of how far the model is, where there is one."""
+
+    def weights(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """{file stem: state dict} of a checkpoint: `model`, and `ema_RATE` per averaged copy."""
+
+    def training_state(self) -> Mapping[str, Any]:
+        """What a resumed run has to find again beyond weights and step: the rest of training_state.pt."""
+
+
+class RunPolicy:
+    """Decides after each step what is due, and does it; a context in which SIGTERM asks the run to save and end.
+
+    step: how many steps the run has done. columns: those of progress.csv; the policy itself knows `step`, `samples`,
+    `skipped_steps` and `images_per_second`. images_per_step: over all processes. classes: names of the data's classes by id.
+    preview_interval: steps between pictures, 0 for none. advice: what the user can do against divergence.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        config: LoopConfig,
+        processes: Processes,
+        folder: Path,
+        *,
+        step: int,
+        columns: Sequence[str],
+        images_per_step: int,
+        config_yaml: str,
+        classes: Sequence[str] | None = None,
+        preview_interval: int = 0,
+        advice: str,
+    ):
+        self.trained, self.config, self.processes, self.folder = trained, config, processes, folder
+        self.step, self.columns, self.images_per_step = step, list(columns), images_per_step
+        self.config_yaml, self.classes = config_yaml, classes
+        self.preview_interval, self.advice = preview_interval, advice
+        self.save_due = self.stop_requested = False
+        self.reporter: Reporter | None = None
+
+    def __enter__(self) -> RunPolicy:
+        if self.processes.is_main:
+            self.reporter = Reporter(self.folder, self.columns, self.config.total_steps, self.step)
+        self.clock, self.clock_step = time.monotonic(), self.step
+        self.previous_handler = signal.signal(signal.SIGTERM, self._request_stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.previous_handler)
+        if self.reporter:
+            self.reporter.close()
+
+    def _request_stop(self, *_: object) -> None:
+        self.stop_requested = True
+
+    def after_step(self, step: int, figures: Mapping[str, float] = NO_FIGURES) -> bool:
+        """Do what is due after `step` steps; returns whether the run is to end here, on every process alike.
+
+        figures: {column: value} measured after this step on all processes; where there are some, the step is reported.
+        Raises UserError for a run that diverges, and for a checkpoint that can't be written.
+        """
+        self.step, last = step, step == self.config.total_steps
+        if figures or last or step % self.config.log_interval == 0:
+            self._report(figures)
+        if last or step % MAX_SKIPPED_IN_ROW == 0:
+            self.trained.skipped.refuse_divergence(step, self.advice)
+        if self.preview_interval and step % self.preview_interval == 0:
+            self._preview()
+        stop = self._agreed_stop()
+        self.save_due = self.save_due or step % self.config.save_interval == 0
+        # After a skipped step a save waits for a good one: a diverged run must not push out its good checkpoints.
+        if last or stop or (self.save_due and not self.trained.skipped.in_row.item()):
+            self._save()
+            self.save_due = False
+        if stop and self.processes.is_main:
+            log.info("SIGTERM: saved step %d; run the same command to go on", step)
+        return stop
+
+    def _report(self, figures: Mapping[str, float]) -> None:
+        """A row for the interval since the last report."""
+        steps, seconds = self.step - self.clock_step, max(time.monotonic() - self.clock, 1e-9)
+        values = {**self.trained.report_row(), **figures}
+        self.clock, self.clock_step = time.monotonic(), self.step
+        if self.reporter:
+            values |= {"step": self.step, "samples": self.step * self.images_per_step}
+            values |= {"skipped_steps": int(self.trained.skipped.total)}
+            values |= {"images_per_second": steps * self.images_per_step / seconds}
+            self.reporter.row({name: values[name] for name in self.columns if name in values})
+
+    def _preview(self) -> None:
+        if self.reporter:
+            picture = self.trained.preview()
+            if picture is not None:
+                save_png(picture, self.folder / "grids" / f"step_{self.step:08d}.png")
+                self.reporter.image("preview", torch.from_numpy(picture).permute(2, 0, 1), self.step)
+        self.processes.barrier()
+
+    def _agreed_stop(self) -> bool:
+        if self.processes.world_size == 1:
+            return self.stop_requested
+        often = self.processes.device.type == "cpu"  # on a GPU asking would wait for it
+        return (often or self.step % SIGNAL_INTERVAL == 0) and self.processes.any(self.stop_requested)
+
+    def _save(self) -> None:
+        """Write a checkpoint on the main process. The others wait, and stop with it when it can't be written."""
+        failure = None
+        if self.processes.is_main:
+            try:
+                checkpoint.save_checkpoint(
+                    self.folder,
+                    self.step,
+                    config_yaml=self.config_yaml,
+                    weights=self.trained.weights(),
+                    training_state={"step": self.step, **self.trained.training_state()},
+                    classes=self.classes,
+                    keep=self.config.keep_checkpoints,
+                )
+            except UserError as error:
+                failure = error
+        if self.processes.any(failure is not None):
+            raise failure or UserError("the main process could not write the checkpoint")

@@ -1,0 +1,56 @@
+"""Going on with a run: what is checked before its newest checkpoint is taken up. Raises UserError."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, reason
+from . import checkpoint
+from .distributed import Processes
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run's folder; None where there is none."""
+    found = checkpoint.checkpoints(folder)
+    return found[-1] if found else None
+
+
+def refuse_other_settings(newest: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], otherwise: str) -> None:
+    """UserError where the run in `newest` was saved with other values of `wanted`. otherwise: the way out."""
+    different = checkpoint.differing_keys(saved, wanted)
+    if different:
+        raise UserError(
+            f"{newest}: was trained with other settings: {', '.join(different)}; repeat them to resume, or {otherwise}"
+        )
+
+
+def read_average(newest: Path, rate: str, setting: str) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint by their rate. setting: how the user spells `ema_rate`. UserError where it has none."""
+    file = newest / f"ema_{rate}.safetensors"
+    if not file.exists():
+        raise UserError(f"{newest}: has no averaged weights for {setting} {rate}; keep the run's ema_rate")
+    return checkpoint.read_weights(file)
+
+
+@contextlib.contextmanager
+def fitting(newest: Path) -> Iterator[None]:
+    """Inside, what goes wrong when objects take up the checkpoint's training state is told as a UserError."""
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{newest / 'training_state.pt'}: does not fit this run ({reason(error)})") from None
+
+
+def agree_on_step(folder: Path, step: int, processes: Processes) -> None:
+    """UserError on all processes where they have reached different steps."""
+    reached = processes.all_gather(torch.tensor([step], device=processes.device)).tolist()
+    if len(set(reached)) > 1:
+        raise UserError(
+            f"{folder}: the processes see different checkpoints (steps {reached}); is the folder shared by all?"
+        )
