@@ -1,4 +1,4 @@
-"""A training run under Lightning: the run folder of guided_mt (DESIGN 5), filled and resumed by one callback.
+"""A training run under Lightning: the run folder of guided_mt, filled and resumed by one callback that asks its run policy.
 
 Lightning brings devices, processes, precision and gradient accumulation. Its own checkpoints, loggers and loop state are not
 used: to resume is to start the loop anew at a later step, so nothing of the past hides in the trainer.

@@ -13,7 +13,6 @@ from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.resample import SCHEDULE_SAMPLERS, LossSecondMomentResampler, create_named_schedule_sampler
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
-from guided_mt.errors import UserError
 from guided_mt.modalities import ImageModality, Images, MaskedImage
 from guided_mt.networks.heads import HeadVariance
 from guided_mt.training.objective import multi_task_losses
@@ -57,7 +56,7 @@ def test_second_moment_is_uniform_until_every_timestep_has_a_history():
 
 
 def test_unknown_schedule_sampler():
-    with pytest.raises(UserError, match="unknown 'unifrom'"):
+    with pytest.raises(ValueError, match="unknown 'unifrom'"):
         create_named_schedule_sampler("unifrom", 10)
 
 
