@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from guided_mt.networks.create import create_model
 from guided_mt.networks.layers import AttentionBlock, GroupNorm32
-from guided_mt.networks.unet import UNetModel, create_model
+from guided_mt.networks.unet import UNetModel
 
 
 def adm_norm(self: GroupNorm32, x: Tensor) -> Tensor:

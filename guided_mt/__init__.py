@@ -19,7 +19,7 @@ _HOMES = {
     "aggregation_weights": "diffusion.aggregation",
     "create_classifier": "networks.classifier",
     "create_gaussian_diffusion": "diffusion.respacing",
-    "create_model": "networks.unet",
+    "create_model": "networks.create",
     "sample": "diffusion.sampling",
     "timestep_weights": "diffusion.weighting",
 }

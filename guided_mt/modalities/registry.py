@@ -22,10 +22,11 @@ from ..diffusion.process import GaussianDiffusion
 from ..diffusion.respacing import create_gaussian_diffusion
 from ..diffusion.schedules import get_named_beta_schedule
 from ..errors import UserError, nearest
+from ..networks.backbone import Backbone
 from ..networks.classifier import create_classifier
+from ..networks.create import create_model
 from ..networks.heads import ClassifierHead, ImageHead, PooledHead, PooledMLPHead
 from ..networks.model import VARIANTS, MTModel
-from ..networks.unet import UNetModel, create_model
 from ..runs.checkpoint import read_config
 from ..runs.config import (
     ClassifierConfig,
@@ -83,7 +84,7 @@ class Task:
 
     options: type
     modality: Callable[[Config, Tensor | None], Modality]
-    head: Callable[[Config, UNetModel], nn.Module]
+    head: Callable[[Config, Backbone], nn.Module]
     tokens: Callable[[Config, int], nn.Module] | None = None
     needs_labels: bool = False
     complete: Callable[[Config], None] | None = None
@@ -116,7 +117,7 @@ def _with_head(config: Config, modality: LabelModality) -> LabelModality:
     return modality
 
 
-def _label_head(config: Config, unet: UNetModel) -> nn.Module:
+def _label_head(config: Config, unet: Backbone) -> nn.Module:
     if config.mt_label_head == "M":
         return PooledHead(unet, config.num_classes)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClassifierConfig)}

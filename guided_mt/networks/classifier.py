@@ -1,4 +1,4 @@
-"""ADM's noisy classifier: the encoder half of its U-Net with a pooling head (guided-diffusion, same names)."""
+"""ADM's noisy classifier: the encoder of its U-Net with a pooling head (guided-diffusion, same names)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .create import parse_attention_resolutions, parse_channel_mult
 from .layers import GroupNorm32, attention_heads, linear1x1, split_heads, zero_module
-from .unet import BlockFactory, UNetEncoder, parse_attention_resolutions, parse_channel_mult
+from .unet_encoder import BlockFactory, UNetEncoder
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HEAD_CHANNELS = 64  # per attention head, fixed in ADM

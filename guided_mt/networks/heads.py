@@ -8,27 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.process import GaussianDiffusion
+from .backbone import Backbone
 from .classifier import EncoderUNetModel
-from .layers import make_output_block
-from .unet import UNetModel
 
 
 class HeadInputs(NamedTuple):
-    """What a head may read: all that the U-Net knows of one forward pass."""
+    """What a head may read: all that the network knows of one forward pass."""
 
     last: Tensor  # (B, feature_channels, H, W): input of the output block
-    middle: Tensor  # (B, middle_channels, h, w): output of the middle block
+    middle: Tensor  # (B, middle_channels, h, w): see `backbone.Features`
     z_t: Tensor  # (B, C, H, W)
-    timesteps: Tensor  # (B,), as the network is told them
+    timesteps: Tensor  # (B,), the network's timesteps, `GaussianDiffusion.model_timesteps`
     output: Tensor  # (B, C or 2C, H, W)
 
 
 class ImageHead(nn.Module):
-    """A copy of ADM's output block (norm, SiLU, convolution) on the last features: [B, channels, H, W]."""
+    """A module like the backbone's output (ADM: norm, SiLU, convolution) on the last features: [B, channels, H, W]."""
 
-    def __init__(self, unet: UNetModel, channels: int = 3):
+    def __init__(self, backbone: Backbone, channels: int = 3):
         super().__init__()
-        self.out = make_output_block(unet.feature_channels, unet.input_channels, channels)
+        self.out = backbone.make_output(channels)
 
     def forward(self, seen: HeadInputs) -> Tensor:
         # float32 whatever the caller's autocast, as ADM's output
@@ -37,11 +36,11 @@ class ImageHead(nn.Module):
 
 
 class PooledHead(nn.Module):
-    """The paper's M head: the middle block's mean over positions, then one linear layer (DESIGN 2.6.5): [B, size]."""
+    """The paper's M head: the middle features' mean over positions, then one linear layer (DESIGN 2.6.5): [B, size]."""
 
-    def __init__(self, unet: UNetModel, size: int):
+    def __init__(self, backbone: Backbone, size: int):
         super().__init__()
-        self.linear = nn.Linear(unet.middle_channels, size)
+        self.linear = nn.Linear(backbone.middle_channels, size)
 
     def forward(self, seen: HeadInputs) -> Tensor:
         with torch.autocast(seen.middle.device.type, enabled=False):
@@ -51,9 +50,9 @@ class PooledHead(nn.Module):
 class PooledMLPHead(nn.Module):
     """As `PooledHead` with a hidden layer: for vectors, [B, size]."""
 
-    def __init__(self, unet: UNetModel, size: int, hidden: int = 256):
+    def __init__(self, backbone: Backbone, size: int, hidden: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(unet.middle_channels, hidden), nn.SiLU(), nn.Linear(hidden, size))
+        self.mlp = nn.Sequential(nn.Linear(backbone.middle_channels, hidden), nn.SiLU(), nn.Linear(hidden, size))
 
     def forward(self, seen: HeadInputs) -> Tensor:
         with torch.autocast(seen.middle.device.type, enabled=False):
@@ -63,7 +62,7 @@ class PooledMLPHead(nn.Module):
 class ClassifierHead(nn.Module):
     """The paper's E head: ADM's noisy classifier on the predicted x_start, with t: logits [B, K].
 
-    The prediction is read off z_t as it stands, frame included: the frame holds the label, which a head must not be told.
+    The prediction is read off z_t as it stands, frame included: the frame holds the label, which a head must not see.
     It is clipped to [-1, 1], since at large t eps errors are blown up without bound.
     """
 

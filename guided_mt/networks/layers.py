@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,22 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 
 NORM_GROUPS = 32
+Network = TypeVar("Network", bound="FastLayout")
+
+
+class FastLayout(nn.Module):
+    """A network with convolutions."""
+
+    def to_fast_layout(self: Network) -> Network:
+        """Put the convolutions in the device's fastest memory format; call once after moving the network. Returns self.
+
+        CUDA: channels-last, which its tensor cores read without transposing. CPU: contiguous, since oneDNN's
+        convolutions gain little from channels-last and group norm loses more (2 to 5 % of a whole step).
+        Parameters keep their shapes, but files that want contiguous tensors (safetensors) need `.contiguous()`.
+        """
+        parameter = next(self.parameters(), None)
+        on_cuda = parameter is not None and parameter.is_cuda
+        return self.to(memory_format=torch.channels_last if on_cuda else torch.contiguous_format)
 
 
 class Context(NamedTuple):

@@ -1,178 +1,24 @@
-"""The denoiser of MT-Diffusion: ADM's U-Net, a decoder head per modality, and what it is given (DESIGN 2.3).
-
-A modality enters as an image, concatenated to the input, or as tokens that every attention block reads. E(x) of a modality
-without pixels is a pass of this same network (`encode_modality`).
-"""
+"""The denoisers of MT-Diffusion: a backbone with the multi-task part before it. A new backbone is a class and a row."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from functools import partial
 
 from ..diffusion.network import ModelOutput
-from .heads import HeadInputs, HeadVariance
-from .layers import Context
+from .create import create_model
+from .multi_task import VARIANTS, MultiTask
 from .unet import UNetModel
 
-__all__ = ["MTModel", "ModelOutput"]
-
-VARIANTS = ("U", "X", "any")
+__all__ = ["BACKBONES", "VARIANTS", "MTModel", "MTUNet", "ModelOutput"]
 
 
-class MTModel(UNetModel):
-    """(z_t, t, modalities) -> ModelOutput. Its state dict is ADM's plus `heads.*`, `condition_in.*`, `context_in.*`,
-    `null_token.*`, `head_variance.*` and the attention blocks' `encoder_kv.*`.
-
-    heads: {modality name: function of this U-Net that makes the head}. image_inputs: {name: channels} of the modalities that
-    enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens [B, L, width]}.
-    tracked: names of the modalities whose head's squared error is tracked over num_timesteps. conditioned: whether the caller
-    brings tokens of its own as `context`. The rest are the U-Net's keywords.
-
-    variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
-    frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
-    shows a learned null token, and in any each image comes with an indicator channel.
-    """
-
-    def __init__(
-        self,
-        *,
-        heads: Mapping[str, Callable[[UNetModel], nn.Module]],
-        image_inputs: Mapping[str, int] | None = None,
-        token_inputs: Mapping[str, Callable[[int], nn.Module]] | None = None,
-        tracked: Collection[str] = (),
-        variant: str = "U",
-        num_timesteps: int = 1000,
-        context_dim: int | None = None,
-        conditioned: bool = False,
-        **unet: Any,
-    ):
-        if variant not in VARIANTS:
-            raise ValueError(f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}")
-        inputs = dict(image_inputs or {}) if variant != "U" else {}
-        indicators = len(inputs) if variant == "any" else 0
-        unet["condition_channels"] = sum(inputs.values()) + indicators
-        super().__init__(**unet, context_dim=context_dim if token_inputs or conditioned else None)
-        self.variant, self.image_inputs = variant, inputs
-        self.heads = nn.ModuleDict({name: make(self) for name, make in heads.items()})
-        self.head_variance = nn.ModuleDict({name: HeadVariance(num_timesteps) for name in heads if name in tracked})
-        self.context_in = nn.ModuleDict({name: make(context_dim) for name, make in (token_inputs or {}).items()})
-        if variant == "U":
-            self.context_in.requires_grad_(False)  # read only by `encode_modality`, which has no gradient
-        framed = self.context_in if variant != "X" else ()
-        self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, context_dim)) for name in framed})
-
-    def freeze_context(self) -> None:
-        """For training without any modality (every sample `unconditional`): what is not read gets no gradient."""
-        for name, parameter in self.named_parameters():
-            if name.startswith(("context_in.", "null_token.")) or ".encoder_kv." in name:
-                parameter.requires_grad_(False)
-
-    def forward(
-        self,
-        z_t: Tensor,
-        timesteps: Tensor,
-        modalities: Mapping[str, Tensor] | None = None,
-        y: Tensor | None = None,
-        *,
-        given: Mapping[str, Tensor] | None = None,
-        unconditional: Tensor | bool | None = None,
-        context: Tensor | None = None,
-    ) -> ModelOutput:
-        """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
-
-        given: {name: bool [B]} where only some samples are given a modality. unconditional: bool [B], or True for all: the
-        samples that are seen as ADM sees them, with no modality at all (nor class, nor context). context [B, L, context_dim]:
-        tokens of the caller, beside those of the modalities. Raises ValueError for a modality that this form isn't given.
-        """
-        x = dict(modalities or {})
-        for name in x:
-            if self.variant == "U" or (name not in self.image_inputs and name not in self.context_in):
-                wanted = (
-                    ", ".join([*self.image_inputs, *self.context_in] if self.variant != "U" else []) or "no modality"
-                )
-                raise ValueError(f"variant {self.variant} is given {wanted}; got {name}")
-        condition = self._condition(z_t, x, given or {}, unconditional) if self.image_inputs else None
-        shown = None if unconditional is True else self._context(len(z_t), x, given or {}, unconditional, context)
-        if y is not None and unconditional is not None:
-            y = torch.full_like(y, -1) if unconditional is True else torch.where(unconditional, -1, y)
-        tokens, mask = shown or (None, None)
-        features = self.features(z_t, timesteps, y, tokens, condition, mask)
-        output = self.output(features)
-        seen = HeadInputs(features.last, features.middle, z_t, timesteps, output)
-        return ModelOutput(output, {name: head(seen) for name, head in self.heads.items()})
-
-    @torch.no_grad()
-    def encode_modality(self, name: str, x: Tensor) -> Tensor:
-        """E(x) [B, C, H, W] of a modality with tokens: the output for an image of zeros at time zero, with x as context
-        (DESIGN 2.6.4). Without gradient and without dropout."""
-        size = (len(x), self.in_channels, self.image_size, self.image_size)
-        zeros = torch.zeros(size, device=x.device)
-        condition = zeros.new_zeros(len(x), self.condition_channels, *size[2:]) if self.image_inputs else None
-        emb = self.embed(zeros.new_zeros(len(x)), None)
-        with _no_dropout(self):
-            features = self._features(zeros, emb, self._context(len(x), {name: x}, {}, None), condition)
-            return self.output(features)[:, : self.in_channels]
-
-    def _condition(
-        self, z_t: Tensor, x: Mapping[str, Tensor], given: Mapping[str, Tensor], unconditional: Any
-    ) -> Tensor:
-        """The image inputs [B, condition_channels, H, W], zero where not given."""
-        parts = []
-        for name, channels in self.image_inputs.items():
-            shown = z_t.new_ones(len(z_t), 1, 1, 1) if name in x else z_t.new_zeros(len(z_t), 1, 1, 1)
-            if name in given:
-                shown = given[name].view(-1, 1, 1, 1).to(z_t.dtype)
-            if unconditional is not None:
-                shown = shown * (0.0 if unconditional is True else (~unconditional).view(-1, 1, 1, 1).to(z_t.dtype))
-            size = (len(z_t), channels, *z_t.shape[2:])
-            parts.append(x[name].to(z_t.dtype) * shown if name in x else z_t.new_zeros(size))
-            if self.variant == "any":
-                parts.append(shown.expand(-1, 1, *z_t.shape[2:]))
-        return torch.cat(parts, dim=1)
-
-    def _context(
-        self,
-        batch: int,
-        x: Mapping[str, Tensor],
-        given: Mapping[str, Tensor],
-        unconditional: Any,
-        own: Tensor | None = None,
-    ) -> Context | None:
-        """The caller's `own` tokens, then those of all modalities that have some, [B, L, width], or None; a mask where some are
-        left out of some samples."""
-        tokens, shown, partly = [], [], unconditional is not None
-        if own is not None:
-            tokens.append(own)
-            shown.append(own.new_ones(own.shape[:2], dtype=torch.bool))
-        for name, module in self.context_in.items():
-            null = self.null_token[name].expand(batch, -1, -1) if name in self.null_token else None
-            part = module(x[name]) if name in x else null
-            if part is None:
-                continue
-            seen = part.new_ones(part.shape[:2], dtype=torch.bool)
-            if name in x and name in given and null is not None:
-                part = torch.where(given[name].view(-1, 1, 1), part, null)
-                seen[:, 1:] = given[name][:, None]  # the null token once, however many tokens x has
-                partly = partly or part.shape[1] > 1
-            tokens.append(part)
-            shown.append(seen)
-        if not tokens:
-            return None
-        mask = torch.cat(shown, dim=1) if partly else None
-        return Context(torch.cat(tokens, dim=1), mask if unconditional is None else mask & ~unconditional[:, None])
+class MTUNet(MultiTask, UNetModel):
+    """ADM's U-Net with heads and inputs for modalities. Its state dict is ADM's plus that of `MultiTask`, and the attention blocks'
+    `encoder_kv.*` where there is something to attend to."""
 
 
-@contextlib.contextmanager
-def _no_dropout(model: nn.Module) -> Iterator[None]:
-    active = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
-    for module in active:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in active:
-            module.training = True
+MTModel = MTUNet
+
+# {name of --mt_backbone: the keywords of `create_model` and of `MultiTask` -> the untrained network}
+BACKBONES: dict[str, Callable[..., MultiTask]] = {"unet": partial(create_model, factory=MTUNet)}

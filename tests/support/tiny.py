@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from guided_mt.networks.unet import UNetModel, create_model
+from guided_mt.networks.create import create_model
+from guided_mt.networks.unet import UNetModel
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

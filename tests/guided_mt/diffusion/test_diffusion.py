@@ -13,7 +13,7 @@ from guided_mt.diffusion.aggregation import WEIGHTS, aggregation_coefficients, a
 from guided_mt.diffusion.network import ModelOutput, takes_modalities
 from guided_mt.diffusion.respacing import create_gaussian_diffusion, respace, space_timesteps
 from guided_mt.diffusion.schedules import SCHEDULES, get_named_beta_schedule
-from guided_mt.networks.unet import create_model
+from guided_mt.networks.create import create_model
 
 ORACLES = {"adm_diffusion_cosine_learned": 11, "adm_diffusion_linear_fixed": 12}  # name: torch seed of its bits/dim run
 

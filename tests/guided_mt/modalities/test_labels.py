@@ -15,9 +15,9 @@ from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.modalities import ImageModality, Images, LabelModality, LabelTokens, Modality, RandomLabel
 from guided_mt.modalities.registry import build_diffusion, build_modalities
 from guided_mt.modalities.tokens import rms
+from guided_mt.networks.create import create_model
 from guided_mt.networks.heads import ClassifierHead, HeadInputs
 from guided_mt.networks.model import VARIANTS
-from guided_mt.networks.unet import create_model
 from guided_mt.runs import checkpoint
 from guided_mt.runs.distributed import Processes
 from guided_mt.training.conflict import conflict_names, task_conflict

@@ -9,8 +9,8 @@ from guided_mt.diffusion.network import as_denoising
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.modalities import Images
 from guided_mt.modalities.registry import TASKS, build_diffusion, build_modalities, build_model, model_sections
+from guided_mt.networks.create import create_model
 from guided_mt.networks.model import VARIANTS, MTModel
-from guided_mt.networks.unet import create_model
 from guided_mt.runs.config import parse
 
 TINY = [

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from guided_mt.errors import UserError
 from guided_mt.networks.classifier import create_classifier
+from guided_mt.networks.create import create_model
 from guided_mt.networks.layers import AttentionBlock, Context, GroupNorm32, make_output_block
-from guided_mt.networks.unet import UNetModel, create_model
+from guided_mt.networks.unet import UNetModel
 
 RELEASED = json.loads(gzip.decompress((GOLDEN / "adm_released_keys.json.gz").read_bytes()))
 TINY = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "4", "num_heads": 2}

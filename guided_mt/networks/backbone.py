@@ -1,0 +1,60 @@
+"""What a denoiser network is asked for by the multi-task half of the model, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .layers import FastLayout
+
+
+class Features(NamedTuple):
+    """What decoder heads read, in the input's dtype."""
+
+    last: Tensor  # (B, feature_channels, H, W): input of the output block
+    middle: Tensor  # (B, middle_channels, h, w): where positions are fewest and see most of the image
+
+
+class Backbone(FastLayout):
+    """A denoiser x [B, in_channels, H, W], timesteps [B] -> [B, out_channels, H, W] that knows of no modality.
+
+    Its constructor takes, beside keywords of its own, `context_dim`, the width of the tokens it attends to (None: it reads none),
+    and `condition_channels`, those of an image-like condition beside x.
+    """
+
+    image_size: int
+    in_channels: int
+    condition_channels: int
+    num_classes: int | None
+    feature_channels: int
+    middle_channels: int
+
+    def features(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        condition: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Features:
+        """What the output and the heads are made of. x [B, in_channels, H, W], timesteps [B] (may be fractional).
+
+        y [B]: classes, -1 for none; context [B, L, context_dim], context_mask bool [B, L]: False leaves a token out;
+        condition [B, condition_channels, H, W]. Raises UserError for inputs that this network can't take.
+        """
+        raise NotImplementedError
+
+    def output(self, features: Features) -> Tensor:
+        """[B, out_channels, H, W] float32 of the features, whatever the caller's autocast."""
+        raise NotImplementedError
+
+    def make_output(self, channels: int) -> nn.Module:
+        """An untrained module like the network's own output, `features.last` -> [B, channels, H, W], for a head."""
+        raise NotImplementedError
+
+    def context_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that only the context reaches."""
+        raise NotImplementedError

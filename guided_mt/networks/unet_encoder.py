@@ -1,0 +1,211 @@
+"""What ADM's U-Net and its noisy classifier share: their blocks, and the encoder (Dhariwal & Nichol 2021; ADM's names)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .layers import (
+    AttentionBlock,
+    Block,
+    BlockSequence,
+    Context,
+    Downsample,
+    FastLayout,
+    ResBlock,
+    Upsample,
+    attention_heads,
+    conv3x3,
+    timestep_embedding,
+    zero_module,
+)
+from .transformer import SpatialTransformer
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SpatialTransformerOptions(NamedTuple):
+    """What `SpatialTransformer` wants to know beyond its width and heads."""
+
+    depth: int = 1
+    context_dim: int | None = None
+    linear: bool = False
+
+
+@dataclass(frozen=True)
+class BlockFactory:
+    """Makes the residual and attention blocks of one network: what they share stands here once."""
+
+    emb_channels: int
+    dropout: float = 0.0
+    use_checkpoint: bool = False
+    num_head_channels: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    conv_resample: bool = True
+    use_new_attention_order: bool = False
+    spatial_transformer: SpatialTransformerOptions | None = None  # None: ADM's attention
+
+    def resblock(self, channels: int, out_channels: int, resample: str = "none") -> ResBlock:
+        return ResBlock(
+            channels,
+            out_channels,
+            self.emb_channels,
+            dropout=self.dropout,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            resample=resample,
+            use_checkpoint=self.use_checkpoint,
+        )
+
+    def attention(self, channels: int, num_heads: int) -> Block:
+        if self.spatial_transformer is not None:
+            return SpatialTransformer(
+                channels,
+                attention_heads(channels, num_heads, self.num_head_channels),
+                **self.spatial_transformer._asdict(),
+                use_checkpoint=self.use_checkpoint,
+            )
+        return AttentionBlock(
+            channels,
+            num_heads=num_heads,
+            num_head_channels=self.num_head_channels,
+            use_new_attention_order=self.use_new_attention_order,
+            use_checkpoint=self.use_checkpoint,
+        )
+
+    def downsample(self, channels: int) -> Block:
+        if self.resblock_updown:
+            return self.resblock(channels, channels, "down")
+        return Downsample(channels, self.conv_resample)
+
+    def upsample(self, channels: int) -> Block:
+        if self.resblock_updown:
+            return self.resblock(channels, channels, "up")
+        return Upsample(channels, self.conv_resample)
+
+
+class UNetEncoder(FastLayout):
+    """The part that ADM's U-Net and its classifier share: embeddings, input blocks, middle block (ADM's names).
+
+    attention_resolutions holds down-sampling factors, as in ADM's constructor (not pixels, as on its command line).
+    """
+
+    def __init__(
+        self,
+        make: BlockFactory,
+        *,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        channel_mult: Sequence[float],
+        num_heads: int,
+        num_classes: int | None = None,
+        context_dim: int | None = None,
+        condition_channels: int = 0,
+        precision: str = "fp32",
+    ):
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+        self.context_dim = context_dim
+        self.condition_channels = condition_channels
+        self.precision = precision
+        self.size_divisor = 2 ** (len(channel_mult) - 1)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, make.emb_channels), nn.SiLU(), nn.Linear(make.emb_channels, make.emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, make.emb_channels)
+
+        self.widths = [int(mult * model_channels) for mult in channel_mult]
+        channels = self.input_channels = self.widths[0]
+        self.input_blocks = nn.ModuleList([BlockSequence(conv3x3(in_channels, channels))])
+        self.skip_channels = [channels]  # output channels of every input block
+        for level, width in enumerate(self.widths):
+            for _ in range(num_res_blocks):
+                blocks: list[Block] = [make.resblock(channels, width)]
+                if 2**level in attention_resolutions:
+                    blocks.append(make.attention(width, num_heads))
+                self.input_blocks.append(BlockSequence(*blocks))
+                channels = width
+                self.skip_channels.append(channels)
+            if level < len(self.widths) - 1:
+                self.input_blocks.append(BlockSequence(make.downsample(channels)))
+                self.skip_channels.append(channels)
+        self.middle_block = BlockSequence(
+            make.resblock(channels, channels), make.attention(channels, num_heads), make.resblock(channels, channels)
+        )
+        self.middle_channels = channels
+        if condition_channels:
+            # The columns that a wider first convolution would have. Apart, so that `input_blocks.0.0.weight` keeps
+            # ADM's shape; zero, so that a loaded model's output doesn't change before training. What they were before is
+            # drawn from a copy of the generator, so that the other weights start as they would without them.
+            with torch.random.fork_rng(devices=[]):
+                self.condition_in = zero_module(conv3x3(condition_channels, self.input_channels, bias=False))
+
+    def autocast(self, x: Tensor) -> torch.autocast:
+        """Mixed precision as `self.precision` says, whatever the caller's autocast."""
+        enabled = self.precision != "fp32"
+        return torch.autocast(x.device.type, dtype=PRECISIONS[self.precision] if enabled else None, enabled=enabled)
+
+    def check_inputs(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None, condition: Tensor | None
+    ) -> None:
+        """UserError for inputs this network can't take. Looks at shapes only, so it costs nothing when compiled."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise UserError(f"x must be [B, {self.in_channels}, H, W], not {list(x.shape)}")
+        batch, _, height, width = x.shape
+        if height % self.size_divisor or width % self.size_divisor:
+            raise UserError(
+                f"height and width must be multiples of {self.size_divisor} for this network, not {height} x {width}"
+            )
+        if timesteps.shape != (batch,):
+            raise UserError(f"timesteps must be [{batch}], not {list(timesteps.shape)}")
+        if y is None and self.num_classes is not None:
+            raise UserError("y is missing: the model is class-conditional")
+        if y is not None and self.num_classes is None:
+            raise UserError("y given to a model without classes")
+        if y is not None and y.shape != (batch,):
+            raise UserError(f"y must be [{batch}], not {list(y.shape)}")
+        if condition is None and self.condition_channels:
+            raise UserError(f"condition [B, {self.condition_channels}, H, W] is missing")
+        if condition is not None and not self.condition_channels:
+            raise UserError("condition given to a model without condition_channels")
+        if condition is not None and condition.shape != (batch, self.condition_channels, height, width):
+            raise UserError(
+                f"condition must be {[batch, self.condition_channels, height, width]}, not {list(condition.shape)}"
+            )
+        if context is not None and self.context_dim is None:
+            raise UserError("context given to a model without context_dim")
+        if context is not None and (
+            context.ndim != 3 or context.shape[0] != batch or context.shape[2] != self.context_dim
+        ):
+            raise UserError(f"context must be [{batch}, L, {self.context_dim}], not {list(context.shape)}")
+
+    def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+        """Timesteps [B], and classes [B] if any (-1: this sample has none) -> embedding [B, emb_channels]."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        return emb if y is None else emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
+
+    def encode(self, x: Tensor, emb: Tensor, context: Context | None, condition: Tensor | None) -> list[Tensor]:
+        """The outputs of every input block, then of the middle block."""
+        h = self.input_blocks[0][0](x)
+        if condition is not None:
+            h = h + self.condition_in(condition)
+        outputs = [h]
+        for block in self.input_blocks[1:]:
+            outputs.append(block(outputs[-1], emb, context))
+        outputs.append(self.middle_block(outputs[-1], emb, context))
+        return outputs
