@@ -139,6 +139,4 @@ class UNetModel(UNetEncoder, Backbone):
         return make_output_block(self.feature_channels, self.input_channels, channels)
 
     def context_parameters(self) -> Iterator[nn.Parameter]:
-        for module in self.modules():
-            if isinstance(module, AttentionBlock) and self.context_dim is not None:
-                yield from module.encoder_kv.parameters()
+        return (parameter for name, parameter in self.named_parameters() if ".encoder_kv." in name)
