@@ -10,7 +10,7 @@ import torch
 
 from ..data import load_images, open_source
 from ..data.images import from_uint8, make_grid, save_png, to_nhwc
-from ..diffusion.random import SampleStreams
+from ..diffusion.random import SampleStreams, Stream
 from ..errors import UserError
 from ..generation.generate import Generator, output_path, parse_seeds
 from ..generation.masks import make_mask
@@ -72,8 +72,9 @@ def main(argv: Sequence[str]) -> None:
         pixels = loaded.images[batch]
         x_start = from_uint8(pixels.to(processes.device))
         labels = loaded.labels[batch].to(processes.device) if config.class_cond else None
-        # The mask's numbers are a stream of their own (index 3): the same masks for every method and sampler.
-        keep = make_mask(config.mask, config.image_size, patch, SampleStreams(own, index=3, device=processes.device))
+        # The mask's numbers are a stream of their own (Stream.INPUT): the same masks for every method and sampler.
+        streams = SampleStreams(own, index=Stream.INPUT, device=processes.device)
+        keep = make_mask(config.mask, config.image_size, patch, streams)
         masked = x_start * keep
         restored = restore(
             config.method,

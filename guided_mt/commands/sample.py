@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..data.images import make_grid, save_png, to_nhwc
-from ..diffusion.random import SampleStreams
+from ..diffusion.random import SampleStreams, Stream
 from ..errors import UserError, nearest
 from ..generation.generate import Generator, output_path, parse_seeds
 from ..generation.sharded import content_hash, run_sharded
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         for name, x in drawn.modalities.items():
             arrays |= generator.modalities[name].arrays(x)
             if config.label_draw and isinstance(generator.modalities[name], LabelModality) and x.is_floating_point():
-                chance = SampleStreams(torch.as_tensor(own), index=4, device=x.device).uniform(1)
+                chance = SampleStreams(torch.as_tensor(own), index=Stream.LABEL_DRAW, device=x.device).uniform(1)
                 arrays[f"{name}_draw"] = (x.cumsum(1) < chance).sum(1).clamp(max=x.shape[1] - 1).cpu().numpy()
         return arrays
 

@@ -6,6 +6,7 @@ batch is drawn at once on its device, and sample k gets the same numbers in any 
 
 from __future__ import annotations
 
+import enum
 import math
 
 import torch
@@ -15,6 +16,24 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 POOL = 64  # uniform numbers drawn at once
+
+
+@enum.unique
+class Stream(enum.IntEnum):
+    """What a sample draws random numbers for when a model is used: the `index` of its streams, beside the sample's own seed.
+
+    Each use has a number of its own, so that no two draws of one sample are the same numbers. Training has other streams: of the
+    run's seed and the sample's position. A number once given stays, since samples of old seeds rest on it.
+    """
+
+    SAMPLING = 0  # the noise at T, first values of unknown modalities, and the noise of each step
+    NOISED_START = 1  # the noise that is put on a given image, where sampling starts (SDEdit)
+    CLASS = 2  # the class of a class-conditional model
+    INPUT = 3  # what is done to given images: their masks, or the noise under which a head reads them
+    LABEL_DRAW = 4  # a label drawn from the estimated probabilities
+    LATENT_CLASS = 5  # the class of a class-conditional latent model
+    DEFAULTS = 6  # what form X is given where nothing is asked for
+    PREVIEW = 7  # the modalities of a preview's training images
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -44,11 +63,14 @@ def _vector(values: Tensor | int, device: torch.device | str) -> Tensor:
 class SampleStreams:
     """One random stream per sample of a batch.
 
-    seeds, index: int64 [B] or a number; stream b is that of (seeds[b], index[b]). Successive draws of one object differ and
-    are numbered, so the order of the calls is part of the result.
+    seeds, index: int64 [B] or a number; stream b is that of (seeds[b], index[b]): in training the run's seed and the sample's
+    position, else the sample's seed and a `Stream`. Successive draws of one object differ and are numbered, so the order of the
+    calls is part of the result.
     """
 
-    def __init__(self, seeds: Tensor | int, index: Tensor | int = 0, *, device: torch.device | str = "cpu"):
+    def __init__(
+        self, seeds: Tensor | int, index: Tensor | int = Stream.SAMPLING, *, device: torch.device | str = "cpu"
+    ):
         seed, sample = torch.broadcast_tensors(_vector(seeds, device), _vector(index, device))
         self._key = ((seed & _MASK)[:, None], ((seed >> 32) & _MASK)[:, None])
         self._index = ((sample & _MASK)[:, None], ((sample >> 32) & _MASK)[:, None])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.network import ModelOutput
-from ..diffusion.random import SampleStreams
+from ..diffusion.random import SampleStreams, Stream
 from ..diffusion.sampling import Sample
 from ..errors import UserError
 from ..modalities import Modality
@@ -86,7 +86,7 @@ class Generator:
         known = dict(known or {})
         modalities = self.modalities
         if self.model.variant == "X":
-            streams = SampleStreams(torch.as_tensor(seeds), index=2, device=self.device)
+            streams = SampleStreams(torch.as_tensor(seeds), index=Stream.DEFAULTS, device=self.device)
             defaults = {name: modality.default(streams) for name, modality in modalities.items() if name not in known}
             known |= {name: x for name, x in defaults.items() if x is not None}
             drawn = [name for name, x in defaults.items() if x is not None]
@@ -142,7 +142,7 @@ class Generator:
             images, strength = noised
             reached = round(strength * process.original_num_steps) - 1
             first = max(0, int(np.searchsorted(process.timestep_map, reached, side="right")) - 1)
-            streams = SampleStreams(torch.as_tensor(seeds), index=1, device=self.device)
+            streams = SampleStreams(torch.as_tensor(seeds), index=Stream.NOISED_START, device=self.device)
             t = torch.full((len(images),), first, device=self.device)
             start = process.q_sample(images, t, streams.normal(*images.shape[1:])), first
         return draw(

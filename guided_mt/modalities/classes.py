@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..diffusion.random import SampleStreams
+from ..diffusion.random import SampleStreams, Stream
 from ..errors import UserError, nearest
 
 
@@ -28,5 +28,5 @@ def choose_classes(
 ) -> torch.Tensor:
     """Class ids [B]: that of the name or id `wanted`, or with '' one drawn by each seed. Raises UserError for an unknown one."""
     if not wanted:
-        return SampleStreams(torch.as_tensor(seeds), index=2, device=device).integers(len(names))
+        return SampleStreams(torch.as_tensor(seeds), index=Stream.CLASS, device=device).integers(len(names))
     return torch.full((len(seeds),), class_id(wanted, names, f"--class {wanted}"), device=device)

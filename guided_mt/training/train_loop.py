@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data import Batch, ImageSource, load_images
 from ..data.images import make_grid, to_nhwc
-from ..diffusion.random import SampleStreams
+from ..diffusion.random import SampleStreams, Stream
 from ..generation.generate import Generator
 from ..modalities import Images, take_images
 from ..modalities.registry import (
@@ -194,7 +194,8 @@ class TrainLoop(Loop):
         rows = [generator.draw(seeds, settings, labels=y).x_start]
         trained = self.modalities if self.config.mt_drop_prob < 1 else {}  # else no head is
         for name, modality in trained.items():
-            x = modality.from_batch(images, SampleStreams(torch.tensor(seeds), index=1, device=self.device))
+            streams = SampleStreams(torch.tensor(seeds), index=Stream.PREVIEW, device=self.device)
+            x = modality.from_batch(images, streams)
             picture = modality.picture(x)
             rows += [images.x_start, *([] if picture is None else [picture])]
             rows += [generator.draw(seeds, settings, {name: x}, labels=y).x_start]

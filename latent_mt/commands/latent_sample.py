@@ -23,7 +23,7 @@ from PIL import Image
 from guided_mt.commands.console import announce, run
 from guided_mt.data import load_images
 from guided_mt.data.images import from_uint8, make_grid, save_npz, save_png, to_nhwc
-from guided_mt.diffusion.random import SampleStreams
+from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError, nearest
 from guided_mt.generation.generate import parse_seeds, samples_folder
 from guided_mt.generation.sharded import content_hash, run_sharded
@@ -303,7 +303,7 @@ def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: in
     device, count = model.scale_factor.device, stage.embedding.num_embeddings if by_class else model.network.num_classes
     if class_id >= count:
         raise UserError(f"--class_id {class_id}: this model has classes 0 to {count - 1}")
-    own = SampleStreams(torch.as_tensor(list(seeds)), index=5, device=device).integers(count)
+    own = SampleStreams(torch.as_tensor(list(seeds)), index=Stream.LATENT_CLASS, device=device).integers(count)
     classes = own if class_id < 0 else torch.full_like(own, class_id)
     return {"c_crossattn": stage({stage.key: classes})} if by_class else {"y": classes}
 

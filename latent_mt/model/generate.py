@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guided_mt.data.images import make_grid, to_nhwc
 from guided_mt.diffusion.network import ModelOutput
-from guided_mt.diffusion.random import SampleStreams
+from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError, nearest
 from guided_mt.generation.classification import head_estimates, read_timesteps
 from guided_mt.generation.drawing import draw, visited
@@ -185,7 +185,7 @@ class LatentGenerator:
         self.check("read", source)
         diffusion = self.model.respaced()
         chosen = read_timesteps(timesteps, diffusion.num_timesteps, diffusion.aggregation)
-        streams = SampleStreams(torch.as_tensor(seeds), index=3, device=self.device)
+        streams = SampleStreams(torch.as_tensor(seeds), index=Stream.INPUT, device=self.device)
         return head_estimates(
             self.network(source), diffusion, self.model.modalities(), latents, chosen, draws, streams, name=PAIRED
         )

@@ -1,0 +1,28 @@
+"""What a Generator makes of a request, on untrained models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiny import MODEL, PROCESS, words
+
+from guided_mt.generation import generate
+from guided_mt.generation.generate import Generator
+from guided_mt.modalities.classes import choose_classes
+from guided_mt.modalities.registry import build_modalities, build_model, run_sections
+from guided_mt.runs.config import SampleConfig, parse
+
+
+def untrained(**values: Any) -> Generator:
+    config = parse(words(**MODEL, **PROCESS, **values), run_sections(), description="")
+    return Generator(config, build_model(config), build_modalities(config), None)
+
+
+def test_a_default_of_form_x_is_independent_of_the_samples_class(monkeypatch):
+    """Where both are drawn from one stream, the label at random is the class."""
+    seeds, given = range(200), {}
+    generator = untrained(class_cond=True, num_classes=10, mt_task="random-label", mt_variant="X")
+    monkeypatch.setattr(generate, "draw", lambda *args, known, **options: given.update(known))
+    classes = choose_classes([str(k) for k in range(10)], "", seeds)
+    generator.draw(seeds, SampleConfig(), labels=classes)
+    assert 5 <= int((given["random-label"] == classes).sum()) <= 40  # 20 expected, with deviation 4.2
