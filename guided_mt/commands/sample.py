@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,10 +61,11 @@ def main(argv: Sequence[str]) -> None:
         if labels is not None:
             arrays["arr_1"] = labels.cpu().numpy()
         for name, x in drawn.modalities.items():
-            arrays |= generator.modalities[name].arrays(x)
+            arrays = beside(arrays, generator.modalities[name].arrays(x), name)
             if config.label_draw and isinstance(generator.modalities[name], LabelModality) and x.is_floating_point():
                 chance = SampleStreams(torch.as_tensor(own), index=Stream.LABEL_DRAW, device=x.device).uniform(1)
-                arrays[f"{name}_draw"] = (x.cumsum(1) < chance).sum(1).clamp(max=x.shape[1] - 1).cpu().numpy()
+                label = (x.cumsum(1) < chance).sum(1).clamp(max=x.shape[1] - 1).cpu().numpy()
+                arrays = beside(arrays, {f"{name}_draw": label}, name)
         return arrays
 
     hashes = {f"given {name}": content_hash(x.numpy()) for name, x in given.items()}
@@ -77,6 +78,15 @@ def main(argv: Sequence[str]) -> None:
         print(f"{out}: {', '.join(f'{name} {array.dtype} {list(array.shape)}' for name, array in arrays.items())}")
         print(f"{out.with_suffix('.png')}: the first {min(GRID, len(arrays['arr_0']))}")
     processes.close()
+
+
+def beside(arrays: Mapping[str, np.ndarray], more: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """`arrays` with those of the modality `name`. Raises UserError where it would replace one."""
+    for key in more.keys() & arrays.keys():
+        raise UserError(
+            f"modality '{name}': writes the array {key}, which the sample file has already; name it otherwise"
+        )
+    return {**arrays, **more}
 
 
 def join_given(argv: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from ..diffusion.likelihood import mean_flat
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..runs.distributed import Processes
+from .names import check_name
 from .tokens import Encoder
 
 
@@ -41,7 +42,10 @@ def take_images(
 
 
 class Modality:
-    """What training and sampling ask of a modality x. B samples; (C, H, W) is the shape of the diffusion space Z."""
+    """What training and sampling ask of a modality x. B samples; (C, H, W) is the shape of the diffusion space Z.
+
+    Raises UserError for a name that its log column or arrays can't have.
+    """
 
     image_channels = 0  # channels of an x that enters the network as an image; 0: it enters as tokens
     tracks_variance = False  # whether the head's squared error is the variance that `log_prob` needs
@@ -49,6 +53,7 @@ class Modality:
     has_spread = False  # whether there is an `encoding_spread`
 
     def __init__(self, name: str):
+        check_name(name)
         self.name = name
         self.encoder: Encoder | None = None  # E(x) by the network, bound where there is one
 

@@ -39,6 +39,7 @@ from ..runs.config import (
 )
 from ..runs.loop_config import TrainConfig
 from . import LabelModality, MaskedImage, Modality, RandomLabel, VectorModality
+from .names import check_name
 from .tokens import ENCODING_NORMS, LabelTokens, VectorTokens, rescaled
 from .vector import read_vectors
 
@@ -235,13 +236,14 @@ def split_names(mt_task: str) -> list[str]:
 
 
 def task_names(config: Config) -> list[str]:
-    """The modalities of `--mt_task`. Raises UserError for an unknown one, and for one named twice."""
+    """The modalities of `--mt_task`. Raises UserError for an unknown one, one named twice, and a name that is taken."""
     names = split_names(config.mt_task)
     for name in names:
         if name not in TASKS:
             raise UserError(f"--mt_task: unknown '{name}'{nearest(name, TASKS)}; choose from none, {', '.join(TASKS)}")
         if names.count(name) > 1:
             raise UserError(f"--mt_task {config.mt_task}: names {name} twice")
+        check_name(name)
     return names
 
 

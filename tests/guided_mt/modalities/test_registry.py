@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from tiny import flags, words
 
 from guided_mt.commands import sample as sample_command
 from guided_mt.commands import train as train_command
+from guided_mt.errors import UserError
 from guided_mt.modalities import ImageModality
+from guided_mt.modalities.names import check_name
 from guided_mt.modalities.registry import TASKS, Task
 from guided_mt.networks.heads import ImageHead
 from guided_mt.runs.config import option
@@ -61,3 +64,49 @@ def test_a_new_row_trains_and_samples(registered, tmp_path, tasks, variant):
         expected = {"arr_0", *(tasks.split(",") if variant == "U" else [])}
         assert set(file.files) == expected
         assert all(file[name].shape == (2, 8, 8, 3) and file[name].dtype == np.uint8 for name in expected)
+
+
+@dataclass
+class NoConfig:
+    """Nothing to set"""
+
+
+class Elsewhere(Grey):
+    """Its array has the name of the image's."""
+
+    def arrays(self, x):
+        return {"arr_0": super().arrays(x)["grey"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["l1", "log2_loss_scale", "role", "val_loss", "arr_1", "rms_label", "label_q0", "label_draw", "two words", "none"],
+)
+def test_a_name_that_is_taken_is_refused(name):
+    with pytest.raises(UserError, match=f"modality '{name}': "):
+        ImageModality(name)
+
+
+def test_a_row_of_a_taken_name_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        TASKS, "vb", Task(NoConfig, lambda config, v: Grey(1.0, v), lambda config, unet: ImageHead(unet))
+    )
+    with pytest.raises(UserError, match=r"modality 'vb': the name is that of a column of progress\.csv"):
+        train_command.main(flags(mt_task="vb", log_dir=tmp_path))
+
+
+def test_every_column_of_a_run_is_taken(tmp_path):
+    train_command.main(flags(mt_task="label", num_classes=10, mt_conflict_interval=1, total_steps=1, log_dir=tmp_path))
+    columns = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
+    assert {"vb", "rms_label", "spread_label", "grad_cos_denoising_label"} < set(columns)
+    for column in set(columns) - {"label"}:
+        with pytest.raises(UserError, match=f"modality '{column}'"):
+            check_name(column)
+
+
+def test_arrays_that_another_has_are_refused(monkeypatch, tmp_path):
+    row = Task(NoConfig, lambda config, v: Elsewhere(1.0, v), lambda config, unet: ImageHead(unet))
+    monkeypatch.setitem(TASKS, "grey", row)
+    train_command.main(flags(mt_task="grey", mt_variant="U", total_steps=1, log_dir=tmp_path))
+    with pytest.raises(UserError, match="modality 'grey': writes the array arr_0"):
+        sample_command.main(words(model_path=tmp_path, num_samples=2, steps=2, out=tmp_path / "s.npz", device="cpu"))
