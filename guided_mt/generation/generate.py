@@ -18,7 +18,14 @@ from ..diffusion.random import SampleStreams, Stream
 from ..diffusion.sampling import Sample
 from ..errors import UserError
 from ..modalities import Modality
-from ..modalities.registry import build_diffusion, build_modalities, build_model, needs_labels, weights_names
+from ..modalities.registry import (
+    build_diffusion,
+    build_modalities,
+    build_model,
+    needs_labels,
+    sees_plain_noise,
+    weights_names,
+)
 from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
@@ -155,8 +162,8 @@ class Generator:
             raise UserError(
                 "--guidance_scale needs a condition to strengthen: a class-conditional model, or --given with a trained modality"
             )
-        only_masks = self.model.variant == "X" and not self.model.context_in and not self.config.class_cond
-        if self.config.mt_drop_prob > 0 or (only_masks and self.config.mask_full_prob > 0):
+        plain = self.model.variant == "X" and sees_plain_noise(self.config) and not self.config.class_cond
+        if self.config.mt_drop_prob > 0 or plain:
             return
         if not self.config.class_cond or self.modalities:
             raise UserError(
@@ -176,9 +183,9 @@ class Generator:
             return lambda x, t: model(x, t, y=labels).output
         if config.mt_drop_prob > 0:
             return lambda x, t: model(x, t, y=labels, unconditional=True).output
-        only_masks = model.variant == "X" and not model.context_in
+        nothing_given = model.variant == "X" and sees_plain_noise(config)
         without_frame = model.variant == "U" and all(name == "none" for name in weights_names(config).values())
-        if only_masks or without_frame:
+        if nothing_given or without_frame:
             return lambda x, t: model(x, t, y=labels).output
         raise UserError(
             f"this form-{model.variant} model never saw plain noisy images; use one trained with --mt_task none, or with "

@@ -80,7 +80,8 @@ class Task:
 
     modality(config, variance): its head's tracked variance, or None. head(config, unet). tokens(config, width): the module that
     turns x into tokens, for a modality without pixels. needs_labels: whether the images must have classes. complete(config): fills
-    in what its flags leave open.
+    in what its flags leave open. sees_plain_noise(config): whether form X, when it is given this modality, is at times trained with
+    nothing in its place, a zero image, so that it is a model of plain noisy images too.
     """
 
     options: type
@@ -89,6 +90,7 @@ class Task:
     tokens: Callable[[Config, int], nn.Module] | None = None
     needs_labels: bool = False
     complete: Callable[[Config], None] | None = None
+    sees_plain_noise: Callable[[Config], bool] = lambda config: False
 
 
 def mask_patch(config: Config) -> int:
@@ -146,7 +148,12 @@ def _representation_size(config: Config) -> None:
 
 
 TASKS: dict[str, Task] = {
-    "masked": Task(MaskConfig, _masked_image, lambda config, unet: ImageHead(unet)),
+    "masked": Task(
+        MaskConfig,
+        _masked_image,
+        lambda config, unet: ImageHead(unet),
+        sees_plain_noise=lambda config: config.mask_full_prob > 0,
+    ),
     "label": Task(LabelConfig, _label, _label_head, _label_tokens, needs_labels=True),
     "random-label": Task(LabelConfig, _random_label, _label_head, _label_tokens),
     "representation": Task(
@@ -310,6 +317,11 @@ def count_classes(config: Config, images: ImageSource) -> None:
 def needs_labels(config: Config) -> bool:
     """Whether training reads the images' classes."""
     return config.class_cond or any(TASKS[name].needs_labels for name in task_names(config))
+
+
+def sees_plain_noise(config: Config) -> bool:
+    """Whether form X with all modalities of `--mt_task` is at times trained with none of them given."""
+    return all(TASKS[name].sees_plain_noise(config) for name in task_names(config))
 
 
 def check_labels(config: Config, images: ImageSource) -> None:

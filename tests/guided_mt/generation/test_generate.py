@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from tiny import MODEL, PROCESS, words
 
+from guided_mt.errors import UserError
 from guided_mt.generation import generate
 from guided_mt.generation.generate import Generator
 from guided_mt.modalities.classes import choose_classes
@@ -26,3 +28,26 @@ def test_a_default_of_form_x_is_independent_of_the_samples_class(monkeypatch):
     classes = choose_classes([str(k) for k in range(10)], "", seeds)
     generator.draw(seeds, SampleConfig(), labels=classes)
     assert 5 <= int((given["random-label"] == classes).sum()) <= 40  # 20 expected, with deviation 4.2
+
+
+@pytest.mark.parametrize(
+    ("trained", "saw"),
+    [
+        ({"mt_task": "none"}, True),
+        ({"mt_task": "masked", "mt_variant": "X"}, True),
+        ({"mt_task": "masked", "mt_variant": "X", "mask_full_prob": 0}, False),
+        ({"mt_task": "masked", "mt_variant": "X", "mask_full_prob": 0, "mt_drop_prob": 0.1}, True),
+        ({"mt_task": "random-label", "mt_variant": "X", "num_classes": 10}, False),
+        ({"mt_task": "masked,random-label", "mt_variant": "X", "num_classes": 10}, False),
+        ({"mt_task": "masked", "mt_variant": "U"}, False),
+        ({"mt_task": "masked", "mt_variant": "U", "mt_weights": "none"}, True),
+        ({"mt_task": "masked", "mt_variant": "any"}, False),
+    ],
+)
+def test_sdedit_repaint_and_classifiers_need_a_model_that_saw_plain_noise(trained, saw):
+    generator = untrained(**trained)
+    if saw:
+        generator.unconditional()
+        return
+    with pytest.raises(UserError, match="never saw plain noisy images"):
+        generator.unconditional()
