@@ -81,7 +81,8 @@ class Task:
     modality(config, variance): its head's tracked variance, or None. head(config, unet). tokens(config, width): the module that
     turns x into tokens, for a modality without pixels. needs_labels: whether the images must have classes. complete(config): fills
     in what its flags leave open. sees_plain_noise(config): whether form X, when it is given this modality, is at times trained with
-    nothing in its place, a zero image, so that it is a model of plain noisy images too.
+    nothing in its place, a zero image, so that it is a model of plain noisy images too. file_options: flags that name files,
+    which may have moved when a run goes on.
     """
 
     options: type
@@ -91,6 +92,7 @@ class Task:
     needs_labels: bool = False
     complete: Callable[[Config], None] | None = None
     sees_plain_noise: Callable[[Config], bool] = lambda config: False
+    file_options: tuple[str, ...] = ()
 
 
 def mask_patch(config: Config) -> int:
@@ -162,6 +164,7 @@ TASKS: dict[str, Task] = {
         lambda config, unet: PooledMLPHead(unet, config.representation_size),
         lambda config, width: VectorTokens(config.representation_size, width),
         complete=_representation_size,
+        file_options=("representation_file",),
     ),
 }
 

@@ -20,6 +20,7 @@ from ..diffusion.random import SampleStreams, Stream
 from ..generation.generate import Generator
 from ..modalities import Images, take_images
 from ..modalities.registry import (
+    TASKS,
     build_diffusion,
     build_modalities,
     build_model,
@@ -95,7 +96,7 @@ class TrainLoop(Loop):
     def fixed_settings(self) -> dict[str, Any]:
         free = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
         # What is only measured may change, and a file may have moved, as the images may.
-        free += ("mt_conflict_interval", "representation_file")
+        free += ("mt_conflict_interval", *(flag for task in TASKS.values() for flag in task.file_options))
         return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
 
     def saved_settings(self, weights: Path) -> dict[str, Any]:

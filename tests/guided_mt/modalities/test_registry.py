@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -110,3 +110,21 @@ def test_arrays_that_another_has_are_refused(monkeypatch, tmp_path):
     train_command.main(flags(mt_task="grey", mt_variant="U", total_steps=1, log_dir=tmp_path))
     with pytest.raises(UserError, match="modality 'grey': writes the array arr_0"):
         sample_command.main(words(model_path=tmp_path, num_samples=2, steps=2, out=tmp_path / "s.npz", device="cpu"))
+
+
+@dataclass
+class FileConfig:
+    """Greys on disk"""
+
+    grey_file: str = option("", "where they are")
+
+
+def test_a_run_goes_on_with_a_file_that_moved(monkeypatch, tmp_path):
+    row = Task(FileConfig, lambda config, v: Grey(1.0, v), lambda config, unet: ImageHead(unet))
+    monkeypatch.setitem(TASKS, "grey", row)
+    again = {"mt_task": "grey", "total_steps": 1, "log_dir": tmp_path}
+    train_command.main(flags(**again, grey_file="here"))
+    with pytest.raises(UserError, match="grey_file"):
+        train_command.main(flags(**again, grey_file="there"))
+    monkeypatch.setitem(TASKS, "grey", replace(row, file_options=("grey_file",)))
+    train_command.main(flags(**again, grey_file="there"))
