@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import ImageSource, load_images, open_source
+from ..data import ImageSource, UnknownClassError, load_images, open_source
 from ..data.dataset import LoadedImages
 from ..data.images import from_uint8, save_npz
 from ..data.subset import spread
@@ -183,9 +183,7 @@ def open_images(config: Config, classes: Sequence[str] | None) -> ImageSource:
     """The images, with class ids as the network's. Raises UserError for classes that it doesn't have."""
     try:
         source = open_source(config.data_dir, class_names=classes if config.labelled else None)
-    except UserError as error:
-        if " saved classes" not in str(error):
-            raise
+    except UnknownClassError as error:
         raise UserError(f"{error}; --labelled False classifies without comparing") from None
     if not config.labelled:
         source.labels = None

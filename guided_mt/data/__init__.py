@@ -3,7 +3,7 @@
 from .dataset import StreamOrder, load_images
 from .loader import Batch, ImageStream
 from .open import open_source
-from .sources import ImageSource
+from .sources import ImageSource, UnknownClassError
 from .transforms import center_crop_arr, random_crop_arr
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ImageSource",
     "ImageStream",
     "StreamOrder",
+    "UnknownClassError",
     "center_crop_arr",
     "load_images",
     "open_source",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import NPZ_ERRORS, UserError, nearest
-from .sources import ArraySource, check_classes
+from .sources import ArraySource, UnknownClassError, check_classes
 
 BUILTIN = ("digits", "digits-test")
 _DIGITS_HELD_OUT = 5  # every fifth digit is held out
@@ -112,7 +112,7 @@ def _check_labels(
     if class_names is None:
         return labels, [str(i).zfill(len(str(largest))) for i in range(largest + 1)]
     if largest >= len(class_names):
-        raise UserError(
+        raise UnknownClassError(
             f"{file}: class id {largest} in arr_1, but there are {len(class_names)} saved classes; leave it out of the data"
         )
     return labels, list(class_names)

@@ -23,7 +23,7 @@ def open_source(
 
     class_names: the names whose places are the class ids (from a checkpoint); None: sorted names of this data.
     suffixes: of the files to take, in local folders, .tar and .zip.
-    Raises UserError where there is nothing to read, or a class that is not in class_names.
+    Raises UserError where there is nothing to read, UnknownClassError for a class that is not in class_names.
     """
     text = str(path)
     if text.startswith("builtin:"):

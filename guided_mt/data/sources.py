@@ -16,6 +16,10 @@ from .transforms import center_crop_arr, random_crop_arr
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 
 
+class UnknownClassError(UserError):
+    """The data have a class that a checkpoint's classes don't hold."""
+
+
 class ImageSource:
     """A numbered set of images. The numbers are the same on each machine. Picklable, and safe after fork and spawn."""
 
@@ -160,11 +164,11 @@ def class_ids(
 
 
 def check_classes(path: str, found: Iterable[str], known: Sequence[str]) -> None:
-    """Raises UserError for a class of the data that is not among the known ones."""
+    """Raises UnknownClassError for a class of the data that is not among the known ones."""
     unknown = sorted(set(found) - set(known))
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UserError(
+        raise UnknownClassError(
             f"{path}: class {unknown[0]!r}{more} is not one of the {len(known)} saved classes"
             f"{nearest(unknown[0], known)}; rename it, or leave it out of the data"
         )

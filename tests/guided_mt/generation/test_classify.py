@@ -229,6 +229,11 @@ def test_data_without_classes_and_with_others(runs, tmp_path, capsys):
     assert "class 'cat' is not one of the 10 saved classes" in text and "--labelled False" in text
     same = classified(runs["U"], tmp_path / "same.npz", pictures, labelled=False)
     np.testing.assert_array_equal(same["probabilities"], found["probabilities"])
+    np.savez(tmp_path / "ids.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.array([0, 10]))
+    text = complaint(model_path=runs["U"], data_dir=tmp_path / "ids.npz", out=tmp_path / "o.npz")
+    assert "class id 10 in arr_1" in text and "--labelled False" in text
+    text = complaint(model_path=runs["U"], data_dir=tmp_path / "all saved classes", out=tmp_path / "o.npz")
+    assert "--labelled" not in text
 
 
 def test_a_diverged_model_is_one_line(runs, digits, tmp_path, monkeypatch):
