@@ -44,11 +44,11 @@ def main(argv: Sequence[str]) -> None:
     words, argv = split_flags(rename_flag(argv, "--class", "--class_name"), [f.name for f in fields(ClassifierConfig)])
     config = with_saved_config(argv, SECTIONS, __doc__)
     processes = distributed.setup(config.device)
-    typed = parse(words, (ClassifierConfig,), description=__doc__)
+    flags = parse(words, (ClassifierConfig,), description=__doc__)
     weights, guide = find_classifier(
         config.classifier_path,
         config.classifier_ema,
-        {name: getattr(typed, name) for name in typed.given},
+        {name: getattr(flags, name) for name in flags.typed},
         {"image_size": config.image_size, **config.as_dict(DiffusionConfig)},
     )
     check_pair(config, guide)
@@ -94,7 +94,7 @@ def check_pair(config: Config, guide: Config) -> None:
             f"--classifier_path {config.classifier_path}: classifies images of size {guide.image_size}, and --model_path "
             f"{config.model_path} draws size {config.image_size}; take a classifier of that size"
         )
-    said = "num_classes" in config.given
+    said = "num_classes" in config.typed
     if (config.class_cond or said) and guide.num_classes != config.num_classes:
         other = f"--num_classes is {config.num_classes}" if said else f"{config.model_path} has {config.num_classes}"
         raise UserError(

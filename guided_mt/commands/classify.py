@@ -149,13 +149,13 @@ def check_head(config: Config, weights: Path) -> None:
 
 def open_classifier(argv: Sequence[str]) -> Network:
     """The classifier of `--classifier_path`, with ADM's flags where it is a foreign file. Raises UserError."""
-    typed = parse(argv, (ClassifyConfig, *classifier_sections()), description=__doc__)
-    if typed.model_path:
+    flags = parse(argv, (ClassifyConfig, *classifier_sections()), description=__doc__)
+    if flags.model_path:
         raise UserError("--model_path and --classifier_path are both given; leave one of them out")
     own = {field.name for field in fields(ClassifyConfig)}
-    settings = {name: getattr(typed, name) for name in typed.given - own}
-    weights, found = find_classifier(typed.classifier_path, typed.ema, settings)
-    config = Config([typed[ClassifyConfig], *found.sections()], typed.given)
+    settings = {name: getattr(flags, name) for name in flags.typed - own}
+    weights, found = find_classifier(flags.classifier_path, flags.ema, settings)
+    config = Config([flags[ClassifyConfig], *found.sections()], flags.typed)
     noised = (read_config(weights) or {}).get("noised", True)
     if not noised and config.timesteps not in ("", "0"):
         raise UserError(

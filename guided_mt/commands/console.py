@@ -91,7 +91,7 @@ def with_saved_config(argv: Sequence[str], sections: Sequence[type], description
     # What a run was trained with is no default for where and how to sample.
     base = {key: value for key, value in saved.items() if key not in own and key != "timestep_respacing"}
     config = parse(argv, sections, description=description, base=base)
-    fixed = config.given - sampling_may_change()
+    fixed = config.typed - sampling_may_change()
     model = {key: value for key, value in config.as_dict(*model_sections()).items() if key in fixed}
     different = differing_keys(base, model)
     if different:

@@ -107,7 +107,7 @@ def join_given(argv: Sequence[str]) -> list[str]:
 def read_given(config: Config, generator: Generator) -> dict[str, torch.Tensor]:
     """{modality: x [1 or N, ...]} of `--given`. Raises UserError for an unknown modality, and values that don't fit."""
     given: dict[str, torch.Tensor] = {}
-    words = config[GenerateConfig].given  # config.given are the flags that were typed
+    words = config.given
     if config.class_name and "label" in generator.modalities:
         words = ",".join(filter(None, [words, f"label={config.class_name}"]))
     for part in re.split(r",(?=[\w-]+=)", words) if words else []:

@@ -29,7 +29,7 @@ from .training import check_run, run_lines, saved_classes, train
 
 def main(argv: Sequence[str]) -> None:
     config = parse(argv, run_sections(), description=__doc__, presets=True)
-    if config.lr_anneal_steps and "total_steps" not in config.given:
+    if config.lr_anneal_steps and "total_steps" not in config.typed:
         config[TrainConfig].total_steps = config.lr_anneal_steps  # where ADM's loop stops
     validate(config)
     processes = distributed.setup(config.device)

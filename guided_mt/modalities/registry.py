@@ -313,7 +313,7 @@ def weights_names(config: Config) -> dict[str, str]:
 def count_classes(config: Config, images: ImageSource) -> None:
     """Where labels are modelled and --num_classes was not given, it is the number of classes of the data."""
     modelled = any(TASKS[name].options is LabelConfig for name in task_names(config))
-    if modelled and images.labels is not None and "num_classes" not in config.given:
+    if modelled and images.labels is not None and "num_classes" not in config.typed:
         config[ModelConfig].num_classes = len(images.class_names)
 
 

@@ -169,11 +169,11 @@ class SampleConfig(SamplingOptions):
 
 
 class Config:
-    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `given` are the keys that the user set."""
+    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `typed` are the keys that the user set."""
 
-    def __init__(self, sections: Sequence[Any], given: frozenset[str] = frozenset()):
+    def __init__(self, sections: Sequence[Any], typed: frozenset[str] = frozenset()):
         self._sections = {type(section): section for section in sections}
-        self.given = given
+        self.typed = typed
 
     def __getitem__(self, section: type) -> Any:
         """The section of this class, else one of a class derived from it."""
@@ -235,7 +235,7 @@ def parse(
         )
 
     # Only what was typed: defaults are suppressed so that the checkpoint's and the preset's values can come in between.
-    typed, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(seen)))
+    words, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(seen)))
     for word in unknown:
         if word.startswith("--"):
             name = word[2:].split("=")[0]
@@ -244,24 +244,24 @@ def parse(
             )
         raise UserError(f"don't know what to do with '{word}'; flags are written --name value")
     values = {key: value for key, value in (base or {}).items() if key in fields}
-    given: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
     if presets:
-        for source, content in ((typed.preset, load_preset), (typed.config, _load_yaml)):
+        for source, content in ((words.preset, load_preset), (words.config, _load_yaml)):
             if source:
-                given.update(check_keys(content(source), fields, source))
-    typed_values = {name: getattr(typed, name) for name in seen if getattr(typed, name) is not None}
-    given.update(typed_values)
-    values.update(given)
+                typed.update(check_keys(content(source), fields, source))
+    on_command_line = {name: getattr(words, name) for name in seen if getattr(words, name) is not None}
+    typed.update(on_command_line)
+    values.update(typed)
     resolved = {name: _convert(fields[name], value) for name, value in values.items()}
     if resolved.get("use_fp16"):  # another name for a precision: from here on there is only one
-        if "precision" in typed_values and resolved["precision"] != "fp16":
+        if "precision" in on_command_line and resolved["precision"] != "fp16":
             raise UserError(f"--use_fp16 True contradicts --precision {resolved['precision']}; give one of them")
         resolved |= {"precision": "fp16", "use_fp16": False}
     made = [
         section(**{f.name: resolved[f.name] for f in dataclasses.fields(section) if f.name in resolved})
         for section in sections
     ]
-    return Config(made, frozenset(given))
+    return Config(made, frozenset(typed))
 
 
 def _refuse(message: str) -> None:

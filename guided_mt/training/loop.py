@@ -305,7 +305,7 @@ class Loop:
     def resolved_yaml(self) -> str:
         """The configuration as saved: with the global batch that the run really has, whatever the number of processes."""
         resolved = Config(
-            [_with_batch(section, self.global_batch) for section in self.config.sections()], self.config.given
+            [_with_batch(section, self.global_batch) for section in self.config.sections()], self.config.typed
         )
         return resolved.to_yaml()
 

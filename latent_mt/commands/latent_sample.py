@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         return
     generator = LatentGenerator(load_model(saved, weights, processes.device, averaged=config.ema != "none"))
     signature = {**config.as_dict(), "weights": str(weights)}
-    if config[TranslateConfig].given:
+    if config.given:
         translate(config, saved, generator, out, processes, signature)
     else:
         draw_pairs(config, generator, out, processes, signature)
@@ -83,13 +83,13 @@ def main(argv: Sequence[str]) -> None:
 
 def check_flags(config: Config) -> None:
     """Raises UserError for flags that contradict each other."""
-    options = config[TranslateConfig]  # config.given are the flags that were typed
+    options = config[TranslateConfig]
     if Path(config.out).suffix == ".npz":
         raise UserError(f"--out {config.out}: names a folder here; the .npz files in it have names of their own")
-    alone = [name for name in OF_PAIRS if name in config.given and not options.given]
+    alone = [name for name in OF_PAIRS if name in config.typed and not options.given]
     if alone:
         raise UserError(f"--{alone[0]} goes with --given, the side that is translated, as in --given photo")
-    if options.given and "class_id" in config.given:
+    if options.given and "class_id" in config.typed:
         raise UserError("--class_id is of class-conditional models, which draw from nothing; leave out --given")
 
 
@@ -136,7 +136,7 @@ def translate(
     signature: dict,
 ) -> None:
     """Write NAME.npz, NAME/*.png and NAME.png for every route, and the truth beside them."""
-    name_given = config[TranslateConfig].given
+    name_given = config.given
     source_side = generator.side(name_given)
     target = generator.model.sides[1 - source_side]
     routes = _routes(config, generator, source_side)
@@ -166,8 +166,8 @@ def translate(
                 z = generator.read(source_side, latents, own, config.timesteps, config.draws)
             return {"arr_0": to_nhwc(generator.model.decode_latents(z))}
 
-        told = {**signature, "route": route, "images": content_hash(loaded.images.numpy())}
-        arrays = run_sharded(out / f"{name}.npz", len(stems), config.batch_size, processes, told, make)
+        settings = {**signature, "route": route, "images": content_hash(loaded.images.numpy())}
+        arrays = run_sharded(out / f"{name}.npz", len(stems), config.batch_size, processes, settings, make)
         if processes.is_main:
             made = arrays["arr_0"]
             write_folder(out / name, stems, made)
@@ -189,7 +189,7 @@ def _routes(config: Config, generator: LatentGenerator, source: int) -> list[str
         raise UserError(f"--route '{config.route}': name {' or '.join(ROUTES)}, or both")
     can = {"generate": generator.generates(source), "read": generator.reads(source)}
     possible = [route for route in routes if can[route]]
-    if "route" in config.given or not possible:
+    if "route" in config.typed or not possible:
         for route in routes:
             generator.check(route, source)
     return possible
@@ -203,7 +203,7 @@ def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[PairSource, in
         params["path"] = config.data_dir
     opened = instantiate({"target": data.get("target"), "params": params}, "data")
     if not isinstance(opened, PairData):
-        raise UserError(f"--given {config[TranslateConfig].given}: the data of this run are single images, not pairs")
+        raise UserError(f"--given {config.given}: the data of this run are single images, not pairs")
     return opened.pixel_source(config.split or opened.splits[1] or opened.splits[0]), opened.image_size
 
 

@@ -39,7 +39,7 @@ def test_later_sources_win(tmp_path):
     assert config.grad_clip == 3.0  # the checkpoint, over the dataclass
     assert config.keep_checkpoints == preset.get("keep_checkpoints", 0)
     assert config.seed == TrainConfig().seed
-    assert config.given == {*preset, "lr", "weight_decay"}  # what the user set, the checkpoint not
+    assert config.typed == {*preset, "lr", "weight_decay"}  # what the user set, the checkpoint not
     assert resolved("--config", str(file), "--preset", "masked-digits").lr == 0.5  # the order of typing does not matter
 
 
