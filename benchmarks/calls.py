@@ -22,8 +22,8 @@ from evaluations.tables.figures import new_figure, save_figure
 from guided_mt.commands import restore, sample
 from guided_mt.commands.restore import region_errors
 from guided_mt.data import load_images, open_source
+from guided_mt.generation.feature_classifier import FeatureClassifier
 from guided_mt.generation.noisy_classifier import load_classifier
-from guided_mt.generation.reading import Reader
 from guided_mt.runs.checkpoint import checkpoints
 from reproduce.compare import distance, to_arrays
 
@@ -47,9 +47,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    reader = Reader(load_classifier(str(args.compare / "classifier")))
-    held_out = load_images(open_source(HELD_OUT, class_names=reader.classes), reader.size)
-    real = reader.read(to_arrays(held_out.images))
+    classifier = FeatureClassifier(load_classifier(str(args.compare / "classifier")))
+    held_out = load_images(open_source(HELD_OUT, class_names=classifier.classes), classifier.size)
+    real = classifier.classify(to_arrays(held_out.images))
     rows: list[dict[str, object]] = []
     for sampler in SAMPLERS:
         for calls in calls_of(sampler):
@@ -75,7 +75,7 @@ def main() -> None:
                     options = ["--model_path", str(checkpoints(run)[-1]), "--num_samples", str(args.num_samples)]
                     options += ["--seeds", f"{first}-{first + args.num_samples - 1}"]
                     with drawn(sample.main, [*options, *how], args.out / f"{row}_{seed}_{name}") as file:
-                        seen = reader.read(file["arr_0"])
+                        seen = classifier.classify(file["arr_0"])
                         add(rows, row, sampler, calls, seed, distance(seen, real))
                         if row == "label-m":
                             add(rows, "agreement", sampler, calls, seed, float((seen.classes == file["arr_1"]).mean()))

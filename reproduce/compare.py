@@ -33,8 +33,8 @@ from guided_mt.commands.restore import region_errors
 from guided_mt.data import load_images, open_source
 from guided_mt.data.images import save_npz
 from guided_mt.errors import UserError
+from guided_mt.generation.feature_classifier import ClassifiedImages, FeatureClassifier
 from guided_mt.generation.noisy_classifier import load_classifier
-from guided_mt.generation.reading import Reader, Reading
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
@@ -102,7 +102,7 @@ class Data:
 
 # The digits are scans of 8 x 8 pixels: at that size a step costs a quarter of what it does at the presets' 16.
 SMALL = "--image_size 8 --channel_mult 1,2 --attention_resolutions 4 --classifier_attention_resolutions 4"
-READER = "--num_classes 10 --noise_schedule cosine --classifier_pool adaptive --data_workers 0 --log_interval 100"
+CLASSIFIER = "--num_classes 10 --noise_schedule cosine --classifier_pool adaptive --data_workers 0 --log_interval 100"
 DATA = {
     "digits": Data(
         "builtin:digits",
@@ -110,7 +110,7 @@ DATA = {
         500,
         tuple(f"{SMALL} --data_workers 0 --sample_interval 0 --log_interval 100 --save_interval 200".split()),
         tuple(
-            f"{READER} --image_size 8 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 "
+            f"{CLASSIFIER} --image_size 8 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 "
             "--random_flip False --global_batch_size 64 --lr 1e-3 --anneal_lr True --iterations 800".split()
         ),
     ),
@@ -120,7 +120,7 @@ DATA = {
         100_000,
         ("--sample_interval", "0", "--keep_checkpoints", "1"),
         tuple(
-            f"{READER} --image_size 32 --classifier_width 64 --classifier_depth 2 --classifier_attention_resolutions 16,8 "
+            f"{CLASSIFIER} --image_size 32 --classifier_width 64 --classifier_depth 2 --classifier_attention_resolutions 16,8 "
             "--global_batch_size 128 --anneal_lr True --iterations 30000".split()
         ),
     ),
@@ -274,14 +274,14 @@ class Comparison:
 
     def report(self, seconds: float) -> None:
         """Measure everything and write the table, the figure and the CSV."""
-        reader = Reader(load_classifier(str(self.classifier)))
-        held_out = load_images(open_source(self.test_data, class_names=reader.classes), reader.size)
-        trained_on = load_images(open_source(self.train_data, class_names=reader.classes), reader.size)
+        classifier = FeatureClassifier(load_classifier(str(self.classifier)))
+        held_out = load_images(open_source(self.test_data, class_names=classifier.classes), classifier.size)
+        trained_on = load_images(open_source(self.train_data, class_names=classifier.classes), classifier.size)
         held_out_images, training_images = (to_arrays(loaded.images) for loaded in (held_out, trained_on))
-        real = reader.read(held_out_images)
+        real = classifier.classify(held_out_images)
         accuracy = float((real.classes == held_out.labels.numpy()).mean())
-        results = [self.measure(row, seed, reader, real) for row in self.rows for seed in self.seeds]
-        results.append(self.measure_training_images(training_images, reader, real))
+        results = [self.measure(row, seed, classifier, real) for row in self.rows for seed in self.seeds]
+        results.append(self.measure_training_images(training_images, classifier, real))
         seeds = ", ".join(map(str, self.seeds))
         table = markdown_table(results, COLUMNS)
         text = (
@@ -294,12 +294,14 @@ class Comparison:
         plot_seeds(results, COLUMNS, self.run / "compare.png")
         print(f"\n{text}\n{self.run / 'compare.csv'}, compare.md and compare.png; {seconds / 60:.1f} minutes")
         if self.conditioning and CONDITIONED_ROW in self.rows:
-            self.report_conditioning(reader, real)
+            self.report_conditioning(classifier, real)
 
-    def measure_training_images(self, images: np.ndarray, reader: Reader, real: Reading) -> Measured:
+    def measure_training_images(
+        self, images: np.ndarray, classifier: FeatureClassifier, real: ClassifiedImages
+    ) -> Measured:
         """What the numbers are without a model: as many training images, and their mean in the place of what is masked."""
         spread = np.linspace(0, len(images) - 1, min(self.samples, len(images))).astype(int)
-        values = likeness(reader.read(images[spread]), real)
+        values = likeness(classifier.classify(images[spread]), real)
         restored = [self.file(row, self.seeds[0], "restored") for row in self.rows if "masked" in ROWS[row].tasks]
         if restored:
             mean = images.mean(axis=0).round().astype(np.uint8)
@@ -308,15 +310,17 @@ class Comparison:
             values["restoration"] = region_errors(filled)["masked_mse"]
         return Measured("training images, their mean", None, values)
 
-    def measure(self, row: str, seed: int, reader: Reader, real: Reading) -> Measured:
+    def measure(self, row: str, seed: int, classifier: FeatureClassifier, real: ClassifiedImages) -> Measured:
         tasks, values = ROWS[row].tasks, {}
         with np.load(self.file(row, seed, "joint")) as file:
-            drawn = reader.read(file["arr_0"])
+            drawn = classifier.classify(file["arr_0"])
             values |= likeness(drawn, real)
             if "label" in tasks:
                 values["joint_agreement"] = float((drawn.classes == file["arr_1"]).mean())
         if "label" in tasks:
-            values["frechet_given"], values["given_agreement"] = self.measure_given(row, seed, "given", reader, real)
+            values["frechet_given"], values["given_agreement"] = self.measure_given(
+                row, seed, "given", classifier, real
+            )
             with np.load(self.file(row, seed, "classified")) as file:
                 values["accuracy"] = float((file["probabilities"].argmax(axis=1) == file["labels"]).mean())
         if "masked" in tasks:
@@ -325,19 +329,21 @@ class Comparison:
         values["seconds_per_step"] = seconds_per_step(self.folder(row, seed) / "progress.csv")
         return Measured(row, seed, values)
 
-    def measure_given(self, row: str, seed: int, what: str, reader: Reader, real: Reading) -> tuple[float, float]:
-        """(Frechet distance, agreement of the given label with the reading) of a file drawn with given labels."""
+    def measure_given(
+        self, row: str, seed: int, what: str, classifier: FeatureClassifier, real: ClassifiedImages
+    ) -> tuple[float, float]:
+        """(Frechet distance, agreement of the given label with the class found) of a file drawn with given labels."""
         with np.load(self.file(row, seed, what)) as file:
-            drawn = reader.read(file["arr_0"])
+            drawn = classifier.classify(file["arr_0"])
             return distance(drawn, real), float((drawn.classes == file["arr_1"]).mean())
 
-    def report_conditioning(self, reader: Reader, real: Reading) -> None:
+    def report_conditioning(self, classifier: FeatureClassifier, real: ClassifiedImages) -> None:
         """How a known label is used: RUN/conditioning.md and .csv."""
         columns = [column for column in COLUMNS if column.key in ("given_agreement", "frechet_given")]
         found = []
         for name in CONDITIONINGS:
             for seed in self.seeds:
-                away, agreement = self.measure_given(CONDITIONED_ROW, seed, _slug(name), reader, real)
+                away, agreement = self.measure_given(CONDITIONED_ROW, seed, _slug(name), classifier, real)
                 found.append(Measured(name, seed, {"frechet_given": away, "given_agreement": agreement}))
         text = markdown_table(found, columns)
         (self.run / "conditioning.md").write_text(text, encoding="utf-8")
@@ -350,12 +356,12 @@ def to_arrays(images: torch.Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def distance(a: Reading, b: Reading) -> float:
+def distance(a: ClassifiedImages, b: ClassifiedImages) -> float:
     """The Frechet distance of their features."""
     return frechet_distance(*statistics(a.features), *statistics(b.features))
 
 
-def likeness(drawn: Reading, real: Reading) -> dict[str, float]:
+def likeness(drawn: ClassifiedImages, real: ClassifiedImages) -> dict[str, float]:
     """How far drawn images are from real ones: features, and how often each class occurs (half the sum of differences)."""
     count = 1 + max(drawn.classes.max(), real.classes.max())
     shares = [np.bincount(read.classes, minlength=count) / len(read.classes) for read in (drawn, real)]

@@ -14,8 +14,8 @@ from torch import nn
 
 from guided_mt.data.images import from_uint8
 from guided_mt.errors import UserError
+from guided_mt.generation.feature_classifier import FeatureClassifier
 from guided_mt.generation.noisy_classifier import NoisyClassifier, build_classifier, classifier_sections
-from guided_mt.generation.reading import Reader
 from guided_mt.runs.config import load_preset, parse
 
 OWN = ("mt_", "classifier_")  # flags that say what a model is; all others are the training's
@@ -33,10 +33,10 @@ def untrained(pool: str) -> NoisyClassifier:
     return NoisyClassifier(model, None, config)
 
 
-def test_reader_gives_the_input_of_the_last_layer():
+def test_feature_classifier_gives_the_input_of_the_last_layer():
     classifier = untrained("adaptive")
     images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)  # more than one pass
-    read = Reader(classifier).read(images)
+    read = FeatureClassifier(classifier).classify(images)
     last = classifier.model.out[-2]
     logits = read.features @ last.weight[:, :, 0, 0].detach().numpy().T + last.bias.detach().numpy()
     expected = classifier.model(from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.zeros(300))
@@ -44,9 +44,9 @@ def test_reader_gives_the_input_of_the_last_layer():
     assert read.features.shape == (300, 64) and (read.classes == expected.argmax(dim=1).numpy()).all()
 
 
-def test_reader_refuses_another_pool():
+def test_feature_classifier_refuses_another_pool():
     with pytest.raises(UserError, match="--classifier_pool adaptive, not attention"):
-        Reader(untrained("attention"))
+        FeatureClassifier(untrained("attention"))
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])

@@ -15,15 +15,15 @@ _PASS = 256  # images per forward pass
 
 
 @dataclass(frozen=True)
-class Reading:
+class ClassifiedImages:
     """Of N images: features [N, D], classes [N]."""
 
     features: np.ndarray
     classes: np.ndarray
 
 
-class Reader:
-    """Reads images with a noisy classifier at timestep 0.
+class FeatureClassifier:
+    """A noisy classifier at timestep 0, on clean images.
 
     Features are the input of its last layer: with `--classifier_pool adaptive`, the only pool taken here, the mean over positions
     of its last feature map. Raises UserError for another pool.
@@ -32,17 +32,17 @@ class Reader:
     def __init__(self, classifier: NoisyClassifier):
         self.model, self.classes, self.size = classifier.model, classifier.classes, classifier.config.image_size
         if self.model.pool != "adaptive":
-            raise UserError(f"images are read by a classifier with --classifier_pool adaptive, not {self.model.pool}")
+            raise UserError(f"images are classified by one with --classifier_pool adaptive, not {self.model.pool}")
         self._seen: list[torch.Tensor] = []
         last = self.model.out[-2]  # the linear layer, as a 1x1 convolution
         last.register_forward_pre_hook(lambda layer, inputs: self._seen.append(inputs[0].flatten(1)))
 
     @torch.no_grad()
-    def read(self, images: np.ndarray) -> Reading:
+    def classify(self, images: np.ndarray) -> ClassifiedImages:
         """uint8 [N, H, W, 3] -> their features and classes."""
         classes = []
         self._seen.clear()
         for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(_PASS):
             logits = self.model(from_uint8(part), torch.zeros(len(part)))
             classes.append(logits.argmax(dim=1))
-        return Reading(torch.cat(self._seen).numpy(), torch.cat(classes).numpy())
+        return ClassifiedImages(torch.cat(self._seen).numpy(), torch.cat(classes).numpy())
