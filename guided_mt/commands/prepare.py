@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import ImageSource, open_source
-from ..data.dataset import BrokenImage, BrokenTally, decode
+from ..data.dataset import BrokenImage, BrokenImages, decode
 from ..data.loader import end_with_parent
 from ..errors import UserError, nearest
 
@@ -120,7 +120,7 @@ def prepare(path: str, out: Path, size: int, *, workers: int, limit: int | None 
 
 def _write(source: ImageSource, file: Path, count: int, size: int, workers: int) -> int:
     """The first `count` images of `source` into a stored zip; returns how many are not broken."""
-    tally = BrokenTally(source)
+    broken = BrokenImages(source)
     taken: set[str] = set()
     with (
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
@@ -129,7 +129,7 @@ def _write(source: ImageSource, file: Path, count: int, size: int, workers: int)
     ):
         for index, png, reason in tqdm(encoded, total=count, unit="image", disable=None):
             if png is None:
-                tally.add(index, reason)
+                broken.add(index, reason)
                 continue
             name = _png_name(source.name(index), taken)
             taken.add(name)

@@ -71,24 +71,24 @@ def decode(source: ImageSource, index: int, image_size: int, uniforms: np.ndarra
         raise BrokenImage(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
-class BrokenTally:
+class BrokenImages:
     """The broken images known so far: one warning each, and an end to it when over 1 % are broken."""
 
     def __init__(self, source: ImageSource):
         self.source = source
         self.limit = broken_limit(len(source))
-        self.broken: set[int] = set()
+        self.numbers: set[int] = set()
 
     def add(self, index: int, reason: str) -> None:
         """Raises UserError when there are too many."""
-        if index in self.broken:
+        if index in self.numbers:
             return
-        self.broken.add(index)
+        self.numbers.add(index)
         name = self.source.name(index)
         logger.warning("%s: image %s is broken and left out (%s)", self.source.path, name, reason)
-        if len(self.broken) > self.limit or len(self.broken) == len(self.source):
+        if len(self.numbers) > self.limit or len(self.broken) == len(self.source):
             raise UserError(
-                f"{self.source.path}: {len(self.broken)} of {len(self.source)} images are broken, over 1 %, "
+                f"{self.source.path}: {len(self.numbers)} of {len(self.source)} images are broken, over 1 %, "
                 f"the last one {name} ({reason}); repair or remove them"
             )
 
@@ -158,7 +158,7 @@ class StepDataset(torch.utils.data.Dataset):
     def _fill(self, out: np.ndarray, index: int, position: int, broken: list[tuple[int, str]]) -> int:
         """Put image `index`, or the next one that is not broken, into `out`; returns its number.
 
-        Notes broken ones in `broken`, and stops at one more than are allowed: the tally then ends the run.
+        Notes broken ones in `broken`, and stops at one more than are allowed: `BrokenImages` then ends the run.
         """
         for _ in range(broken_limit(len(self.source)) + 1):
             try:
@@ -201,7 +201,7 @@ def load_images(source: ImageSource, image_size: int, limit: int | None = None, 
     numbers = range(len(source))[offset : None if limit is None else offset + limit]
     if not numbers:
         raise UserError(f"{source.path}: no image from number {offset} on; it has {len(source)}")
-    tally = BrokenTally(source)
+    broken = BrokenImages(source)
     images = np.empty((len(numbers), *source.item_shape(image_size)), dtype=source.dtype)
     kept: list[int] = []
     for index in numbers:
@@ -209,7 +209,7 @@ def load_images(source: ImageSource, image_size: int, limit: int | None = None, 
             images[len(kept)] = decode(source, index, image_size)
             kept.append(index)
         except BrokenImage as error:
-            tally.add(index, str(error))
+            broken.add(index, str(error))
     labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
     names = [source.name(i) for i in kept]
     return LoadedImages(torch.from_numpy(images[: len(kept)]), labels, names, torch.tensor(kept))

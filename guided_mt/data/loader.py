@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
-from .dataset import CACHE_BYTES, BrokenTally, RankSlice, StepDataset
+from .dataset import CACHE_BYTES, BrokenImages, RankSlice, StepDataset
 from .sources import ImageSource
 
 
@@ -92,7 +92,7 @@ class ImageStream:
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.start_step = start_step
         self.total_steps = total_steps
-        self.tally = BrokenTally(source)
+        self.broken = BrokenImages(source)
         self._iterators: list[Iterator[dict[str, object]]] = []
         _open_streams.add(self)
 
@@ -116,7 +116,7 @@ class ImageStream:
         if "refused" in item:
             raise UserError(item["refused"])
         for index, reason in item["broken"]:
-            self.tally.add(index, reason)
+            self.broken.add(index, reason)
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[item["indices"].numpy()])
         if labels is not None and self.pin_memory:
             labels = labels.pin_memory()

@@ -85,7 +85,7 @@ def classifier_probabilities(
     draws: int,
     streams: SampleStreams,
 ) -> Tensor:
-    """[B, K]: softmax of classifier(y_t, told timesteps) for x_start [B, C, H, W], averaged over `timesteps` and `draws`.
+    """[B, K]: softmax of classifier(y_t, model timesteps) for x_start [B, C, H, W], averaged over `timesteps` and `draws`.
 
     With draws = 0 it sees the images themselves, as one trained with --noised False does.
     """

@@ -100,10 +100,12 @@ class Generator:
             if drawn and known.keys() - set(drawn) and not self.warned:
                 self.warned = True
                 log.warning("not given, so drawn at random for each sample: %s (form X is given all)", ", ".join(drawn))
-            untold = [name for name in modalities if name not in known and name in self.model.context_in]
-            if untold and self.config.mt_drop_prob == 0 and not self.warned:
+            not_given = [name for name in modalities if name not in known and name in self.model.context_in]
+            if not_given and self.config.mt_drop_prob == 0 and not self.warned:
                 self.warned = True
-                log.warning("this form-X model was always given %s in training (no --mt_drop_prob)", ", ".join(untold))
+                log.warning(
+                    "this form-X model was always given %s in training (no --mt_drop_prob)", ", ".join(not_given)
+                )
             modalities = {name: modality for name, modality in modalities.items() if name in known}
         for name in known:
             if not self.gives and settings.mt_condition == "own-head" and not self.modalities[name].has_log_prob:

@@ -63,17 +63,17 @@ def multi_task_losses(
     if variant != "X":
         with torch.no_grad():  # e_i = stop_gradient(E_i(x_i))
             encodings = {name: modality.encode(data[name]) for name, modality in modalities.items()}
-    framed = {}
+    in_frame = {}
     for name, encoding in encodings.items():
         inside = ~dropped & ~given[name] if name in given else ~dropped
-        framed[name] = encoding * inside.view(-1, 1, 1, 1)
+        in_frame[name] = encoding * inside.view(-1, 1, 1, 1)
 
     kwargs: dict[str, Any] = {**(model_kwargs or {}), "modalities": data if variant != "U" else {}}
     if given:
         kwargs["given"] = given
     if drop_prob > 0:
         kwargs["unconditional"] = True if drop_prob >= 1 else dropped
-    terms = diffusion.training_losses(model, x_start, t, kwargs, noise, framed)
+    terms = diffusion.training_losses(model, x_start, t, kwargs, noise, in_frame)
     predictions = terms.pop("predictions", {})
     loss = denoising = terms.pop("loss")
     for name, modality in modalities.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from guided_mt.data import Batch, ImageSource
-from guided_mt.data.dataset import BrokenImage, BrokenTally, decode
+from guided_mt.data.dataset import BrokenImage, BrokenImages, decode
 from guided_mt.data.loader import start_loader, stop_loader
 from guided_mt.errors import UserError
 
@@ -18,7 +18,7 @@ def ordered_batches(source: ImageSource, image_size: int, batch_size: int, num_w
 
     Broken items are left out with a warning. Raises UserError where over 1 % are. Close it to end the workers early.
     """
-    tally = BrokenTally(source)
+    broken = BrokenImages(source)
     chunks = _Chunks(source, image_size, batch_size)
     items = start_loader(chunks, range(len(chunks)), 0 if source.is_array else num_workers)
     try:
@@ -26,7 +26,7 @@ def ordered_batches(source: ImageSource, image_size: int, batch_size: int, num_w
             if "refused" in item:
                 raise UserError(item["refused"])
             for index, why in item["broken"]:
-                tally.add(index, why)
+                broken.add(index, why)
             numbers = item["indices"]
             if len(numbers):
                 labels = None if source.labels is None else torch.from_numpy(source.labels[numbers.numpy()])
