@@ -26,6 +26,7 @@ from torch import nn
 
 from guided_mt.data import Batch
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
+from latent_mt.training.latent_diffusion import LatentTraining
 
 STAGES = ("forward", "backward", "optimiser", "EMA")
 SIDES = ["photo", "map"]
@@ -74,7 +75,7 @@ class Step:
             "num_head_channels": 32,
         }
         torch.manual_seed(0)
-        self.module = LatentMTDiffusion(
+        model = LatentMTDiffusion(
             first_stage_config={
                 "target": "ldm.models.autoencoder.IdentityFirstStage",
                 "params": {"in_channels": channels},
@@ -86,9 +87,10 @@ class Step:
             channels=channels,
             **row.params,
         ).to(self.device)
-        for p in self.module.network.parameters():  # zero weights would let the convolutions multiply by zeros
+        for p in model.network.parameters():  # zero weights would let the convolutions multiply by zeros
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
+        self.module = LatentTraining(model)
         self.trainer = SimpleNamespace(precision=row.precision, accumulate_grad_batches=1)
         self.module.trainer = self.trainer
         self.module.prepare(SimpleNamespace(random_flip=True), resumed=False)
@@ -157,7 +159,7 @@ def main() -> None:
 
     chosen = [row for row in rows() if args.rows in row.name]
     steps = {row.name: Step(row, args) for row in chosen}
-    parameters = sum(p.numel() for p in next(iter(steps.values())).module.network.parameters()) / 1e6
+    parameters = sum(p.numel() for p in next(iter(steps.values())).module.model.network.parameters()) / 1e6
     print(
         f"latents {args.channels} x {args.latent_size} x {args.latent_size}, {parameters:.1f} M parameters, batch {args.batch}, "
         f"{args.device}, torch {torch.__version__}"

@@ -14,9 +14,10 @@ from guided_mt.errors import UserError, nearest
 from guided_mt.runs.checkpoint import find_weights, read_config
 from guided_mt.runs.distributed import choose_device
 
-from ..first_stage.autoencoder import Autoencoder
+from ..first_stage.first_stages import Autoencoder
 from ..first_stage.latents import PRECISIONS, first_stage_hash, write_cache
-from ..runs.configuration import instantiate, load_config
+from ..runs.configuration import load_config
+from ..runs.targets import instantiate
 
 _FIRST_STAGE = "model.params.first_stage_config"
 _FLAGS = [

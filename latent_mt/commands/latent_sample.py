@@ -34,8 +34,9 @@ from guided_mt.runs.distributed import Processes
 from ..data import PairData, PairSource
 from ..model.generate import ROUTES, LatentGenerator, LatentSampleConfig
 from ..model.latent_diffusion import LatentMTDiffusion
-from ..runs.configuration import instantiate, load_config
+from ..runs.configuration import load_config
 from ..runs.ldm_checkpoint import load_ldm
+from ..runs.targets import instantiate
 
 GRID = 8  # columns of a picture grid
 DEFAULT_PAIRS = 16

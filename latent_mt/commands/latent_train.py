@@ -11,13 +11,17 @@ from collections.abc import Sequence
 
 from guided_mt.commands.console import run
 
-from ..model.latent_diffusion import LatentMTDiffusion
-from .training import check_first_stage, read_command, train
+from .arguments import read_arguments
 
 
 def main(argv: Sequence[str]) -> None:
-    command = read_command(argv, __doc__, LatentMTDiffusion)
-    train(command, check=check_first_stage)
+    arguments = read_arguments(argv, __doc__)
+    # Lightning takes seconds, which --help need not wait for.
+    from ..model.latent_diffusion import LatentMTDiffusion
+    from ..training.latent_diffusion import LatentTraining
+    from .training import check_first_stage, read_command, train
+
+    train(read_command(arguments, LatentMTDiffusion), check=check_first_stage, wrap=LatentTraining)
 
 
 def console() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,18 @@ from omegaconf import OmegaConf
 
 from guided_mt.errors import UserError
 from guided_mt.runs.config import make_section
+from guided_mt.runs.resume import newest_checkpoint
 
 from ..data import LatentCache
 from ..first_stage.latents import first_stage_hash
-from ..runs.configuration import instantiate, load_config, parameters, replaced, resolve, trainer_options
-from ..runs.run import RunFolder, fit, flatten, make_trainer, newest_checkpoint, refuse_other_settings
+from ..model.latent_diffusion import LatentMTDiffusion
+from ..runs.configuration import load_config, replaced
+from ..runs.run import RunFolder, fit, flatten, make_trainer, refuse_other_settings
 from ..runs.run_config import RunConfig
+from ..runs.targets import instantiate, parameters, resolve
+from ..runs.trained_module import TrainedModule
+from ..runs.trainer_options import trainer_options
+from .arguments import Arguments
 
 DEFAULT_RATE = 1e-4
 
@@ -37,36 +42,9 @@ class Command:
         return OmegaConf.to_yaml(OmegaConf.create(self.config))
 
 
-def read_command(argv: Sequence[str], description: str, kind: type) -> Command:
-    """`--config FILE [--dry_run] [key=value ...]`; model.target must be a `kind`. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s --config FILE [--dry_run] [--limit N] [key=value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "-b", "--config", "--base", metavar="FILE", default="", help="the YAML file, as latent-diffusion's"
-    )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the resolved configuration and the model's size, then stop"
-    )
-    parser.add_argument("--limit", metavar="N", help="use the first N items only, as data.params.limit=N")
-
-    def refuse(message: str) -> None:
-        raise UserError(message)
-
-    parser.error = refuse
-    args, words = parser.parse_known_args(argv)  # key=value between flags too
-    for word in words:
-        if word.startswith("-") or "=" not in word:
-            raise UserError(
-                f"don't know what to do with '{word}'; settings are written key=value, as in run.total_steps=1000"
-            )
-    overrides = [*words, *([f"data.params.limit={args.limit}"] if args.limit else [])]
-    if not args.config:
-        raise UserError("--config is missing: a YAML file such as latent_mt/configs/camvid_mt.yaml")
-    config = load_config(args.config, overrides)
+def read_command(args: Arguments, kind: type) -> Command:
+    """What the arguments mean; model.target must be a `kind`. Raises UserError."""
+    config = load_config(args.config, args.overrides)
     target = resolve(config["model"]["target"])
     if not issubclass(target, kind):
         raise UserError(f"{args.config}: model.target {config['model']['target']} is not what this script trains")
@@ -103,10 +81,10 @@ def _is_rate(text: str) -> bool:
         return False
 
 
-def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[Any], Any] | None = None) -> None:
-    """Build model and data, announce them, and fit. check(module, data) raises UserError where they don't fit together.
+def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[Any], TrainedModule]) -> None:
+    """Build model and data, announce them, and fit. check(model, data) raises UserError where they don't fit together.
 
-    wrap: what is trained, made of the model that the configuration describes (default: the model itself).
+    wrap: what trains the model that the configuration describes.
     """
     config, settings = command.config, command.run
     data = instantiate(config["data"], "data")
@@ -125,7 +103,7 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
         refuse_other_settings(newest, fixed_settings(config))
     torch.manual_seed(settings.seed)  # the same initial weights on every process
     model = instantiate({key: config["model"][key] for key in ("target", "params") if key in config["model"]}, "model")
-    module = wrap(model) if wrap else model
+    module = wrap(model)
     module.base_rate = learning_rate_of(config["model"], images)
     if trainer.is_global_zero:
         print(command.yaml, end="")
@@ -140,7 +118,7 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
     if command.dry_run:
         return
     data.open()
-    check(module, data)
+    check(model, data)
     fit(trainer, folder, module, data)
 
 
@@ -159,28 +137,28 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     return fixed | {f"run.{key}": config["run"][key] for key in ("seed", "images_per_step")}
 
 
-def check_first_stage(module: Any, data: Any) -> None:
+def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
     """Raises UserError where the data's sides or the size of their latents are not what the model is configured for."""
     sides = [side.name for side in getattr(data.source, "sides", ())]
-    if module.sides and len(sides) != 2:
+    if model.sides and len(sides) != 2:
         raise UserError(
-            f"model.params.mt_sides {list(module.sides)} needs pairs of images (data.target latent_mt.data.PairData)"
+            f"model.params.mt_sides {list(model.sides)} needs pairs of images (data.target latent_mt.data.PairData)"
         )
-    if sides and not module.sides:
+    if sides and not model.sides:
         raise UserError(f"the data are pairs of {' and '.join(sides)}: name them in model.params.mt_sides")
-    if sides and sides != list(module.sides):
-        raise UserError(f"model.params.mt_sides {list(module.sides)}, but the data's sides are {sides}")
+    if sides and sides != list(model.sides):
+        raise UserError(f"model.params.mt_sides {list(model.sides)}, but the data's sides are {sides}")
     if isinstance(data.source, LatentCache):
-        data.source.check(first_stage_hash(module.first_stage_model))
+        data.source.check(first_stage_hash(model.first_stage_model))
         found = data.source.shape[-1]
     else:
-        module.first_stage_model.check_size(data.image_size, data.image_size)
-        found = data.image_size // module.first_stage_model.downsampling
-    if found != module.image_size:
+        model.first_stage_model.check_size(data.image_size, data.image_size)
+        found = data.image_size // model.first_stage_model.downsampling
+    if found != model.image_size:
         raise UserError(
-            f"images of {data.image_size} pixels give latents of {found}, but model.params.image_size is {module.image_size}"
+            f"images of {data.image_size} pixels give latents of {found}, but model.params.image_size is {model.image_size}"
         )
-    divisor = module.network.size_divisor
+    divisor = model.network.size_divisor
     if found % divisor:
         raise UserError(
             f"latents of {found} pixels can't be halved as often as unet_config.channel_mult asks: take a multiple of {divisor}"

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from guided_mt.errors import UserError
 from guided_mt.runs import checkpoint
 
-from .autoencoder import DiagonalGaussian
-from .quantize import Quantized
+from .reconstruction import Reconstruction
 
 VGG = "vgg16-397923af.pth"  # torchvision's file
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -164,26 +163,21 @@ class AdversarialLoss(nn.Module):
         return pixels + self.perceptual_weight * perceptual, perceptual
 
     def generator(
-        self,
-        x: Tensor,
-        reconstruction: Tensor,
-        latent: DiagonalGaussian | Quantized,
-        step: int,
-        last_layer: nn.Parameter,
+        self, x: Tensor, made: Reconstruction, step: int, last_layer: nn.Parameter
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the autoencoder's loss, 0-dim; {column: 0-dim}). latent: what the encoder returned."""
-        loss, nll, record = self.total(x, reconstruction, latent)
+        """(the autoencoder's loss, 0-dim; {column: 0-dim}) of images x [B, C, H, W] and what the first stage made of them."""
+        loss, nll, record = self.total(x, made)
         zero = loss.new_zeros(())
         g_loss = weight = zero
         if self.adversarial(step):
-            g_loss = -self.discriminator(reconstruction).mean()
+            g_loss = -self.discriminator(made.image).mean()
             # Without gradients, as in validation, LDM leaves the term out too.
             weight = adaptive_weight(nll, g_loss, last_layer) * self.disc_weight if torch.is_grad_enabled() else zero
             loss = loss + weight * self.disc_factor * g_loss
         record = {"loss": loss, **record, "g_loss": g_loss, "d_weight": weight}
         return loss, {name: value.detach().float() for name, value in record.items()}
 
-    def total(self, x: Tensor, reconstruction: Tensor, latent) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def total(self, x: Tensor, made: Reconstruction) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss without the discriminator, the reconstruction's part that `adaptive_weight` reads, columns)."""
         raise NotImplementedError
 
@@ -247,14 +241,11 @@ class LPIPSWithDiscriminator(AdversarialLoss):
     def generator_parameters(self) -> list[nn.Parameter]:
         return [self.logvar] if self.logvar.requires_grad else []
 
-    def total(
-        self, x: Tensor, reconstruction: Tensor, latent: DiagonalGaussian
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        error, perceptual = self.reconstruction_error((x - reconstruction).abs(), x, reconstruction)
+    def total(self, x: Tensor, made: Reconstruction) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        error, perceptual = self.reconstruction_error((x - made.image).abs(), x, made.image)
         nll = (error / self.logvar.exp() + self.logvar).sum() / len(x)
-        kl = latent.kl().mean()
-        record = {"nll_loss": nll, "rec_loss": error.mean(), "kl_loss": kl, "logvar": self.logvar}
-        return nll + self.kl_weight * kl, nll, record | {"perceptual": perceptual.mean()}
+        record = {"nll_loss": nll, "rec_loss": error.mean(), "kl_loss": made.latent_loss, "logvar": self.logvar}
+        return nll + self.kl_weight * made.latent_loss, nll, record | {"perceptual": perceptual.mean()}
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):
@@ -282,8 +273,8 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         super().__init__(disc_start, **adversarial)
         self.codebook_weight, self.pixel_loss = codebook_weight, PIXEL_LOSSES[pixel_loss]
 
-    def total(self, x: Tensor, reconstruction: Tensor, latent: Quantized) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        error, perceptual = self.reconstruction_error(self.pixel_loss(x, reconstruction), x, reconstruction)
+    def total(self, x: Tensor, made: Reconstruction) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        error, perceptual = self.reconstruction_error(self.pixel_loss(x, made.image), x, made.image)
         nll = error.mean()
-        record = {"nll_loss": nll, "quant_loss": latent.emb_loss, "perceptual": perceptual.mean()}
-        return nll + self.codebook_weight * latent.emb_loss, nll, record
+        record = {"nll_loss": nll, "quant_loss": made.latent_loss, "perceptual": perceptual.mean()}
+        return nll + self.codebook_weight * made.latent_loss, nll, record

@@ -1,8 +1,9 @@
-"""How well a first stage gives images back: PSNR, SSIM, and for painted label maps the share of right pixels."""
+"""A reconstruction, and how well it gives the images back: PSNR, SSIM, and for painted label maps the share of right pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from guided_mt.data import ImageSource
 
 # An exact reconstruction counts as one that is off by one grey level in one value of a thousand: 78 dB.
 LEAST_ERROR = 1e-3 / 255**2
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a first stage makes of a batch of images in training.
+
+    image: the images again [B, C, H, W]; latent_loss: what its latents cost, 0-dim, as the loss of its kind adds it (KL in nats
+    per image, or the codebook's); figures: whole numbers [K] that are summed over batches for its own columns.
+    """
+
+    image: Tensor
+    latent_loss: Tensor
+    figures: Tensor
 
 
 def figure_names(source: ImageSource) -> list[str]:

@@ -11,6 +11,7 @@ from guided_mt.diffusion.random import SampleStreams
 from guided_mt.modalities import ImageModality, Images
 
 PAIRED = "paired"
+SWAPPED = f"{PAIRED}_swapped"  # the head's tracked variance in role 1, where there are two
 
 
 class PairedLatent(ImageModality):

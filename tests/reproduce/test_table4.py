@@ -15,7 +15,7 @@ from tiny_latent import FIRST_STAGE, LATENT, MAPS, SIZE, UNET, write_labelled_pa
 from evaluations.tables.seeds import Measured
 from guided_mt.data.images import save_npz
 from guided_mt.errors import UserError
-from latent_mt.runs.configuration import instantiate
+from latent_mt.runs.targets import instantiate
 from reproduce import table4
 from reproduce import table4_scores as scores
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from guided_mt.runs.checkpoint import save_checkpoint
 from latent_mt.commands import latent_train
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
-from latent_mt.runs.configuration import instantiate
+from latent_mt.runs.targets import instantiate
 
 SIZE, LATENT = 16, 8
 

@@ -19,8 +19,9 @@ from tiny_latent import LATENT, SIZE, UNET, newest_weights, train, write_config,
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
 from latent_mt import LatentMTDiffusion
-from latent_mt.runs.configuration import instantiate, load_config
+from latent_mt.runs.configuration import load_config
 from latent_mt.runs.run import make_trainer
+from latent_mt.runs.targets import instantiate
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,14 @@ from conftest import GOLDEN
 from test_unet import fill
 
 from guided_mt.errors import UserError
-from latent_mt import conditioners
-from latent_mt.conditioners import BERTEmbedder, BERTTokenizer, ClassEmbedder, SpatialRescaler, TransformerEmbedder
+from latent_mt.conditioners import (
+    BERTEmbedder,
+    BERTTokenizer,
+    ClassEmbedder,
+    SpatialRescaler,
+    TransformerEmbedder,
+    text,
+)
 
 
 def complaint(function, *arguments, **keywords) -> str:
@@ -144,7 +150,7 @@ class FakeTokenizer:
 
 
 def test_text_goes_through_the_tokenizer(monkeypatch):
-    monkeypatch.setattr(conditioners, "load_tokenizer", FakeTokenizer)
+    monkeypatch.setattr(text, "load_tokenizer", FakeTokenizer)
     stage = BERTEmbedder(**TINY).eval()
     ids = torch.tensor([[1, 2, 3, 0, 0, 0, 0, 0], [1] * 8])
     assert torch.equal(BERTTokenizer(max_length=8)(["abc", "a" * 20]), ids)

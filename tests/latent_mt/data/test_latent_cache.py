@@ -19,7 +19,7 @@ from guided_mt.data.images import from_uint8
 from guided_mt.errors import UserError
 from latent_mt.commands.encode_latents import main
 from latent_mt.data import ImageData, LatentCache, PairData, open_pairs
-from latent_mt.first_stage.autoencoder import AutoencoderKL
+from latent_mt.first_stage.first_stages import AutoencoderKL
 from latent_mt.first_stage.latents import encode_items, first_stage_hash, write_cache
 
 DDCONFIG = {

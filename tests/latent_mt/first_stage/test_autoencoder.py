@@ -17,15 +17,9 @@ from test_unet import fill
 from torch import Tensor
 
 from guided_mt.errors import UserError
-from latent_mt.first_stage.autoencoder import (
-    AttnBlock,
-    AutoencoderKL,
-    DiagonalGaussian,
-    Downsample,
-    IdentityFirstStage,
-    VQModel,
-    VQModelInterface,
-)
+from latent_mt.first_stage.first_stages import AutoencoderKL, IdentityFirstStage, VQModel, VQModelInterface
+from latent_mt.first_stage.layers import AttnBlock, Downsample
+from latent_mt.first_stage.posterior import DiagonalGaussian
 from latent_mt.first_stage.quantize import VectorQuantizer, codebook_usage
 
 RELEASED = json.loads(gzip.decompress((GOLDEN / "ldm_first_stage_keys.json.gz").read_bytes()))

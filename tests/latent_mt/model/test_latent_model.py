@@ -32,10 +32,11 @@ from guided_mt.networks.unet import UNetModel as SharedUNet
 from latent_mt.data import PairData
 from latent_mt.first_stage.latents import write_cache
 from latent_mt.model.generate import LatentGenerator, LatentSampleConfig
-from latent_mt.model.latent_diffusion import SWAPPED, DiffusionWrapper, LatentMTDiffusion
-from latent_mt.model.modalities import PAIRED
-from latent_mt.runs.configuration import instantiate
+from latent_mt.model.latent_diffusion import LatentMTDiffusion
+from latent_mt.model.modalities import PAIRED, SWAPPED
+from latent_mt.model.network import DiffusionWrapper
 from latent_mt.runs.ldm_checkpoint import LDMCheckpoint, load_ldm, schedule_buffers, write_ldm
+from latent_mt.runs.targets import instantiate
 
 IDENTITY = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {"in_channels": 3}}
 PIXEL_UNET = {**UNET, "in_channels": 3, "out_channels": 3}

@@ -15,17 +15,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from guided_mt.errors import UserError
-from latent_mt.runs import configuration, lr_scheduler
-from latent_mt.runs.configuration import (
-    check_shape,
-    instantiate,
-    load_config,
-    parameters,
-    register,
-    replaced,
-    resolve,
-    trainer_options,
-)
+from latent_mt.runs import lr_scheduler, targets
+from latent_mt.runs import trainer_options as trainer_options_of
+from latent_mt.runs.configuration import check_shape, load_config, replaced
+from latent_mt.runs.targets import instantiate, parameters, register, resolve
+from latent_mt.runs.trainer_options import trainer_options
 
 CONFIGS = json.loads((GOLDEN / "ldm_configs.json").read_text())  # of LDM's folders `models` and `configs`
 UNETS, FIRST_STAGES = (
@@ -187,7 +181,7 @@ class Signed(Base):
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setattr(configuration, "_REGISTRY", dict(configuration._REGISTRY))
+    monkeypatch.setattr(targets, "_REGISTRY", dict(targets._REGISTRY))
     for cls in (Base, Derived, Signed):
         register(f"own.{cls.__name__}", f"{__name__}:{cls.__name__}")
 
@@ -215,14 +209,26 @@ def test_register_refuses_what_it_cannot_mean(registered):
     assert "no_such_module:Thing can't be imported" in complaint(resolve, "own.Gone")
 
 
-def test_our_names_and_ldms_mean_the_same():
-    pairs = {
-        "ldm.models.autoencoder.AutoencoderKL": "latent_mt.first_stage.autoencoder.AutoencoderKL",
+@pytest.mark.parametrize(
+    "theirs, ours",
+    {
+        "ldm.models.autoencoder.AutoencoderKL": "latent_mt.first_stage.first_stages.AutoencoderKL",
+        "ldm.models.autoencoder.VQModelInterface": "latent_mt.VQModelInterface",
         "ldm.modules.encoders.modules.ClassEmbedder": "latent_mt.conditioners.ClassEmbedder",
         "ldm.models.diffusion.ddpm.LatentDiffusion": "latent_mt.model.latent_diffusion.LatentMTDiffusion",
-    }
-    for theirs, ours in pairs.items():
-        assert resolve(theirs) is resolve(ours)
+    }.items(),
+)
+def test_our_names_and_ldms_mean_the_same(theirs, ours):
+    assert resolve(theirs) is resolve(ours)
+
+
+@pytest.mark.parametrize("former", targets._FORMER)
+def test_names_of_older_runs_go_on_resolving(former):
+    home = targets._FORMER[former]
+    attributes = {own.partition(":")[2] for own in targets._REGISTRY.values() if own.startswith(f"{home}:")}
+    assert attributes
+    for attribute in attributes:
+        assert resolve(f"{former}.{attribute}") is resolve(f"{home}.{attribute}")
 
 
 BUILDING = [
@@ -315,8 +321,10 @@ def test_every_translated_option_is_one_that_lightning_has():
     from pytorch_lightning import Trainer
 
     names = set(__import__("inspect").signature(Trainer.__init__).parameters)
-    assert set(configuration._RENAMED.values()) <= names
-    assert not set(configuration._GONE) & names and not set(configuration._GONE) & set(configuration._OF_THE_RUN)
+    assert set(trainer_options_of._RENAMED.values()) <= names
+    assert not set(trainer_options_of._GONE) & names and not set(trainer_options_of._GONE) & set(
+        trainer_options_of._OF_THE_RUN
+    )
     Trainer(**trainer_options({"lightning": {"trainer": {"accelerator": "cpu", "benchmark": True}}}), logger=False)
 
 

@@ -20,7 +20,6 @@ from guided_mt.errors import UserError
 from guided_mt.runs.checkpoint import save_checkpoint
 from latent_mt.commands import export_ldm
 from latent_mt.model.schedules import make_beta_schedule
-from latent_mt.runs.configuration import instantiate
 from latent_mt.runs.ldm_checkpoint import (
     SCHEDULE_BUFFERS,
     LDMCheckpoint,
@@ -31,6 +30,7 @@ from latent_mt.runs.ldm_checkpoint import (
     schedule_buffers,
     write_ldm,
 )
+from latent_mt.runs.targets import instantiate
 
 UNET = {
     "image_size": 8,

@@ -27,16 +27,15 @@ from guided_mt.training.averages import Averages
 from guided_mt.training.optim import guard_step
 
 from ..data.ordered import ordered_batches
-from ..runs.configuration import instantiate
+from ..first_stage.first_stages import ConvolutionalAutoencoder
+from ..first_stage.losses import AdversarialLoss
+from ..first_stage.reconstruction import figure_names, measure
+from ..first_stage.weights import load_entries, read_state_dict
+from ..runs.targets import instantiate
 from ..runs.trained_module import TrainedModule
-from .autoencoder import AutoencoderKL, ConvolutionalAutoencoder, load_entries, read_state_dict
-from .losses import AdversarialLoss, LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
-from .quantize import Quantized, codebook_usage
-from .reconstruction import figure_names, measure
 
 PREVIEW = 8  # items of a grid
 LOSS_PREFIX = "loss."
-LOSSES = {True: LPIPSWithDiscriminator, False: VQLPIPSWithDiscriminator}  # by whether the latent is Gaussian
 
 
 class AutoencoderTraining(TrainedModule):
@@ -51,7 +50,6 @@ class AutoencoderTraining(TrainedModule):
         super().__init__()
         self.automatic_optimization = False
         self.autoencoder, self.microbatches = autoencoder, microbatches
-        self.gaussian = isinstance(autoencoder, AutoencoderKL)
         self.loss = self._build_loss()
         scheduler = autoencoder.scheduler_config
         self.schedule = None if scheduler is None else instantiate(scheduler, "model.params.scheduler_config")
@@ -64,7 +62,7 @@ class AutoencoderTraining(TrainedModule):
         return self.autoencoder
 
     def _build_loss(self) -> AdversarialLoss:
-        where, kind = "model.params.lossconfig", LOSSES[self.gaussian]
+        where, kind = "model.params.lossconfig", self.autoencoder.loss_class
         if self.autoencoder.lossconfig is None:
             raise UserError(
                 f"{where} is missing: training needs target ldm.modules.losses.{kind.__name__}, or its like"
@@ -81,7 +79,7 @@ class AutoencoderTraining(TrainedModule):
 
     def _resize_range(self) -> tuple[int, int] | None:
         """LDM's batch_resize_range: sizes in pixels between which each batch is resized."""
-        values = getattr(self.autoencoder, "batch_resize_range", None)
+        values = self.autoencoder.batch_resize_range
         if values is None:
             return None
         if len(values) != 2 or not 0 < values[0] <= values[1] or any(v % self.autoencoder.downsampling for v in values):
@@ -104,7 +102,7 @@ class AutoencoderTraining(TrainedModule):
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Images [b * sides, C, H, W] of the batch's items, and the posteriors' noise [b * sides, embed_dim, h, w] (None without).
+        """Images [b * sides, C, H, W] of the batch's items, and the noise that the first stage takes for them (None: none).
 
         A function of the run's seed and the items' positions: the same at every call, on any number of processes.
         """
@@ -114,10 +112,7 @@ class AutoencoderTraining(TrainedModule):
         images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
         sides = images.shape[1] // self.autoencoder.in_channels
         x = self._resized(images.reshape(-1, self.autoencoder.in_channels, *images.shape[2:]))
-        if not self.gaussian:
-            return x, None
-        height, width = (side // self.autoencoder.downsampling for side in x.shape[2:])
-        return x, streams.normal(sides, self.autoencoder.embed_dim, height, width).flatten(0, 1)
+        return x, self.autoencoder.noise(streams, sides, *x.shape[2:])
 
     def _resized(self, x: Tensor) -> Tensor:
         if self.resize_range is None:
@@ -139,18 +134,13 @@ class AutoencoderTraining(TrainedModule):
         noises = [None] * len(parts) if noise is None else noise.chunk(self.microbatches)
         for index, (part, part_noise) in enumerate(zip(parts, noises, strict=True)):
             with self._sync(index == len(parts) - 1):
-                reconstruction, latent = (
-                    self.autoencoder(part, noise=part_noise) if self.gaussian else self.autoencoder(part)
-                )
-                loss, record = self.loss.generator(
-                    part, reconstruction, latent, self.steps_done, self.autoencoder.last_layer
-                )
+                made = self.autoencoder.reconstruct(part, part_noise)
+                loss, record = self.loss.generator(part, made, self.steps_done, self.autoencoder.last_layer)
                 share = len(part) / len(x)
                 self.manual_backward(loss * share)
             _add(loss_state, record, share)
-            if isinstance(latent, Quantized):
-                self.counts += torch.bincount(latent.indices.flatten(), minlength=len(self.counts))
-            found.append(reconstruction.detach())
+            self.figures += made.figures
+            found.append(made.image.detach())
         norm, bad = guard_step(optimizer.optimizer, _grads(self._generator_parameters()), self.run.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -209,7 +199,7 @@ class AutoencoderTraining(TrainedModule):
     def _set_rate(self, adam: torch.optim.Optimizer) -> None:
         """`rate`; the autoencoder's is `lr_g_factor` times that."""
         is_first = adam is self._optimizers()[0].optimizer
-        factor = getattr(self.autoencoder, "lr_g_factor", 1.0) if is_first else 1.0
+        factor = self.autoencoder.lr_g_factor if is_first else 1.0
         for group in adam.param_groups:
             group["lr"] = factor * self.rate(self.steps_done)
 
@@ -219,25 +209,22 @@ class AutoencoderTraining(TrainedModule):
         self.autoencoder.to_fast_layout()
         super().prepare(data, resumed)
         self.averages = Averages([], 1, self.device, (*self.loss.names(), "grad_norm"))
-        entries = 0 if self.gaussian else self.autoencoder.quantize.re_embed
-        self.counts = torch.zeros(entries, dtype=torch.int64, device=self.device)
+        self.figures = torch.zeros(self.autoencoder.figure_count, dtype=torch.int64, device=self.device)
 
     def columns(self) -> list[str]:
-        codes = [] if self.gaussian else ["codes_used", "code_perplexity"]
         figures = (
             figure_names(self.data.val_source) if self.run.val_interval and self.data.val_source is not None else []
         )
-        return [*self.loss.names(), *codes, *figures, "grad_norm", "lr", "skipped_steps"]
+        return [*self.loss.names(), *self.autoencoder.own_columns, *figures, "grad_norm", "lr", "skipped_steps"]
 
     def report_row(self) -> dict[str, float]:
         for total in self.averages.scalars.values():
             total.copy_(self.processes.all_gather(total[None]).sum(dim=0))
         row = {name: value for name, value in self.averages.pop().items() if value == value}  # nan: never seen
-        if not self.gaussian:
-            counts = self.processes.all_gather(self.counts[None]).sum(dim=0)
-            row["codes_used"], row["code_perplexity"] = codebook_usage(counts)
-            self.counts.zero_()
-        return {**row, "lr": self.rate(self.steps_done - 1)}
+        if self.figures.numel():  # not every backend gathers an empty tensor
+            row |= self.autoencoder.report(self.processes.all_gather(self.figures[None]).sum(dim=0))
+            self.figures.zero_()
+        return {**row, "lr": self.rate(self.steps_done - 1), "skipped_steps": int(self.skipped)}
 
     # ------------------------------------------------------------ what it can do
 
@@ -268,8 +255,8 @@ class AutoencoderTraining(TrainedModule):
         return ordered_batches(mine, self.data.image_size, size, self.data.num_workers)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> images, by way of the posterior's mean, or of the nearest codebook entries."""
-        return self.autoencoder(x, sample_posterior=False)[0] if self.gaussian else self.autoencoder(x)[0]
+        """Images [B, C, H, W] -> images, by way of the latent's mean."""
+        return self.autoencoder.reconstruct(x).image
 
     @torch.no_grad()
     def preview(self) -> np.ndarray:
@@ -315,11 +302,12 @@ class AutoencoderTraining(TrainedModule):
             self.loss.load_trained_state(own, where)
 
     def run_state(self) -> dict[str, Any]:
-        return {"averages": self.averages.state_dict(), "counts": self.counts}
+        return {"averages": self.averages.state_dict(), "skipped": self.skipped, "counts": self.figures}
 
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
-        self.counts.copy_(state["counts"])
+        self.skipped = state["skipped"].to(self.device)
+        self.figures.copy_(state["counts"])
 
 
 def _add(total: dict[str, Tensor], record: Mapping[str, Tensor], share: float) -> None:

@@ -21,12 +21,12 @@ from guided_mt.data import Batch
 from guided_mt.runs.checkpoint import read_weights
 from latent_mt.commands.autoencoder_train import main
 from latent_mt.first_stage import losses
-from latent_mt.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
-from latent_mt.first_stage.autoencoder_training import AutoencoderTraining
+from latent_mt.first_stage.first_stages import AutoencoderKL, VQModel
 from latent_mt.first_stage.losses import LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
-from latent_mt.first_stage.quantize import Quantized
-from latent_mt.first_stage.reconstruction import figure_names, measure
+from latent_mt.first_stage.posterior import DiagonalGaussian
+from latent_mt.first_stage.reconstruction import Reconstruction, figure_names, measure
 from latent_mt.runs.configuration import load_config
+from latent_mt.training.first_stage import AutoencoderTraining
 
 CONFIGS = ROOT / "latent_mt" / "configs"
 CLASSES = [LabelClass(0, "Sky", (128, 128, 128)), LabelClass(1, "Wall", (128, 0, 0)), LabelClass(2, "Void", (0, 0, 0))]
@@ -91,6 +91,10 @@ def train(values: dict, run: Path, *words: str) -> Path:
 # ---------------------------------------------------------------- LDM's formulas
 
 
+def made(image: Tensor, latent_loss: float | Tensor = 0.0) -> Reconstruction:
+    return Reconstruction(image, torch.as_tensor(latent_loss), torch.zeros(0, dtype=torch.int64))
+
+
 class Linear(nn.Module):
     """A discriminator whose gradients are known: logits = scale * mean over channels."""
 
@@ -106,10 +110,11 @@ def test_kl_loss():
     loss = LPIPSWithDiscriminator(**PLAIN | {"logvar_init": 0.3, "kl_weight": 0.01})
     x, reconstruction = images(seed=1), images(seed=2)
     posterior = DiagonalGaussian(torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4))
-    total, record = loss.generator(x, reconstruction, posterior, 0, nn.Parameter(torch.ones(1)))
+    kl = posterior.kl().mean()
+    total, record = loss.generator(x, made(reconstruction, kl), 0, nn.Parameter(torch.ones(1)))
     nll = ((x - reconstruction).abs() / np.exp(0.3) + 0.3).sum(dim=(1, 2, 3)).mean()
     torch.testing.assert_close(record["nll_loss"], nll)
-    torch.testing.assert_close(total, nll + 0.01 * posterior.kl().mean())
+    torch.testing.assert_close(total, nll + 0.01 * kl)
     torch.testing.assert_close(record["rec_loss"], (x - reconstruction).abs().mean())
     assert loss.names() == ["loss", "nll_loss", "rec_loss", "kl_loss", "logvar"]
     assert set(loss.trained_state()) == {"logvar"} and not loss.logvar.requires_grad
@@ -120,8 +125,7 @@ def test_kl_loss():
 def test_vq_loss(pixel_loss):
     loss = VQLPIPSWithDiscriminator(**PLAIN, codebook_weight=0.7, pixel_loss=pixel_loss)
     x, reconstruction = images(seed=1), images(seed=2)
-    latent = Quantized(torch.zeros(1), torch.tensor(0.4), torch.zeros(1))
-    total, _ = loss.generator(x, reconstruction, latent, 0, nn.Parameter(torch.ones(1)))
+    total, _ = loss.generator(x, made(reconstruction, 0.4), 0, nn.Parameter(torch.ones(1)))
     error = (x - reconstruction).abs() if pixel_loss == "l1" else (x - reconstruction).square()
     torch.testing.assert_close(total, error.mean() + 0.7 * 0.4)
 
@@ -130,11 +134,10 @@ def test_adaptive_weight_balances_the_gradients_at_the_last_layer():
     loss = LPIPSWithDiscriminator(**DISC | {"disc_start": 2, "disc_weight": 0.5, "disc_factor": 2.0, "kl_weight": 0.0})
     loss.discriminator = Linear()
     x, last = images() + 0.5, nn.Parameter(torch.tensor(0.9))
-    posterior = DiagonalGaussian(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1))
-    before, record = loss.generator(x, last * x, posterior, 1, last)  # step 1: not yet
+    before, record = loss.generator(x, made(last * x), 1, last)  # step 1: not yet
     torch.testing.assert_close(before.detach(), record["nll_loss"])
     assert record["d_weight"] == record["g_loss"] == 0
-    total, record = loss.generator(x, last * x, posterior, 2, last)
+    total, record = loss.generator(x, made(last * x), 2, last)
     nll_gradient = -x.abs().sum() / 2
     g_gradient = -3.0 * x.mean()
     weight = 0.5 * nll_gradient.abs() / (g_gradient.abs() + 1e-4)
@@ -180,8 +183,7 @@ def test_perceptual_term(tmp_path, monkeypatch):
     monkeypatch.setenv("MT_DIFFUSION_CACHE", str(tmp_path / "none"))
     loss = LPIPSWithDiscriminator(**PLAIN | {"perceptual_weight": 2.0})
     x, reconstruction = images(seed=1, size=32), images(seed=2, size=32).requires_grad_()
-    posterior = DiagonalGaussian(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1))
-    total, _ = loss.generator(x, reconstruction, posterior, 0, nn.Parameter(torch.ones(1)))
+    total, _ = loss.generator(x, made(reconstruction), 0, nn.Parameter(torch.ones(1)))
     distance = loss.train().perceptual_loss(x, reconstruction)
     assert distance.shape == (2, 1, 1, 1) and distance.min() > 0
     expected = ((x - reconstruction).abs() + 2 * distance).sum() / 2

@@ -1,82 +1,19 @@
-"""LDM's conditioning stages: what turns a class, a text or an image-like condition into what the U-Net reads.
-
-Keyword arguments and state-dict keys as in latent-diffusion. Each stage is a callable; `encode` is LDM's name for the call.
-"""
+"""LDM's text stages: BERT's tokens through a transformer that is trained with the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guided_mt.errors import UserError, nearest, reason
+from guided_mt.errors import UserError, reason
+
+from .base import Stage, check_ids
 
 HEADS, HEAD_DIM = 8, 64  # of LDM's text transformers, whatever their width
 TOKENIZER, VOCABULARY = "bert-base-uncased", 30522
-RESCALING = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
-
-
-class Stage(nn.Module):
-    """A conditioning stage: `encode(x)` is `self(x)`."""
-
-    def encode(self, *args: Any, **keywords: Any) -> Tensor:
-        return self(*args, **keywords)
-
-
-class ClassEmbedder(Stage):
-    """Class ids [B] -> one token each, [B, 1, embed_dim]."""
-
-    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class"):
-        super().__init__()
-        self.key, self.n_classes = key, n_classes
-        self.embedding = nn.Embedding(n_classes, embed_dim)
-
-    def forward(self, batch: Tensor | Mapping[str, Tensor], key: str | None = None) -> Tensor:
-        """batch: ids [B], or a batch that holds them under `key`. Raises UserError for ids that are no classes."""
-        ids = batch if isinstance(batch, Tensor) else batch[key or self.key]
-        if ids.ndim != 1 or ids.is_floating_point():
-            raise UserError(f"expected class ids [B], got {str(ids.dtype)[6:]} {list(ids.shape)}")
-        if not ids.is_cuda:  # on a GPU the look-up itself fails; asking here would wait for the device
-            check_ids(ids, self.n_classes, "class", "n_classes")
-        return self.embedding(ids)[:, None]
-
-
-class SpatialRescaler(Stage):
-    """[B, in_channels, H, W] -> [B, out_channels, H m^n, W m^n]: n_stages resizings by `multiplier`, then a 1x1 convolution.
-
-    Without out_channels there is no convolution. method: one of RESCALING (torch's names of interpolations).
-    """
-
-    def __init__(
-        self,
-        n_stages: int = 1,
-        method: str = "bilinear",
-        multiplier: float = 0.5,
-        in_channels: int = 3,
-        out_channels: int | None = None,
-        bias: bool = False,
-    ):
-        super().__init__()
-        if n_stages < 0 or multiplier <= 0:
-            raise UserError(f"n_stages {n_stages} and multiplier {multiplier}: take at least 0 and more than 0")
-        if method not in RESCALING:
-            raise UserError(f"method '{method}' is none of {', '.join(RESCALING)}{nearest(method, RESCALING)}")
-        self.n_stages, self.method, self.multiplier = n_stages, method, multiplier
-        self.in_channels = in_channels
-        if out_channels is not None:
-            self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise UserError(f"expected a condition of shape [B, {self.in_channels}, H, W], got {list(x.shape)}")
-        for _ in range(self.n_stages):
-            x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
-        return self.channel_mapper(x) if hasattr(self, "channel_mapper") else x
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
@@ -247,22 +184,3 @@ def load_tokenizer() -> Any:
             f"{way_out} ({problem})"
         )
     return tokenizer
-
-
-def check_ids(ids: Tensor, count: int, kind: str, key: str) -> None:
-    """Raises UserError for ids outside 0..count - 1."""
-    wrong = ids[(ids < 0) | (ids >= count)]
-    if wrong.numel():
-        raise UserError(
-            f"{kind} id {int(wrong.flatten()[0])} is none of the {count} (0 to {count - 1}) that {key} allows"
-        )
-
-
-__all__ = [
-    "BERTEmbedder",
-    "BERTTokenizer",
-    "ClassEmbedder",
-    "SpatialRescaler",
-    "TextTransformer",
-    "TransformerEmbedder",
-]

@@ -1,0 +1,83 @@
+"""Between images and latents: the frozen first stage and the scale factor of LDM's diffusion models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_mt.data import Batch
+from guided_mt.data.images import from_uint8
+from guided_mt.diffusion.random import SampleStreams
+from guided_mt.errors import UserError
+
+from ..data.latent_cache import unpack
+from ..first_stage.first_stages import Autoencoder
+from ..runs.targets import instantiate
+
+
+class LatentCodec(nn.Module):
+    """Images to scaled latents and back. sides: the names of the images of an item, () for one; channels: of a latent.
+
+    random_flip: whether `latents` mirrors half of the items. scale_known: whether scale_factor needs no measuring.
+    """
+
+    sides: tuple[str, ...]
+    channels: int
+    first_stage_model: Autoencoder
+    scale_factor: Tensor
+    scale_known: bool
+    random_flip = False
+
+    def _add_first_stage(self, config: Mapping[str, Any]) -> None:
+        """After the network, so that state dict and initial weights have LDM's order. Raises UserError."""
+        self.first_stage_model = instantiate(config, "model.params.first_stage_config")
+        if not isinstance(self.first_stage_model, Autoencoder):
+            raise UserError(f"model.params.first_stage_config: {config['target']} is no first stage")
+        self.first_stage_model.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale_factor.device
+
+    def encode_images(self, images: Tensor, streams: SampleStreams | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], scaled. streams: draw from the posterior; None: its mean."""
+        with self._exact():
+            mean, logvar = self.first_stage_model.encode_moments(images)
+            return self.scale_factor * _posterior(mean, logvar, streams)
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> images [B, 3, H, W] in [-1, 1]."""
+        with self._exact():
+            return self.first_stage_model.decode(z / self.scale_factor).clamp(-1, 1)
+
+    @contextlib.contextmanager
+    def _exact(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def latents(self, batch: Batch, streams: SampleStreams) -> list[Tensor]:
+        """The batch's sides as scaled latents [B, C, h, w], mirrored alike; from pixels uint8 [B, 3 per side, H, W], or from a
+        cache float [B, sides x mirrorings x moments x C, h, w]."""
+        flip = (streams.uniform() < 0.5) & self.random_flip
+        count = max(1, len(self.sides))
+        if batch.images.dtype == torch.uint8:
+            images = from_uint8(batch.images)
+            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+            return [self.encode_images(side, streams) for side in images.chunk(count, dim=1)]
+        mirrored = flip.long()
+        rows = torch.arange(len(flip), device=flip.device)
+        mean, logvar = unpack(batch.images, count, self.channels)
+        means = mean[rows, :, mirrored].unbind(1)
+        logvars = [None] * count if logvar is None else logvar[rows, :, mirrored].unbind(1)
+        return [self.scale_factor * _posterior(m, v, streams) for m, v in zip(means, logvars, strict=True)]
+
+
+def _posterior(mean: Tensor, logvar: Tensor | None, streams: SampleStreams | None) -> Tensor:
+    """A draw from N(mean, exp(logvar)), or the mean where there is no variance or no source of noise."""
+    if logvar is None or streams is None:
+        return mean
+    return mean + torch.exp(0.5 * logvar) * streams.normal(*mean.shape[1:])

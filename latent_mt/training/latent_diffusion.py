@@ -1,0 +1,186 @@
+"""Training of a LatentMTDiffusion: Algorithm 2 on latents, its figures and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from guided_mt.data import Batch
+from guided_mt.diffusion.random import SampleStreams
+from guided_mt.runs import checkpoint
+from guided_mt.training.averages import QUARTILES, Averages
+from guided_mt.training.optim import guard_step
+from guided_mt.training.record import Record
+
+from ..data.validation import val_batches
+from ..model.generate import preview_grid
+from ..model.latent_diffusion import LatentMTDiffusion
+from ..model.modalities import SWAPPED
+from ..runs.targets import instantiate
+from ..runs.trained_module import TrainedModule
+
+SCALE_BATCHES = 8  # on which `scale_by_std` measures
+VAL_TIMESTEPS = 8  # evenly spaced, per validation image
+
+
+class LatentTraining(TrainedModule):
+    """Trains `model`; see trained_module.TrainedModule for how it is driven. Raises UserError for a bad scheduler_config."""
+
+    prefix = "model."
+
+    def __init__(self, model: LatentMTDiffusion):
+        super().__init__()
+        self.model = model
+        if model.scheduler_config is not None:
+            self.schedule = instantiate(model.scheduler_config, "model.params.scheduler_config")
+        self.fused = True
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.model.model
+
+    @property
+    def ema_rates(self) -> list[str]:
+        return super().ema_rates if self.model.use_ema else []
+
+    # ------------------------------------------------------------ a step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.dropout and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.seed_dropout()
+        streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
+        losses, t, role = self.model.losses(batch, streams)
+        values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}, "role": role.float()}
+        record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
+        self._track(record.gathered(self.processes))
+        return self.model.l_simple_weight * losses.loss.mean()
+
+    @torch.no_grad()
+    def _track(self, record: Record) -> None:
+        self.averages.add(record)
+        tracked = self.model.network.head_variance
+        for name in self.model.modality_names:
+            error, seen = record.values[name], record.counts(name)
+            if SWAPPED in tracked:
+                role = record.values["role"]
+                tracked[SWAPPED].update(record.timesteps, error, seen * role)
+                seen = seen * (1 - role)
+            tracked[name].update(record.timesteps, error, seen)
+
+    @property
+    def dropout(self) -> bool:
+        return any(module.p > 0 for module in self.model.network.modules() if isinstance(module, nn.Dropout))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        # The scaler of 16-mixed wants to unscale the gradients itself.
+        self.fused = self.trainer.precision != "16-mixed"
+        return torch.optim.AdamW(parameters, lr=self.base_rate, weight_decay=self.run.weight_decay, fused=self.fused)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(self.steps_done)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.fused:
+            norm, bad = guard_step(optimizer, grads, self.run.grad_clip)
+        else:  # the scaler has unscaled the gradients, and it is the scaler that skips
+            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+            bad = (~torch.isfinite(norm)).float()
+            if self.run.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.run.grad_clip, norm, foreach=True)
+        self.count(bad)
+        self.averages.add_scalars({"grad_norm": norm})
+        self.steps_done += 1
+
+    # ------------------------------------------------------------ the run (see trained_module.TrainedModule)
+
+    def prepare(self, data: Any, resumed: bool) -> None:
+        precisions = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
+        self.model.network.precision = precisions.get(self.trainer.precision, self.model.network.precision)
+        self.model.to_fast_layout()
+        super().prepare(data, resumed)
+        self.model.random_flip = data.random_flip
+        self.model.first_stage_model.eval()
+        self.averages = Averages(["loss", *self.model.terms], self.model.diffusion.num_timesteps, self.device)
+        if not self.model.scale_known and not resumed:
+            self._measure_scale(data)
+
+    def _measure_scale(self, data: Any) -> None:
+        """LDM's `scale_by_std`: 1 / the latents' standard deviation, here over several batches and before the first step."""
+        self.model.scale_factor.fill_(1.0)
+        stream = data.stream(
+            seed=self.run.seed, rank=0, world_size=1, start_step=0, total_steps=SCALE_BATCHES, accumulate=1
+        )
+        sums = torch.zeros(3, device=self.device, dtype=torch.float64)
+        with stream:
+            for batch in stream:
+                batch = batch.to(self.device)
+                streams = SampleStreams(self.run.seed, batch.positions, device=self.device)
+                for z in self.model.latents(batch, streams):
+                    z = z.double()
+                    sums += torch.stack([torch.ones_like(z).sum(), z.sum(), z.square().sum()])
+        count, total, squares = sums.unbind()
+        self.model.scale_factor.fill_(1 / (squares / count - (total / count) ** 2).sqrt())
+        self.model.scale_known = True
+
+    def columns(self) -> list[str]:
+        names = ["loss", *self.model.terms]
+        quartiles = [f"{name}_q{q}" for name in names for q in range(QUARTILES)]
+        val = [f"val_{name}" for name in names] if self.run.val_interval else []
+        return [*names, *val, "grad_norm", "lr", "skipped_steps", *quartiles]
+
+    def report_row(self) -> dict[str, float]:
+        return {**self.averages.pop(), "lr": self.rate(self.steps_done - 1)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean losses of the averaged weights on the validation split, at evenly spaced timesteps and with fixed noise."""
+        totals = torch.zeros(2, 1 + len(self.model.terms), device=self.device)
+        flip, self.model.random_flip = self.model.random_flip, False
+        with self.with_averages():
+            for batch in val_batches(self.data):
+                batch = batch.to(self.device)
+                for k in range(VAL_TIMESTEPS):
+                    t = torch.full_like(
+                        batch.positions, int((k + 0.5) * self.model.diffusion.num_timesteps / VAL_TIMESTEPS)
+                    )
+                    losses, *_ = self.model.losses(batch, SampleStreams(batch.positions, 1 + k, device=self.device), t)
+                    values = torch.stack([losses.loss, *(losses.terms[name] for name in self.model.terms)])
+                    kept = torch.stack(
+                        [losses.predicted.get(n, torch.ones_like(losses.loss)) for n in ("loss", *self.model.terms)]
+                    )
+                    totals += torch.stack([(values * kept).sum(1), kept.sum(1)])
+        self.model.random_flip = flip
+        means = (totals[0] / totals[1]).tolist()
+        return {f"val_{name}": mean for name, mean in zip(["loss", *self.model.terms], means, strict=True)}
+
+    def preview(self) -> np.ndarray | None:
+        with self.with_averages():
+            return preview_grid(self.model, self.data)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        state = self.model.state_dict()
+        averages = {
+            f"ema_{rate}": {**state, **{f"model.{k}": v for k, v in self.ema.state_dict(rate, self.averaged).items()}}
+            for rate in self.ema.averages
+        }
+        return {"model": state, **averages}
+
+    def load_weights_of(self, folder: Path) -> None:
+        checkpoint.load_weights(self.model, folder / "model.safetensors")
+        self.model.scale_known = True
+        self.load_averages(folder)
+
+    def run_state(self) -> dict[str, Any]:
+        return {"averages": self.averages.state_dict()}
+
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
+        self.averages.load_state_dict(state["averages"])
