@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     # A reference of statistics alone is enough for FID and sFID.
     reference, samples = open_images(args.ref_batch, need_images=False), open_images(args.sample_batch)
-    names = choose_metrics(args.metrics, reference, samples, args.k)
+    names = choose_metrics(reference, samples, args)
     sizes = [(images.height, images.width) for images in (reference, samples) if images.count]
     if len(set(sizes)) > 1:
         (h, w), (height, width) = sizes

@@ -26,8 +26,9 @@ from evaluations.features.device import choose_device
 from evaluations.files.files import prepare_output, write_json
 from evaluations.files.hashing import sha256
 from evaluations.files.restored_files import Restoration, read
+from evaluations.scores.image_scores import mae, mse, psnr, ssim
 from evaluations.scores.perceptual import Lpips, load_package
-from evaluations.scores.region_scores import METRICS, Score, mae, mse, psnr, ssim
+from evaluations.scores.region_scores import METRICS, Score
 from evaluations.tables import table1
 
 if TYPE_CHECKING:

@@ -19,6 +19,8 @@ from . import kid
 from .manifolds import precision_recall
 from .metrics import frechet_distance, inception_score
 
+Protocol = dict[str, str | int]  # what numbers depend on, by name
+
 
 @dataclass(frozen=True)
 class Score:
@@ -107,32 +109,83 @@ class Comparison:
         value = frechet_distance(*reference, *statistics(self.samples, "samples, DINOv2"))
         return [Score("fd_dinov2", "FD-DINOv2", value)]
 
+    def network_protocol(self) -> Protocol:
+        """Of the Inception network."""
+        found = {"backend": f"{self.backend.name} ({self.backend.software})"}
+        return found | {"weights": self.backend.path.name, "sha256": self.backend.sha256}
+
+    def kid_protocol(self) -> Protocol:
+        return {"kid_subset_size": kid.subset_size(self.reference.images.count, self.samples.images.count)}
+
+    def dinov2_protocol(self) -> Protocol:
+        network = self.dinov2
+        return {"dinov2": f"{network.software}, PIL bicubic to 224", "dinov2_sha256": network.sha256}
+
+
+# ---------------------------------------------------------------- what the metrics need
+
+
+def check_statistics(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
+    """Raises EvaluationError for stored statistics that are not Inception's."""
+    for images in (reference, samples):
+        for name, width in (("mu", POOL), ("mu_s", SPATIAL)):
+            if has(images, name) and len(images.statistics[name]) != width:
+                found = len(images.statistics[name])
+                raise EvaluationError(f"{images.path}: {name} has {found} values, Inception's has {width}")
+
+
+def check_counts(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
+    """Raises EvaluationError for fewer images than precision and recall need."""
+    counts, k = [images.count for images in (reference, samples) if images.count], args.k
+    if min(counts) <= k:
+        raise EvaluationError(
+            f"precision and recall with k = {k} need at least {k + 1} images on both sides, found {min(counts)}"
+        )
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of `--metrics`. `statistics` are what a reference may hold in the place of images, () where nothing replaces them."""
+    """A row of `--metrics`.
+
+    statistics: what a reference may hold in the place of images, () where nothing replaces them. check: raises EvaluationError
+    where files, flags or installed packages don't suffice. protocol: what this row's numbers depend on beyond the network's
+    weights, the images and the device. inception: whether that network is Inception.
+    """
 
     scores: Callable[[Comparison], list[Score]]
     default: bool = True
     uses_reference: bool = True
     statistics: tuple[str, ...] = ()
+    check: Callable[[ImageSet, ImageSet, argparse.Namespace], None] = lambda reference, samples, args: None
+    protocol: Callable[[Comparison], Protocol] = lambda comparison: {}
+    inception: bool = True
 
 
 METRICS = {
-    "is": Metric(Comparison.inception_score, uses_reference=False),
-    "fid": Metric(Comparison.fid, statistics=("mu", "sigma")),
-    "sfid": Metric(Comparison.sfid, statistics=("mu_s", "sigma_s")),
-    "pr": Metric(Comparison.precision_recall),
-    "kid": Metric(Comparison.kid, default=False),
-    "fd_dinov2": Metric(Comparison.fd_dinov2, default=False),
+    "is": Metric(
+        Comparison.inception_score,
+        uses_reference=False,
+        protocol=lambda comparison: {"split_size": comparison.args.split_size},
+    ),
+    "fid": Metric(Comparison.fid, statistics=("mu", "sigma"), check=check_statistics),
+    "sfid": Metric(Comparison.sfid, statistics=("mu_s", "sigma_s"), check=check_statistics),
+    "pr": Metric(Comparison.precision_recall, check=check_counts, protocol=lambda comparison: {"k": comparison.args.k}),
+    "kid": Metric(
+        Comparison.kid,
+        default=False,
+        check=lambda reference, samples, args: kid.load(),
+        protocol=Comparison.kid_protocol,
+    ),
+    "fd_dinov2": Metric(Comparison.fd_dinov2, default=False, protocol=Comparison.dinov2_protocol, inception=False),
 }
 
 
-def choose_metrics(given: str | None, reference: ImageSet, samples: ImageSet, k: int) -> list[str]:
+def choose_metrics(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> list[str]:
     """Names from `--metrics`, or ADM's five; with KID where FID's covariance is singular.
 
     Raises EvaluationError for an unknown name, or one that these files or the installed packages don't suffice for.
     """
+    given = args.metrics
     names = [name.strip() for name in given.split(",")] if given else [n for n, m in METRICS.items() if m.default]
     for name in names:
         if name not in METRICS:
@@ -143,26 +196,11 @@ def choose_metrics(given: str | None, reference: ImageSet, samples: ImageSet, k:
     if lacking:
         warn(f"{reference.path}: holds no images (arr_0), so these are left out: {', '.join(lacking)}")
         names = [name for name in names if name not in lacking]
-    if "kid" in names:
-        kid.load()
-    counts = [images.count for images in (reference, samples) if images.count]
-    if "pr" in names and min(counts) <= k:
-        raise EvaluationError(
-            f"precision and recall with k = {k} need at least {k + 1} images on both sides, found {min(counts)}"
-        )
-    if "fid" in names or "sfid" in names:
-        check_statistics(reference, samples)
+    for name in names:
+        METRICS[name].check(reference, samples, args)
+    if any(METRICS[name].statistics for name in names):
         names += beside_few_images(reference, samples, names)
     return [name for name in METRICS if name in names]
-
-
-def check_statistics(*sides: ImageSet) -> None:
-    """Raises EvaluationError for stored statistics that are not Inception's."""
-    for images in sides:
-        for name, width in (("mu", POOL), ("mu_s", SPATIAL)):
-            if has(images, name) and len(images.statistics[name]) != width:
-                found = len(images.statistics[name])
-                raise EvaluationError(f"{images.path}: {name} has {found} values, Inception's has {width}")
 
 
 def beside_few_images(reference: ImageSet, samples: ImageSet, names: list[str]) -> list[str]:
@@ -193,25 +231,14 @@ def suffices(metric: Metric, reference: ImageSet) -> bool:
     return bool(reference.count) or stored or not metric.uses_reference
 
 
-def describe(comparison: Comparison, names: list[str]) -> dict[str, str | int]:
+def describe(comparison: Comparison, names: list[str]) -> Protocol:
     """What the numbers depend on."""
     args, reference, samples = comparison.args, comparison.reference.images, comparison.samples.images
-    protocol: dict[str, str | int] = {}
-    if set(names) - {"fd_dinov2"}:
-        backend = comparison.backend
-        protocol["backend"] = f"{backend.name} ({backend.software})"
-        protocol |= {"weights": backend.path.name, "sha256": backend.sha256}
+    protocol: Protocol = comparison.network_protocol() if any(METRICS[name].inception for name in names) else {}
     protocol |= {"reference": describe_images(reference), "samples": describe_images(samples)}
     protocol |= {"reference_images": reference.count, "sample_images": samples.count, "device": args.device}
-    if "is" in names:
-        protocol["split_size"] = args.split_size
-    if "pr" in names:
-        protocol["k"] = args.k
-    if "kid" in names:
-        protocol["kid_subset_size"] = kid.subset_size(reference.count, samples.count)
-    if "fd_dinov2" in names:
-        network = comparison.dinov2
-        protocol |= {"dinov2": f"{network.software}, PIL bicubic to 224", "dinov2_sha256": network.sha256}
+    for name in names:
+        protocol |= METRICS[name].protocol(comparison)
     return protocol
 
 
