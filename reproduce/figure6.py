@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,6 @@ import torch
 from evaluations.classification import score_file, write_csv
 from evaluations.errors import EvaluationError
 from evaluations.tables.curves import common_curve, describe, first_at_least, plot_curves
-from evaluations.tables.figures import new_figure
 from guided_mt.commands import classifier_train
 from guided_mt.commands.console import run, split_flags
 from guided_mt.data import load_images, open_source
@@ -70,10 +70,8 @@ class HeldOut(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        new_figure(1, 1)  # before hours of training
-    except EvaluationError:
-        raise UserError("the figure needs matplotlib: pip install -e '.[eval]'") from None
+    if find_spec("matplotlib") is None:  # said before hours of training, without the seconds of importing it
+        raise UserError("the figure needs matplotlib: pip install -e '.[eval]'")
     made = train_and_classify(argv, CLASSIFIER_TRAIN)
     try:
         if made is not None:

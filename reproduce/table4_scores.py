@@ -19,6 +19,7 @@ from evaluations.features.weights import INCEPTION_TORCH, cache_folder, torch_hu
 from evaluations.files.label_maps import open_label_maps
 from evaluations.files.npz import open_npz, read_array
 from evaluations.files.palettes import palette_of, read_classes
+from evaluations.scores.image_scores import whole_image_scores
 from evaluations.segmentation import QUOTED, as_json, count, scores
 from evaluations.tables.seeds import Column, Measured, mean_and_spread, rows_of, shown_columns
 
@@ -88,24 +89,16 @@ def score_maps(made: Path, truth: Path, classes: Path) -> dict[str, float]:
 
 
 def score_images(made: Path, truth: Path) -> dict[str, float]:
-    """PSNR (dB), SSIM and mean absolute error of images in [-1, 1] (SSIM of [0, 1], as it is defined for light), means over images.
+    """PSNR (dB), SSIM and mean absolute error, means over images (see whole_image_scores).
 
     Both files are .npz with arr_0 uint8 [N, H, W, 3], in the same order.
     """
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
     sides = []
     for path in (made, truth):
         with open_npz(path) as file:
-            images = torch.from_numpy(read_array(file, "arr_0", path))
-        sides.append((images.permute(0, 3, 1, 2).float() / 127.5 - 1).split(BATCH))
-    found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "mae": []}
-    for x, y in zip(*sides, strict=True):
-        found["psnr"] += [peak_signal_noise_ratio(a, b, data_range=2.0) for a, b in zip(x, y, strict=True)]
-        light = (x + 1) / 2, (y + 1) / 2
-        found["ssim"] += structural_similarity_index_measure(*light, data_range=1.0, reduction="none").reshape(-1)
-        found["mae"] += (x - y).abs().flatten(1).mean(dim=1)
-    return {name: float(torch.stack(values).double().mean()) for name, values in found.items()}
+            sides.append(torch.from_numpy(read_array(file, "arr_0", path)).split(BATCH))
+    parts = [whole_image_scores(x, y) for x, y in zip(*sides, strict=True)]
+    return {name: float(torch.cat([part[name] for part in parts]).double().mean()) for name in parts[0]}
 
 
 def score_features(made: Path, truth: Path, weights: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from evaluations.tables.seeds import Measured
 from guided_mt.data.images import save_npz
 from guided_mt.errors import UserError
 from latent_mt.runs.targets import instantiate
-from reproduce import table4
+from reproduce import table4, table4_stages
 from reproduce import table4_scores as scores
 
 
@@ -47,7 +47,7 @@ def forbid(monkeypatch, *commands: str) -> None:
         raise AssertionError(argv)
 
     for name in commands:
-        monkeypatch.setattr(getattr(table4, name), "main", main)
+        monkeypatch.setattr(getattr(table4_stages, name), "main", main)
 
 
 def read(run: Path) -> dict:
