@@ -91,7 +91,7 @@ class Step:
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
         self.module = LatentTraining(model)
-        self.trainer = SimpleNamespace(precision=row.precision, accumulate_grad_batches=1)
+        self.trainer = SimpleNamespace(precision=row.precision, accumulate_grad_batches=1, precision_plugin=None)
         self.module.trainer = self.trainer
         self.module.prepare(SimpleNamespace(random_flip=True), resumed=False)
         self.optimizer = self.module.configure_optimizers()

@@ -224,7 +224,7 @@ class AutoencoderTraining(TrainedModule):
         if self.figures.numel():  # not every backend gathers an empty tensor
             row |= self.autoencoder.report(self.processes.all_gather(self.figures[None]).sum(dim=0))
             self.figures.zero_()
-        return {**row, "lr": self.rate(self.steps_done - 1), "skipped_steps": int(self.skipped)}
+        return {**row, "lr": self.rate(self.steps_done - 1)}
 
     # ------------------------------------------------------------ what it can do
 
@@ -302,11 +302,10 @@ class AutoencoderTraining(TrainedModule):
             self.loss.load_trained_state(own, where)
 
     def run_state(self) -> dict[str, Any]:
-        return {"averages": self.averages.state_dict(), "skipped": self.skipped, "counts": self.figures}
+        return {"averages": self.averages.state_dict(), "counts": self.figures}
 
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
-        self.skipped = state["skipped"].to(self.device)
         self.figures.copy_(state["counts"])
 
 
