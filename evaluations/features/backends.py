@@ -78,7 +78,7 @@ class TensorFlowBackend:
             command += [Path(images.path).resolve(), self.path.resolve(), out]
             command += ["--batch_size", self.batch_size, "--workers", self.workers, "--what", what]
             command += ["--device", self.device]
-            root = Path(__file__).resolve().parents[1]  # where -m finds the package, installed or not
+            root = Path(__file__).resolve().parents[2]  # where -m finds the package, installed or not
             code = subprocess.run(list(map(str, command)), cwd=root, check=False).returncode
             if code == 2:  # it has said why
                 raise SystemExit(2)

@@ -14,8 +14,9 @@ from conftest import GOLDEN, ROOT
 from inception_graph import inception_2015
 
 from evaluations.errors import EvaluationError
-from evaluations.features import frozen_graph
+from evaluations.features import backends, frozen_graph
 from evaluations.features.inception import TorchInception, read_weights
+from evaluations.files.images import open_images
 from evaluations.scores.metrics import inception_score
 
 pytest.importorskip("torch_fidelity", reason="the extra 'eval' is not installed")
@@ -161,3 +162,20 @@ def test_other_files_are_refused_by_name(name, tmp_path, inception_pb):
     with pytest.raises(EvaluationError, match=name.replace(".", r"\.")) as error:
         TorchInception(path)
     assert "\n" not in str(error.value)
+
+
+def test_the_tensorflow_process_starts_where_the_package_is(monkeypatch, tmp_path):
+    """Also in a clone that is not installed: -m finds `evaluations` in the folder that the process starts in."""
+    started = {}
+
+    def run(command, *, cwd, check):
+        started.update(module=command[2], folder=Path(cwd))
+        return subprocess.CompletedProcess(command, 2)
+
+    backend = object.__new__(backends.TensorFlowBackend)
+    backend.batch_size, backend.workers, backend.device, backend.path = 2, 0, "cpu", tmp_path / "graph.pb"
+    monkeypatch.setattr(backends.subprocess, "run", run)
+    np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(SystemExit):
+        backend.features(open_images(tmp_path / "images.npz"), "pool")
+    assert started["folder"].joinpath(*started["module"].split(".")).with_suffix(".py").is_file()
