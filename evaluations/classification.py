@@ -23,6 +23,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,7 @@ def by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
             raise EvaluationError(f"{result.path}: no training step; save an array `step` or name it ..._STEP.npz")
         groups[result.series].append(result)
     for group in groups.values():
-        group.sort(key=lambda result: result.step)
+        group.sort(key=attrgetter("step"))
         for before, after in pairwise(group):
             if before.step == after.step:
                 raise EvaluationError(f"{before.path} and {after.path} are both step {after.step} of {after.series}")
@@ -221,7 +222,7 @@ def plot_steps(series: dict[str, list[Result]], path: Path) -> None:
     """Figure 6: accuracy against training step, top-1 solid and top-5 dashed."""
     figure, axes = new_figure(6.4, 4.2)
     for i, (name, group) in enumerate(series.items()):
-        steps = [result.step for result in group]
+        steps = np.array([result.step for result in group])
         for score, style in (("top1", "-"), ("top5", "--")):
             values = [getattr(result.scores, score) for result in group]
             label = f"{name}, top-{score[3:]}"

@@ -7,6 +7,7 @@ import hashlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,8 +31,14 @@ class Backend(Protocol):
     software: str
     path: Path
     sha256: str
-    softmax_weight: np.ndarray  # [2048, 1008]
-    network_sha256: str  # of the numbers, the same for every file and backend that holds them
+
+    @property
+    def softmax_weight(self) -> np.ndarray:
+        """[2048, 1008]."""
+
+    @property
+    def network_sha256(self) -> str:
+        """Of the numbers, the same for every file and backend that holds them."""
 
     def features(self, images: ImageSet, what: str) -> Features: ...
 
@@ -74,7 +81,7 @@ class TensorFlowBackend:
     def features(self, images: ImageSet, what: str) -> Features:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "features.npz"
-            command = [sys.executable, "-m", "evaluations.features.tensorflow_worker"]
+            command: list[str | Path | int] = [sys.executable, "-m", "evaluations.features.tensorflow_worker"]
             command += [Path(images.path).resolve(), self.path.resolve(), out]
             command += ["--batch_size", self.batch_size, "--workers", self.workers, "--what", what]
             command += ["--device", self.device]
@@ -91,7 +98,7 @@ class TensorFlowBackend:
 
 def digest(softmax_weight: np.ndarray) -> str:
     """The last layer stands for the network."""
-    return hashlib.sha256(np.ascontiguousarray(softmax_weight, dtype="<f4")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(softmax_weight, dtype="<f4").data).hexdigest()
 
 
 def installed_tensorflow() -> str:
@@ -104,7 +111,10 @@ def installed_tensorflow() -> str:
     raise EvaluationError("--backend tensorflow: TensorFlow is not installed: pip install '.[tensorflow]'")
 
 
-BACKENDS = {"torch": TorchBackend, "tensorflow": TensorFlowBackend}
+BACKENDS: dict[str, Callable[[str | None, str, int, int], Backend]] = {
+    "torch": TorchBackend,
+    "tensorflow": TensorFlowBackend,
+}
 
 
 def add_backend_flags(parser: argparse.ArgumentParser) -> None:

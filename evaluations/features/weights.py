@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -109,7 +110,7 @@ def download(weights: Weights, folder: Path) -> Path:
     return target
 
 
-def _fetch(requests, weights: Weights, part: Path) -> None:
+def _fetch(requests: ModuleType, weights: Weights, part: Path) -> None:
     """Append to `part` what is missing. Raises requests.RequestException where the connection ends early."""
     part.touch()
     have = part.stat().st_size

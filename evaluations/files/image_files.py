@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -46,7 +46,7 @@ def image_files(path: Path) -> list[ImageFile]:
     if not path.exists():
         raise EvaluationError(f"{path}: no such file or folder")
     if path.is_dir():
-        entries = {name: partial((path / name).read_bytes) for name in walk(path)}
+        entries: dict[str, Callable[[], bytes]] = {name: partial((path / name).read_bytes) for name in walk(path)}
     elif kind.endswith(".zip"):
         entries = _zip_entries(path)
     elif kind.endswith(".tar"):
@@ -205,7 +205,7 @@ def _tar_entries(path: Path) -> dict[str, Callable[[], bytes]]:
                     if member.issparse():
                         raise EvaluationError(f"{path}: {name} is stored sparse; pack it again without --sparse")
                     entries[name] = partial(_read_at, path, member.offset_data, member.size)
-                archive.members.clear()  # `entries` is the index; tarfile's own is many times as large
+                archive.members.clear()  # type: ignore[attr-defined]  # `entries` is the index; tarfile's own is many times as large
             end = archive.offset
         # tarfile takes any damaged or missing header for the end of the archive; the real end is a block of zeros
         if _read_at(path, end, _TAR_BLOCK).strip(b"\0"):
@@ -256,17 +256,17 @@ def _pyarrow(path: Path) -> ModuleType:
     return pyarrow.parquet
 
 
-def _image_column(path: Path, schema) -> tuple[str, str]:
+def _image_column(path: Path, schema: Any) -> tuple[str, str]:
     """(name of the column with the images, what to read of it) of a pyarrow schema."""
     import pyarrow.types as types
 
-    def key(field) -> str | None:
+    def key(field: Any) -> str | None:
         if types.is_struct(field.type):
             inside = field.type.get_field_index("bytes")
             return f"{field.name}.bytes" if inside >= 0 and is_bytes(field.type.field(inside).type) else None
         return field.name if is_bytes(field.type) else None
 
-    def is_bytes(kind) -> bool:
+    def is_bytes(kind: Any) -> bool:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     for field in sorted(schema, key=lambda field: field.name != "image"):

@@ -10,11 +10,11 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,6 +84,7 @@ def open_images(path: str | Path, need_images: bool = True) -> ImageSet:
     path = Path(path)
     if not path.exists():
         raise EvaluationError(f"{path}: no such file or folder")
+    images: ImageSet
     if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
         images = _open_array(path, need_images)
     else:
@@ -103,7 +104,7 @@ class ArrayImages(ImageSet):
         batches = self._read(batch_size)
         return _read_ahead(batches) if workers else batches
 
-    def _read(self, batch_size: int) -> Iterator[np.ndarray]:
+    def _read(self, batch_size: int) -> Generator[np.ndarray, None, None]:
         if self.count == 0:  # statistics alone have no arr_0
             return
         with _open_member(self.path, "arr_0") as member:
@@ -119,7 +120,7 @@ class ArrayImages(ImageSet):
 class _Member(NamedTuple):
     """An array in a file: its header, and the stream of its data."""
 
-    data: IO[bytes]
+    data: Any  # a binary file with `readinto`
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype
@@ -228,10 +229,12 @@ def _open_member(path: Path, name: str) -> Iterator[_Member]:
     with contextlib.ExitStack() as stack:
         with whole(f"{path}: {name}"):
             if path.suffix.lower() == ".npy":
-                data, total = stack.enter_context(open(path, "rb")), path.stat().st_size
+                data: Any = stack.enter_context(open(path, "rb"))
+                total = path.stat().st_size
             else:
                 archive = stack.enter_context(zipfile.ZipFile(path))
-                data, total = stack.enter_context(archive.open(f"{name}.npy")), archive.getinfo(f"{name}.npy").file_size
+                data = stack.enter_context(archive.open(f"{name}.npy"))
+                total = archive.getinfo(f"{name}.npy").file_size
             version = np.lib.format.read_magic(data)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             member = _Member(data, *read(data))
@@ -245,9 +248,9 @@ def _open_member(path: Path, name: str) -> Iterator[_Member]:
         yield member
 
 
-def _fill(path: Path, data: IO[bytes], array: np.ndarray) -> None:
+def _fill(path: Path, data: Any, array: np.ndarray) -> None:
     """Read all of `array` [contiguous], in pieces, as a zip member makes a copy of each. Raises EvaluationError."""
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     with whole(str(path)):
         start = 0
         while start < len(view):
@@ -257,14 +260,13 @@ def _fill(path: Path, data: IO[bytes], array: np.ndarray) -> None:
             start += read
 
 
-def _read_ahead(batches: Iterator[np.ndarray], ahead: int = 2) -> Iterator[np.ndarray]:
+def _read_ahead(batches: Generator[np.ndarray, None, None], ahead: int = 2) -> Iterator[np.ndarray]:
     """The same batches, up to `ahead` of them made in a thread while the caller works."""
-    end = object()
     with contextlib.closing(batches), ThreadPoolExecutor(1, "read-ahead") as pool:
-        waiting = deque(pool.submit(next, batches, end) for _ in range(ahead))
+        waiting = deque(pool.submit(next, batches, None) for _ in range(ahead))
         try:
-            while (batch := waiting.popleft().result()) is not end:
-                waiting.append(pool.submit(next, batches, end))
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(next, batches, None))
                 yield batch
         finally:
             for future in waiting:

@@ -96,7 +96,7 @@ def _read_image(file: ImageFile, name: str, palette: Palette) -> np.ndarray:
     """int64 [H, W] indices or uint8 [H, W, 3] colours."""
     data = file.read()
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise EvaluationError(f"{name}: not a readable image ({error})") from error
@@ -160,11 +160,11 @@ def pairs(pred: LabelMaps, ref: LabelMaps) -> list[tuple[int, int]]:
             raise EvaluationError(f"{pred.path} holds {len(pred.names)} label maps, {ref.path} {len(ref.names)}")
         return [(i, i) for i in range(len(pred.names))]
     positions = {stem: i for i, stem in enumerate(ref.stems)}
-    for here, there in ((ref, pred), (pred, ref)):
-        missing = sorted(set(here.stems) - set(there.stems))
+    for here, its, there, others in ((ref, ref.stems, pred, pred.stems), (pred, pred.stems, ref, ref.stems)):
+        missing = sorted(set(its) - set(others))
         if missing:
             raise EvaluationError(
-                f"{len(missing)} of the {len(here.stems)} names in {here.path} are not in {there.path}:"
+                f"{len(missing)} of the {len(its)} names in {here.path} are not in {there.path}:"
                 f" {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}{_kinds_hint(ref.stems)}"
             )
     return [(i, positions[stem]) for i, stem in enumerate(pred.stems)]

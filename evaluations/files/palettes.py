@@ -29,7 +29,7 @@ PIXELS_AT_ONCE = 1 << 13  # their distances stay in the processor's cache
 class LabelClass(NamedTuple):
     """A class of pixels: the index it has in label maps and the colour it is painted with, RGB 0..255."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     name: str
     colour: tuple[int, int, int]
 

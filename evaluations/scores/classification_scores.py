@@ -19,7 +19,7 @@ class CalibrationBins(NamedTuple):
     """Per bin (edges[b], edges[b + 1]] of confidence; accuracy and mean confidence are 0 where a bin is empty."""
 
     edges: np.ndarray  # float64 [B + 1]
-    count: np.ndarray  # int64 [B]
+    count: np.ndarray  # type: ignore[assignment]  # int64 [B]; hides tuple.count
     accuracy: np.ndarray  # float64 [B]
     confidence: np.ndarray  # float64 [B]
 

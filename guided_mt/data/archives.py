@@ -7,7 +7,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class TarSource(FileSource):
                         entries[name] = entries[_clean(member.linkname)]
                     elif member.isfile() and is_image_name(name, suffixes):
                         entries[name] = (member.offset_data, member.size)
-                    archive.members.clear()  # the index is `entries`; tarfile's own is many times as large
+                    archive.members.clear()  # type: ignore[attr-defined]  # the index is `entries`; tarfile's own is many times as large
                 end = archive.offset
             # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros
             if ProcessFile(file).read(end, _TAR_BLOCK).strip(b"\0"):
@@ -109,7 +109,7 @@ def _clean(name: str) -> str:
     return name
 
 
-def _inside(path: str, file: Path, inner: str, entries: dict[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
+def _inside(path: str, file: Path, inner: str, entries: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
     """(names relative to folder `inner`, their keys in `entries`), sorted by name. Raises UserError where none is."""
     prefix = "" if inner == "." else inner + "/"
     found = sorted(name for name in entries if name.startswith(prefix))

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -93,7 +94,7 @@ class ImageStream:
         self.start_step = start_step
         self.total_steps = total_steps
         self.broken = BrokenImages(source)
-        self._iterators: list[Iterator[dict[str, object]]] = []
+        self._iterators: list[Iterator[dict[str, Any]]] = []
         _open_streams.add(self)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -112,7 +113,7 @@ class ImageStream:
                 self._iterators.remove(iterator)
                 stop_loader(iterator)
 
-    def _batch(self, item: dict[str, object]) -> Batch:
+    def _batch(self, item: dict[str, Any]) -> Batch:
         if "refused" in item:
             raise UserError(item["refused"])
         for index, reason in item["broken"]:
@@ -136,7 +137,7 @@ class ImageStream:
 
 def start_loader(
     dataset: torch.utils.data.Dataset, steps: Iterable[int], num_workers: int, pin_memory: bool = False
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """The dataset's items number `steps`, each a batch, made ahead by worker processes. Ended by `stop_loader`."""
     loader = DataLoader(
         dataset,
@@ -180,7 +181,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def stop_loader(iterator: object) -> None:
+def stop_loader(iterator: Any) -> None:
     """End a DataLoader iterator's workers now, by force where they are stuck (they ignore SIGTERM)."""
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()

@@ -34,7 +34,7 @@ def random_crop_arr(
     min_crop_frac: float = 0.8,
     max_crop_frac: float = 1.0,
     *,
-    uniforms: Sequence[float],
+    uniforms: Sequence[float] | np.ndarray,
 ) -> np.ndarray:
     """ADM's random crop: a crop of `min_crop_frac` to `max_crop_frac` of the short side, scaled to `image_size`.
 
@@ -52,7 +52,7 @@ def random_short_side(
     return smallest + int(uniform * (largest - smallest + 1))
 
 
-def crop_window(array: np.ndarray, image_size: int, uniforms: Sequence[float] | None = None) -> np.ndarray:
+def crop_window(array: np.ndarray, image_size: int, uniforms: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
     """The middle of an array [H, W, ...], or the window that uniforms[1] and uniforms[2] place: [image_size, image_size, ...]."""
     spare_height, spare_width = array.shape[0] - image_size, array.shape[1] - image_size
     if uniforms is None:

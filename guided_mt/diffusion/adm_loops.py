@@ -13,6 +13,17 @@ from torch import Tensor
 class ADMLoops:
     """The part of ADM's `GaussianDiffusion` that draws samples; arguments and returned keys as there."""
 
+    # What it needs of the process.
+    num_timesteps: int
+    model_timesteps: Callable[[Tensor], Tensor]
+    predict_eps_from_xstart: Callable[[Tensor, Tensor, Tensor], Tensor]
+    predict_xstart_from_eps: Callable[[Tensor, Tensor, Tensor], Tensor]
+    condition_eps: Callable[[Tensor, Tensor, Tensor], Tensor]
+    q_posterior_mean_variance: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    p_mean_variance: Callable[..., dict[str, Tensor]]
+    p_sample_step: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
+    ddim_step: Callable[..., Tensor]
+
     def condition_mean(
         self,
         cond_fn: Callable,
@@ -126,7 +137,7 @@ class ADMLoops:
     def _sample_loop(
         self,
         step: Callable[[Tensor, Tensor], dict[str, Tensor]],
-        model: Callable,
+        model: Any,
         shape: tuple[int, ...],
         noise: Tensor | None,
         device: torch.device | str | None,

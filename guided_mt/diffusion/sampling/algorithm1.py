@@ -100,7 +100,14 @@ def _device_of(model: Callable, known: Mapping[str, Tensor]) -> torch.device:
     return torch.device("cpu")
 
 
-def _check(modalities, known, shape, sampler, conditioning, seeds) -> None:
+def _check(
+    modalities: Mapping[str, Modality],
+    known: Mapping[str, Tensor],
+    shape: Sequence[int],
+    sampler: str,
+    conditioning: str,
+    seeds: Sequence[int] | Tensor | None,
+) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler '{sampler}'; choose from {', '.join(SAMPLERS)}")
     if conditioning not in CONDITIONINGS:
