@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     signature = {**config.as_dict(), **guide.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
     signature |= {"classifier": str(weights)}
     arrays = run_sharded(out, config.num_samples, config.batch_size, processes, signature, make)
-    if processes.is_main:
+    if arrays is not None:
         save_png(make_grid(arrays["arr_0"][:GRID], columns=8), out.with_suffix(".png"))
         print(f"{out}: {', '.join(f'{name} {array.dtype} {list(array.shape)}' for name, array in arrays.items())}")
         print(f"{out.with_suffix('.png')}: the first {min(GRID, len(arrays['arr_0']))}")

@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> Classified | None:
 
     signature = {**config.as_dict(), "weights": str(weights), "images": content_hash(loaded.images.numpy())}
     arrays = run_sharded(out, len(loaded.images), config.batch_size, processes, signature, make)
-    if processes.is_main:
+    if arrays is not None:
         names = network.classes or (source.class_names if loaded.labels is not None else [])
         arrays |= {"classes": np.array(names)} if names else {}
         arrays |= {} if step is None else {"step": np.array(step)}
@@ -165,8 +165,8 @@ def open_classifier(argv: Sequence[str]) -> Network:
 
     def load(device: torch.device) -> Callable[..., Tensor]:
         classifier = load_classifier(config.classifier_path, ema=config.ema, settings=settings, device=device).model
-        options = {"timesteps": timesteps, "draws": config.draws if noised else 0}
-        return partial(classifier_probabilities, classifier, build_process(found), **options)
+        draws = config.draws if noised else 0
+        return partial(classifier_probabilities, classifier, build_process(found), timesteps=timesteps, draws=draws)
 
     reads = noisy(timesteps, config.draws) if noised else "clean images, as in its training"
     return Network(config, weights, read_classes(weights.parent), reads, load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -83,7 +84,7 @@ def with_saved_config(argv: Sequence[str], sections: Sequence[type], description
 
     A foreign file (ADM's .pt) has none, so its flags have to be given, as in ADM.
     """
-    own = {field for section in sections for field in section.__dataclass_fields__}
+    own = {field.name for section in sections for field in dataclasses.fields(section)}
     sections = (*sections, *model_sections())
     first = parse(argv, sections, description=description)
     weights = find_weights(first.model_path, first.ema)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,7 +91,7 @@ def bound_terms(
             data[name] = modality.from_batch(images, streams)
     kl = {name: torch.zeros(len(x_start), device=x_start.device) for name in modalities}
 
-    def on_predictions(predictions, t) -> None:
+    def on_predictions(predictions: Mapping[str, torch.Tensor], t: torch.Tensor) -> None:
         for name, modality in modalities.items():
             kl[name] += modality.loss(predictions[name], data[name]) / diffusion.num_timesteps
 
@@ -109,7 +109,7 @@ def bound_terms(
     return result | {"L1_denoising_bpd": vb[:, 1:].sum(dim=1)} | {f"L2_{name}": values for name, values in kl.items()}
 
 
-def gather_rows(processes, table: torch.Tensor, count: int, batch_size: int) -> torch.Tensor:
+def gather_rows(processes: distributed.Processes, table: torch.Tensor, count: int, batch_size: int) -> torch.Tensor:
     """The processes' rows [n_r, K] back in the order of the images: [count, K] on every process."""
     if processes.world_size == 1:
         return table.cpu()

@@ -14,7 +14,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
@@ -149,7 +149,7 @@ def _png_name(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _encode_all(source: ImageSource, count: int, size: int, workers: int) -> Iterator[Encoded]:
+def _encode_all(source: ImageSource, count: int, size: int, workers: int) -> Generator[Encoded, None, None]:
     """All images in order. At most `_AHEAD` chunks per worker are held at a time."""
     chunks = (range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK))
     if workers == 0:

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         own = torch.tensor([seeds[i] for i in batch])
         pixels = loaded.images[batch]
         x_start = from_uint8(pixels.to(processes.device))
-        labels = loaded.labels[batch].to(processes.device) if config.class_cond else None
+        labels = loaded.labels[batch].to(processes.device) if config.class_cond and loaded.labels is not None else None
         # The mask's numbers are a stream of their own (Stream.INPUT): the same masks for every method and sampler.
         streams = SampleStreams(own, index=Stream.INPUT, device=processes.device)
         keep = make_mask(config.mask, config.image_size, patch, streams)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     signature = {**config.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
     signature |= {"images": content_hash(loaded.images.numpy())}
     arrays = run_sharded(out, count, config.batch_size, processes, signature, make)
-    if processes.is_main:
+    if arrays is not None:
         save_png(triples(arrays), out.with_suffix(".png"))
         report(arrays, config.exact_known)
         print(f"{out}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     hashes = {f"given {name}": content_hash(x.numpy()) for name, x in given.items()}
     signature = {**config.as_dict(), **hashes, "weights": str(find_weights(config.model_path, config.ema))}
     arrays = run_sharded(out, config.num_samples, config.batch_size, processes, signature, make)
-    if processes.is_main:
+    if arrays is not None:
         shown = [arrays[name][:GRID] for name in arrays if arrays[name].ndim == 4]
         columns = min(8, len(shown[0]))
         save_png(np.concatenate([make_grid(images, columns) for images in shown], axis=1), out.with_suffix(".png"))

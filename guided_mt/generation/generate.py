@@ -175,7 +175,7 @@ class Generator:
             "this model was never trained without classes (--mt_drop_prob), so guidance is away from an untrained mode"
         )
 
-    def unconditional(self, labels: Tensor | None = None):
+    def unconditional(self, labels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """The model as a plain eps-network (x, t) -> output [B, C or 2C, H, W], for methods that know of no modality.
 
         Raises UserError for one that never saw plain noisy images: its input always holds the frame or a condition.

@@ -99,7 +99,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    return int(_STEP.search(checkpoint.name).group(1))
+    return int(checkpoint.name.rpartition("_")[2])
 
 
 def find_weights(path: str | Path, ema: str = "", flag: str = "--model_path") -> Path:
@@ -152,7 +152,7 @@ def read_config(weights: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
+        content: Any = OmegaConf.to_container(OmegaConf.load(file))
     except Exception as error:  # OmegaConf and PyYAML raise many kinds
         raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]}); copy it again from the run") from None
     if not isinstance(content, dict):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
@@ -45,7 +45,7 @@ def option(
 
 def redefined(section: type, name: str, default: Any = None, help: str = "") -> Any:
     """The option `name` of a section, for another section with its own default or help (those that are given); its range stays."""
-    field = section.__dataclass_fields__[name]
+    field = {field.name: field for field in dataclasses.fields(section)}[name]
     metadata = {**field.metadata, **({"help": help} if help else {})}
     return dataclasses.field(default=field.default if default is None else default, metadata=metadata)
 
@@ -212,13 +212,12 @@ def parse(
     `--help` prints every flag with its default and exits.
     """
     fields = {f.name: f for section in sections for f in dataclasses.fields(section)}
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.error = _refuse
     seen: set[str] = set()
     for section in sections:
-        group = parser.add_argument_group(section.__doc__.strip())
+        group = parser.add_argument_group((section.__doc__ or "").strip())
         for field in dataclasses.fields(section):
             if field.name not in seen:  # a flag that two sections share is one flag
                 seen.add(field.name)
@@ -264,8 +263,9 @@ def parse(
     return Config(made, frozenset(typed))
 
 
-def _refuse(message: str) -> None:
-    raise UserError(message)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def _word(field: dataclasses.Field) -> str:
@@ -278,6 +278,7 @@ def _type_name(field: dataclasses.Field) -> str:
 
 def _convert(field: dataclasses.Field, value: Any) -> Any:
     kind = _type_name(field)
+    result: Any
     try:
         if kind == "bool":
             result = value if isinstance(value, bool) else _BOOLEANS[str(value).strip().lower()]
@@ -359,7 +360,7 @@ def _load_yaml(path: str) -> dict[str, Any]:
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except Exception as error:  # OmegaConf and PyYAML raise many kinds; all mean the same to the user
         raise UserError(f"{source}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):

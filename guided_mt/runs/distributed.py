@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -106,7 +107,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def detect(env) -> tuple[str, int, int, int, int]:
+def detect(env: Mapping[str, str]) -> tuple[str, int, int, int, int]:
     """(launcher, rank, world size, local rank, processes on this machine)."""
     if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
         world = int(env["WORLD_SIZE"])
@@ -122,7 +123,7 @@ def detect(env) -> tuple[str, int, int, int, int]:
         return "mpi", int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"]), *local
     # A batch script itself also has SLURM_PROCID; only srun's steps have a task count of their own.
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        local_size = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).group())
+        local_size = int(re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", "1"), maxsplit=1)[0])
         return (
             "slurm",
             int(env["SLURM_PROCID"]),
@@ -162,6 +163,8 @@ def rendezvous_over_mpi() -> None:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of SLURM's compressed list: 'gpu[003-005,9],cpu1' -> 'gpu003'."""
+    """The first host of SLURM's compressed list: 'gpu[003-005,9],cpu1' -> 'gpu003'. Raises UserError where there is none."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
+    if match is None:
+        raise UserError(f"SLURM's list of hosts '{nodelist}' names none; set MASTER_ADDR to the first one")
     return match.group(1) + (match.group(2) or "")

@@ -80,8 +80,9 @@ def guard_step(
     norm = norm if scale is None else norm / scale
     bad = (~torch.isfinite(norm)).float()
     too_long = (norm / grad_clip).clamp(min=1.0) if grad_clip > 0 else torch.ones_like(norm)
-    optimizer.grad_scale = too_long if scale is None else scale * too_long
-    optimizer.found_inf = bad
+    # What torch's fused kernels read, and no stub knows.
+    optimizer.grad_scale = too_long if scale is None else scale * too_long  # type: ignore[attr-defined]
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
     return norm, bad
 
 
@@ -91,7 +92,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     Runs on GPUs save them channels-last, and fused kernels walk through memory without a look at strides: resumed on a CPU, the
     moments of other weights would be read.
     """
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(dict(state))
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -103,7 +104,7 @@ class Ema:
 
     def __init__(self, model: nn.Module, rates: Iterable[str]):
         self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [p for _, p in model.named_parameters()]
+        self.parameters: list[Tensor] = [p for _, p in model.named_parameters()]
         self.averages = {rate: [p.detach().clone() for p in self.parameters] for rate in rates}
 
     @torch.no_grad()
