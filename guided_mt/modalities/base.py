@@ -140,7 +140,7 @@ class Gaussian(Modality):
         self.variance = None if variance is None else torch.as_tensor(variance)
 
     @property
-    def has_log_prob(self) -> bool:
+    def has_log_prob(self) -> bool:  # type: ignore[override]
         return self.variance is not None
 
     def estimate(self, prediction: Tensor) -> Tensor:

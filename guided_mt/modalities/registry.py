@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -236,7 +236,7 @@ def saved_config(weights: Path) -> dict[str, Any]:
     saved = {"predict_v": False, "timestep_weights": "uniform", **saved} if saved else {}
     if "mt_loss_weight" in saved:
         saved["mt_loss_weight"] = str(saved["mt_loss_weight"])  # a number in runs of version 0.1
-    known = [field for section in run_sections() for field in section.__dataclass_fields__]
+    known = [field.name for section in run_sections() for field in dataclasses.fields(section)]
     return check_keys(saved, known, file)
 
 
@@ -278,7 +278,7 @@ def per_modality(config: Config, flag: str, convert: Callable[[str], Any]) -> di
                 f"write {','.join(f'{n}=VALUE' for n in names) or 'one value'}"
             )
         values[name] = convert(value)
-    default = convert(MTConfig.__dataclass_fields__[flag].default)
+    default = convert(str(getattr(MTConfig, flag)))
     return {name: values.get(name, default) for name in names}
 
 
@@ -364,8 +364,9 @@ def complete(config: Config) -> None:
     config[MTConfig].mt_task = ",".join(task_names(config)) or "none"
     config[MTConfig].mt_variant = variant_of(config)
     for name in task_names(config):
-        if TASKS[name].complete is not None:
-            TASKS[name].complete(config)
+        fill_in = TASKS[name].complete
+        if fill_in is not None:
+            fill_in(config)
 
 
 def build_model(config: Config) -> MTModel:
@@ -380,12 +381,13 @@ def build_model(config: Config) -> MTModel:
         MTModel,
         heads={name: partial(TASKS[name].head, config) for name in names},
         image_inputs={name: m.image_channels for name, m in modalities.items() if TASKS[name].tokens is None},
-        token_inputs={name: partial(TASKS[name].tokens, config) for name in names if TASKS[name].tokens is not None},
+        token_inputs={name: partial(tokens, config) for name in names if (tokens := TASKS[name].tokens) is not None},
         tracked=[name for name, modality in modalities.items() if modality.tracks_variance],
         variant=variant_of(config) if names else "U",
         num_timesteps=config.diffusion_steps,
     )
-    model = create_model(**model_options, learn_sigma=config.learn_sigma, context_dim=width, factory=factory)
+    made = create_model(**model_options, learn_sigma=config.learn_sigma, context_dim=width, factory=factory)
+    model = cast(MTModel, made)
     if config.mt_drop_prob == 1:
         model.freeze_context()
     return model
@@ -411,7 +413,7 @@ def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDif
 
 def build_modalities(config: Config, model: MTModel | None = None) -> dict[str, Modality]:
     """{name: modality}. With a `model` they encode by it, and their heads' tracked variances are filled in."""
-    tracked = model.head_variance if model is not None else {}
+    tracked: dict[str, Any] = dict(model.head_variance.items()) if model is not None else {}
     variances = {name: v.value() for name, v in tracked.items() if bool(v.error_count.any())}
     made = {name: TASKS[name].modality(config, variances.get(name)) for name in task_names(config)}
     for name, modality in made.items():

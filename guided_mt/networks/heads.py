@@ -66,6 +66,9 @@ class ClassifierHead(nn.Module):
     It is clipped to [-1, 1], since at large t eps errors are blown up without bound.
     """
 
+    of_state: Tensor  # [T]
+    of_output: Tensor  # [T]
+
     def __init__(self, classifier: EncoderUNetModel, diffusion: GaussianDiffusion):
         super().__init__()
         self.classifier = classifier
@@ -86,6 +89,9 @@ class HeadVariance(nn.Module):
 
     Two running sums per timestep, which forget with `decay` per sample seen there, so that early errors fade.
     """
+
+    error_sum: Tensor  # [T]
+    error_count: Tensor  # [T]
 
     def __init__(self, num_timesteps: int, decay: float = 0.98):
         super().__init__()

@@ -15,6 +15,7 @@ from ..errors import UserError
 
 NORM_GROUPS = 32
 Network = TypeVar("Network", bound="FastLayout")
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class FastLayout(nn.Module):
@@ -66,7 +67,7 @@ class GroupNorm32(nn.GroupNorm):
         return normed.view(x.shape)
 
 
-def zero_module(module: nn.Module) -> nn.Module:
+def zero_module(module: Part) -> Part:
     """The module with all parameters set to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -171,7 +172,7 @@ class ResBlock(Block):
         h = conv_in(self.resample(silu(norm_in(x))))
         emb_out = self.emb_layers(emb)  # (B, C) or (B, 2C)
         if self.use_scale_shift_norm:
-            h = norm_out.modulated(h, emb_out)
+            h = norm_out.modulated(h, emb_out)  # type: ignore[operator]  # a GroupNorm32
         else:
             h = norm_out(h + emb_out[:, :, None, None].to(h.dtype))
         for layer in rest_out:
@@ -200,6 +201,8 @@ class AttentionBlock(Block):
 
     Keys and values are those of the context [B, L, context_dim] followed by those of the image [B, C, H, W].
     """
+
+    encoder_kv: nn.Conv1d  # only where there is a context
 
     def __init__(
         self,
@@ -248,7 +251,9 @@ def attention_heads(channels: int, num_heads: int, num_head_channels: int) -> in
 class BlockSequence(nn.Sequential):
     """Blocks one after the other (ADM's `TimestepEmbedSequential`)."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Context | None = None
+    ) -> Tensor:
         for block in self:
             x = block(x, emb, context)
         return x

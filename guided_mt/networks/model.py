@@ -13,7 +13,7 @@ from .unet import UNetModel
 __all__ = ["BACKBONES", "VARIANTS", "MTModel", "MTUNet", "ModelOutput"]
 
 
-class MTUNet(MultiTask, UNetModel):
+class MTUNet(MultiTask, UNetModel):  # type: ignore[misc]  # forward is that of MultiTask
     """ADM's U-Net with heads and inputs for modalities. Its state dict is ADM's plus that of `MultiTask`, and the attention blocks'
     `encoder_kv.*` where there is something to attend to."""
 
@@ -21,4 +21,6 @@ class MTUNet(MultiTask, UNetModel):
 MTModel = MTUNet
 
 # {name of --mt_backbone: the keywords of `create_model` and of `MultiTask` -> the untrained network}
-BACKBONES: dict[str, Callable[..., MultiTask]] = {"unet": partial(create_model, factory=MTUNet)}
+BACKBONES: dict[str, Callable[..., MultiTask]] = {
+    "unet": partial(create_model, factory=MTUNet)  # type: ignore[dict-item]  # what the factory makes
+}

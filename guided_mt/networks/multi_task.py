@@ -50,6 +50,8 @@ class MultiTask(Backbone):
     ):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}")
+        if token_inputs and context_dim is None:
+            raise ValueError("modalities that enter as tokens need a context_dim")
         inputs = dict(image_inputs or {}) if variant != "U" else {}
         indicators = len(inputs) if variant == "any" else 0
         backbone["condition_channels"] = sum(inputs.values()) + indicators
@@ -57,11 +59,12 @@ class MultiTask(Backbone):
         self.variant, self.image_inputs = variant, inputs
         self.heads = nn.ModuleDict({name: make(self) for name, make in heads.items()})
         self.head_variance = nn.ModuleDict({name: HeadVariance(num_timesteps) for name in heads if name in tracked})
-        self.context_in = nn.ModuleDict({name: make(context_dim) for name, make in (token_inputs or {}).items()})
+        width = context_dim or 0
+        self.context_in = nn.ModuleDict({name: make(width) for name, make in (token_inputs or {}).items()})
         if variant == "U":
             self.context_in.requires_grad_(False)  # read only by `encode_modality`, which has no gradient
         in_frame = self.context_in if variant != "X" else ()
-        self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, context_dim)) for name in in_frame})
+        self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, width)) for name in in_frame})
 
     def freeze_context(self) -> None:
         """For training without any modality (every sample `unconditional`): what is not read gets no gradient."""
@@ -82,10 +85,12 @@ class MultiTask(Backbone):
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
-        given: {name: bool [B]} where only some samples are given a modality. unconditional: bool [B], or True for all: the
+        given: {name: bool [B]} where only some samples are given a modality. unconditional: bool [B], or one for all: the
         samples that are seen as ADM sees them, with no modality at all (nor class, nor context). context [B, L, context_dim]:
         tokens of the caller, beside those of the modalities. Raises ValueError for a modality that this form isn't given.
         """
+        if unconditional is False:
+            unconditional = None
         x = dict(modalities or {})
         for name in x:
             if self.variant == "U" or (name not in self.image_inputs and name not in self.context_in):
@@ -111,7 +116,8 @@ class MultiTask(Backbone):
         zeros = torch.zeros(size, device=x.device)
         condition = zeros.new_zeros(len(x), self.condition_channels, *size[2:]) if self.image_inputs else None
         classes = None if self.num_classes is None else torch.full((len(x),), -1, device=x.device)
-        tokens, _ = self._context(len(x), {name: x}, {}, None)
+        shown = self._context(len(x), {name: x}, {}, None)
+        tokens = None if shown is None else shown.tokens
         with _no_dropout(self):
             features = self.features(zeros, zeros.new_zeros(len(x)), classes, tokens, condition)
             return self.output(features)[:, : self.in_channels]

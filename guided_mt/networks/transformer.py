@@ -102,6 +102,8 @@ class SpatialTransformer(Block):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.norm = GroupNorm32(channels, eps=NORM_EPS)
+        self.proj_in: nn.Linear | nn.Conv2d
+        self.proj_out: nn.Linear | nn.Conv2d
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, context_dim) for _ in range(depth)
@@ -115,5 +117,5 @@ class SpatialTransformer(Block):
         return x + self._project(self.proj_out, h).transpose(1, 2).reshape(x.shape)
 
     @staticmethod
-    def _project(layer: nn.Module, h: Tensor) -> Tensor:
+    def _project(layer: nn.Linear | nn.Conv2d, h: Tensor) -> Tensor:
         return F.linear(h, layer.weight.flatten(1), layer.bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -196,12 +196,13 @@ class UNetEncoder(FastLayout):
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         """Timesteps [B], and classes [B] if any (-1: this sample has none) -> embedding [B, emb_channels]."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        dtype: Any = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         return emb if y is None else emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
 
     def encode(self, x: Tensor, emb: Tensor, context: Context | None, condition: Tensor | None) -> list[Tensor]:
         """The outputs of every input block, then of the middle block."""
-        h = self.input_blocks[0][0](x)
+        h = self.input_blocks[0][0](x)  # type: ignore[index]  # a sequence of one
         if condition is not None:
             h = h + self.condition_in(condition)
         outputs = [h]

@@ -78,12 +78,13 @@ class ClassifierLoop(Loop):
         self,
         config: Config,
         processes: Processes,
-        source: ImageSource | None,
+        source: ImageSource,
         folder: Path,
         val_source: ImageSource | None = None,
     ):
         diffusion = build_process(config)
-        self.val_source, self.validation = val_source, None
+        self.val_source = val_source
+        self.validation: Iterator[Batch] | None = None
         self.val_timesteps = UniformSampler(diffusion.num_timesteps)
         names = [f"val_{name}" for name in SCORES] if val_source else []
         self.val_averages = Averages(names, diffusion.num_timesteps, processes.device, scalars=())
@@ -118,7 +119,7 @@ class ClassifierLoop(Loop):
         streams, x_start, t, weights = self.draw(batch, part)
         if not self.config.noised:
             t, weights = torch.zeros_like(t), torch.ones_like(weights)
-        scores = self._scores(self.network, x_start, batch.labels[part], t, streams)
+        scores = self._scores(self.network, x_start, classes_of(batch, part), t, streams)
         return (scores[:, 0] * weights).mean(), Record(t, dict(zip(SCORES, scores.detach().unbind(1), strict=True)))
 
     def _scores(self, network: nn.Module, x_start: Tensor, labels: Tensor, t: Tensor, streams: SampleStreams) -> Tensor:
@@ -169,7 +170,7 @@ class ClassifierLoop(Loop):
             t, _ = self.val_timesteps(streams.uniform())
             t = t if self.config.noised else torch.zeros_like(t)
             x_start = from_uint8(batch.images[part])
-            scores = self._scores(self.model, x_start, batch.labels[part], t, streams)
+            scores = self._scores(self.model, x_start, classes_of(batch, part), t, streams)
             records.append(Record(t, dict(zip(self.val_averages.names, scores.unbind(1), strict=True))))
         self.model.train()
         self.val_averages.add(Record.joined(records).gathered(self.processes))
@@ -180,3 +181,10 @@ class ClassifierLoop(Loop):
 
     def extra_row(self) -> dict[str, float]:
         return {name: value for name, value in self.val_averages.pop().items() if not math.isnan(value)}
+
+
+def classes_of(batch: Batch, part: slice) -> Tensor:
+    """Class ids [b]. Raises ValueError for images that have none."""
+    if batch.labels is None:
+        raise ValueError("a classifier is trained on images with classes")
+    return batch.labels[part]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch, ImageSource, ImageStream
@@ -21,6 +21,7 @@ from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams, seed_dropout
 from ..diffusion.resample import create_named_schedule_sampler
 from ..errors import UserError
+from ..networks.layers import FastLayout
 from ..runs import checkpoint, resume
 from ..runs.config import Config
 from ..runs.distributed import Processes
@@ -48,10 +49,10 @@ class Loop:
         self,
         config: Config,
         processes: Processes,
-        source: ImageSource | None,
+        source: ImageSource,
         folder: Path,
         *,
-        build: Callable[[Config], nn.Module],
+        build: Callable[[Config], FastLayout],
         diffusion: GaussianDiffusion,
         names: Sequence[str],
         scalars: Sequence[str] = (),
@@ -64,7 +65,7 @@ class Loop:
         self.seed, self.dropout = config.seed, dropout
 
         torch.manual_seed(config.seed)  # the same initial weights on every process
-        self.model = build(config).to(self.device)
+        self.model: FastLayout = build(config).to(self.device)
         self.model.to_fast_layout()
         self.diffusion = diffusion
         self.schedule_sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
@@ -161,8 +162,8 @@ class Loop:
             "take another --log_dir (with --resume_checkpoint to start from these weights)",
         )
 
-    def _wrap(self, compiled: bool):
-        network = self.model
+    def _wrap(self, compiled: bool) -> Any:
+        network: Any = self.model
         if compiled:
             network = torch.compile(network)
         if self.processes.world_size > 1:
@@ -204,7 +205,6 @@ class Loop:
 
     def policy(self) -> RunPolicy:
         """What decides after each step; see runs.policy."""
-        labelled = self.source is not None and self.source.labels is not None
         return RunPolicy(
             self,
             self.config[LoopConfig],
@@ -214,7 +214,7 @@ class Loop:
             columns=self._columns(),
             images_per_step=self.global_batch,
             config_yaml=self.resolved_yaml(),
-            classes=self.source.class_names if labelled else None,
+            classes=self.source.class_names if self.source.labels is not None else None,
             preview_interval=self.preview_interval,
             advice="lower --lr, or use --precision fp32",
         )

@@ -47,7 +47,9 @@ log = logging.getLogger("guided_mt")
 class TrainLoop(Loop):
     """A run of MT-Diffusion, or of one of the single-task models it is compared with."""
 
-    def __init__(self, config: Config, processes: Processes, source: ImageSource | None, folder: Path):
+    model: MTModel
+
+    def __init__(self, config: Config, processes: Processes, source: ImageSource, folder: Path):
         self.modalities = build_modalities(config)
         self.loss_weight = loss_weights(config)
         terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
@@ -71,9 +73,8 @@ class TrainLoop(Loop):
             compiled=config.compile,
         )
 
-        if source is not None:
-            for modality in self.modalities.values():
-                modality.prepare(source)
+        for modality in self.modalities.values():
+            modality.prepare(source)
 
     # ------------------------------------------------------------ set-up
 
@@ -88,13 +89,13 @@ class TrainLoop(Loop):
         new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict())
         if self.processes.is_main:
             log.info("started from %s; %s", file, f"new: {len(new)} entries" if new else "every entry was found")
-            theirs, ours = checkpoint.read_classes(file.parent), self.source.class_names if self.source else []
+            theirs, ours = checkpoint.read_classes(file.parent), self.source.class_names
             if theirs and needs_labels(self.config) and theirs != ours:
                 text = "%s knew other classes, %d of them and not %d: id 0 was '%s' and is now '%s', and so on"
                 log.warning(text, file, len(theirs), len(ours), theirs[0], ours[0])
 
     def fixed_settings(self) -> dict[str, Any]:
-        free = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
+        free: tuple[str, ...] = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
         # What is only measured may change, and a file may have moved, as the images may.
         free += ("mt_conflict_interval", *(flag for task in TASKS.values() for flag in task.file_options))
         return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
@@ -163,7 +164,7 @@ class TrainLoop(Loop):
 
     def learn(self, record: Record) -> None:
         for name, variance in self.model.head_variance.items():
-            variance.update(record.timesteps, record.values[name], record.counts(name))
+            variance.update(record.timesteps, record.values[name], record.counts(name))  # type: ignore[operator]  # a HeadVariance
 
     def extra_state(self) -> dict[str, Any]:
         return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
@@ -176,7 +177,7 @@ class TrainLoop(Loop):
     # ------------------------------------------------------------ now and then
 
     @property
-    def preview_interval(self) -> int:
+    def preview_interval(self) -> int:  # type: ignore[override]
         return self.config.sample_interval
 
     def preview(self) -> np.ndarray:

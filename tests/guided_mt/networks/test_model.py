@@ -133,3 +133,16 @@ def test_compiled_training_neither_breaks_the_graph_nor_recompiles(variant):
         for shift in (1, 50):
             step(shift)
     assert list(model.image_inputs) == ([] if variant == "U" else ["masked"])
+
+
+@pytest.mark.parametrize("task", ["masked", "label"])
+def test_unconditional_is_for_all_samples_or_for_each(task):
+    config, model = tiny("--mt_task", task, "--mt_variant", "any", "--class_cond", "True")
+    randomise(model)
+    z_t, t, data = inputs(config)
+    y, all_of_them = torch.tensor([1, 2, 3]), torch.ones(3, dtype=torch.bool)
+    for one, each in ((False, ~all_of_them), (True, all_of_them)):
+        torch.testing.assert_close(
+            model(z_t, t, data, y, unconditional=one).output, model(z_t, t, data, y, unconditional=each).output
+        )
+    torch.testing.assert_close(model(z_t, t, data, y, unconditional=False).output, model(z_t, t, data, y).output)
