@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -87,9 +87,12 @@ class Scorer:
         import torch
 
         functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
-        functions = {"lpips": lambda a, b, _: self.lpips(a, b), "psnr": psnr, "ssim": ssim, "mse": mse, "mae": mae}
+        functions = {"psnr": psnr, "ssim": ssim, "mse": mse, "mae": mae}
+        lpips = self.lpips
+        if lpips is not None:
+            functions["lpips"] = lambda a, b, _: lpips(a, b)
         size = min(images.shape[1:3])
-        values = {name: [] for name in self.metrics if size >= METRICS[name].least_size}
+        values: dict[str, list[np.ndarray]] = {name: [] for name in self.metrics if size >= METRICS[name].least_size}
         with tqdm(total=len(images), desc=label, unit="image", leave=False, disable=None) as bar:
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
@@ -108,7 +111,7 @@ class Scorer:
 def _digest(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -158,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     warn_of_different_images(scored)
 
     protocol = protocol_of(used, lpips)
-    records = []
+    records: list[dict[str, Any]] = []
     if args.table:
         records = table_records(args.table_metric, cells, scored, quoted)
         print_table(args.table_metric, records, bool(args.paper))
@@ -226,9 +229,9 @@ def load_lpips(args: argparse.Namespace, metrics: Sequence[str], device: str) ->
     return model
 
 
-def protocol_of(metrics: Sequence[str], lpips: Lpips | None) -> dict[str, object]:
+def protocol_of(metrics: Sequence[str], lpips: Lpips | None) -> dict[str, Any]:
     """What the numbers hang on: packages and weights, as fields and as `text`."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     text = []
     if lpips is not None:
         found |= {"lpips": version("lpips"), "weights": str(lpips.path), "weights_sha256": sha256(lpips.path)}
@@ -271,7 +274,7 @@ def print_scores(one: Scored, protocol: Sequence[str], title: bool) -> None:
 
 def table_records(
     metric: str, cells: dict[table1.Cell, table1.Given], scored: Sequence[Scored], quoted: dict[table1.Cell, float]
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """One record per cell with a number, ours or quoted. Clean-Masked is of a column's first file, unless one was given."""
     ours: dict[table1.Cell, tuple[str, Score]] = {}
     for cell, one in zip(cells, scored, strict=True):
@@ -299,7 +302,7 @@ def table_records(
     return records
 
 
-def print_table(metric: str, records: Sequence[dict[str, object]], quoting: bool) -> None:
+def print_table(metric: str, records: Sequence[dict[str, Any]], quoting: bool) -> None:
     ours = {(r["row"], r["patches"]): r[metric] for r in records if r["file"] is not None}
     quoted = {(r["row"], r["patches"]): r["quoted"] for r in records if r["quoted"] is not None}
     print(table1.layout(METRICS[metric].label, ours, METRICS[metric].digits, quoted))

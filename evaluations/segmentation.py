@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def count(pred: LabelMaps, ref: LabelMaps, palette: Palette, resize_reference: b
     return tally
 
 
-def _decode(decode, maps: LabelMaps, i: int, palette: Palette) -> Decoded:
+def _decode(decode: Callable[..., Decoded], maps: LabelMaps, i: int, palette: Palette) -> Decoded:
     array = maps.read(i)
     try:
         return decode(array, palette)
