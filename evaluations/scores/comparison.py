@@ -111,7 +111,7 @@ class Comparison:
 
     def network_protocol(self) -> Protocol:
         """Of the Inception network."""
-        found = {"backend": f"{self.backend.name} ({self.backend.software})"}
+        found: Protocol = {"backend": f"{self.backend.name} ({self.backend.software})"}
         return found | {"weights": self.backend.path.name, "sha256": self.backend.sha256}
 
     def kid_protocol(self) -> Protocol:
@@ -141,6 +141,11 @@ def check_counts(reference: ImageSet, samples: ImageSet, args: argparse.Namespac
         raise EvaluationError(
             f"precision and recall with k = {k} need at least {k + 1} images on both sides, found {min(counts)}"
         )
+
+
+def kid_can_be_had(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
+    """Raises EvaluationError without the package that computes it."""
+    kid.load()
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ METRICS = {
     "kid": Metric(
         Comparison.kid,
         default=False,
-        check=lambda reference, samples, args: kid.load(),
+        check=kid_can_be_had,
         protocol=Comparison.kid_protocol,
     ),
     "fd_dinov2": Metric(Comparison.fd_dinov2, default=False, protocol=Comparison.dinov2_protocol, inception=False),

@@ -86,7 +86,7 @@ class BrokenImages:
         self.numbers.add(index)
         name = self.source.name(index)
         logger.warning("%s: image %s is broken and left out (%s)", self.source.path, name, reason)
-        if len(self.numbers) > self.limit or len(self.broken) == len(self.source):
+        if len(self.numbers) > self.limit or len(self.numbers) == len(self.source):
             raise UserError(
                 f"{self.source.path}: {len(self.numbers)} of {len(self.source)} images are broken, over 1 %, "
                 f"the last one {name} ({reason}); repair or remove them"
