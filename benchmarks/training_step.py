@@ -25,7 +25,7 @@ from network import adm_style
 from torch import nn
 
 from guided_mt.data import Batch, open_source
-from guided_mt.modalities.registry import run_sections
+from guided_mt.generation.build import run_sections
 from guided_mt.runs.config import parse
 from guided_mt.runs.distributed import Processes
 from guided_mt.training.optim import learning_rate

@@ -19,11 +19,12 @@ from ..data.images import from_uint8, save_npz
 from ..data.subset import spread
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
+from ..generation.build import build_diffusion
 from ..generation.classification import classifier_probabilities, head_estimates, read_timesteps
 from ..generation.generate import Generator, samples_folder
 from ..generation.noisy_classifier import build_process, classifier_sections, find_classifier, load_classifier
 from ..generation.sharded import content_hash, run_sharded
-from ..modalities.registry import build_diffusion, loss_weights, task_names
+from ..modalities.registry import loss_weights, task_names
 from ..runs import distributed
 from ..runs.checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
 from ..runs.config import Config, option, parse

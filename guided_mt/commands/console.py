@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..modalities.registry import model_sections, sampling_may_change, saved_config
+from ..generation.build import model_sections, sampling_may_change, saved_config
 from ..runs.checkpoint import differing_keys, find_weights
 from ..runs.config import Config, parse
 from ..runs.distributed import Processes, rank_of_launcher

@@ -16,10 +16,12 @@ from ..data.images import save_npz
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
+from ..generation.batches import take_images
+from ..generation.build import build_diffusion, check_labels
 from ..generation.generate import Generator, output_path
 from ..generation.masks import make_mask
-from ..modalities import Images, MaskedImage, take_images
-from ..modalities.registry import build_diffusion, check_labels, mask_patch
+from ..modalities import Images, MaskedImage
+from ..modalities.registry import mask_patch
 from ..runs import distributed
 from ..runs.config import Config, SampleConfig, option
 from .console import announce, run, with_saved_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..data import open_source
-from ..modalities.registry import (
+from ..generation.build import (
     build_diffusion,
     build_model,
     check_labels,

@@ -18,17 +18,11 @@ from ..diffusion.random import SampleStreams, Stream
 from ..diffusion.sampling import Sample
 from ..errors import UserError
 from ..modalities import Modality
-from ..modalities.registry import (
-    build_diffusion,
-    build_modalities,
-    build_model,
-    needs_labels,
-    sees_plain_noise,
-    weights_names,
-)
+from ..modalities.registry import weights_names
 from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
+from .build import bind, build_diffusion, build_modalities, build_model, needs_labels, sees_plain_noise
 from .drawing import draw, visited
 
 log = logging.getLogger("guided_mt")
@@ -54,10 +48,12 @@ class Generator:
     def load(cls, config: Config, device: torch.device) -> Generator:
         """The model of `config.model_path`, ready to sample on `device`."""
         weights = Weights.find(config.model_path, config.ema)
-        model = build_model(config)
+        modalities = build_modalities(config)
+        model = build_model(config, modalities)
         load_weights(model, weights.file, allow_new=weights.settings is None)
         model = model.to(device).to_fast_layout().eval().requires_grad_(False)
-        return cls(config, model, build_modalities(config, model), weights.classes)
+        bind(modalities, config, model)
+        return cls(config, model, modalities, weights.classes)
 
     @property
     def known_classes(self) -> list[str] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.process import GaussianDiffusion
-from ..modalities.registry import MTConfig, build_diffusion
+from ..modalities.registry import MTConfig
 from ..networks.classifier import EncoderUNetModel, create_classifier
 from ..runs.checkpoint import (
     classifier_state,
@@ -25,6 +25,7 @@ from ..runs.checkpoint import (
     read_weights,
 )
 from ..runs.config import ClassifierConfig, Config, DiffusionConfig, option, parse
+from .build import build_diffusion
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """The second kinds of data. A modality says where its data come from, where they start, how they enter Z and what is lost.
 
-A new one is a class here (or anywhere), a head in `heads.py` and a row in `tasks.TASKS` (docs/new_modality.md).
+A new one is a class here (or anywhere), a head in `networks/heads.py` and a row in `registry.TASKS` (docs/new_modality.md).
 """
 
-from .base import Gaussian, Images, Modality, take_images
+from .base import Gaussian, Images, Modality
 from .image import ImageModality, MaskedImage, patch_mask
 from .label import LabelModality, RandomLabel
 from .tokens import LabelTokens, VectorTokens
@@ -21,5 +21,4 @@ __all__ = [
     "VectorModality",
     "VectorTokens",
     "patch_mask",
-    "take_images",
 ]

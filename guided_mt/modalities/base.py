@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSource
-from ..data.dataset import LoadedImages
-from ..data.images import from_uint8
 from ..diffusion.likelihood import mean_flat
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
@@ -31,16 +29,6 @@ class Images:
     loaded: dict[str, Tensor] = field(default_factory=dict)
 
 
-def take_images(
-    loaded: LoadedImages, rows: slice | Sequence[int], modalities: Mapping[str, Modality], device: torch.device | str
-) -> Images:
-    """Some of the loaded images as a batch on `device`, with what the modalities keep beside them."""
-    labels = None if loaded.labels is None else loaded.labels[rows].to(device)
-    beside = {name: modality.load(loaded.indices[rows].numpy()) for name, modality in modalities.items()}
-    found = {name: x.to(device) for name, x in beside.items() if x is not None}
-    return Images(from_uint8(loaded.images[rows].to(device)), labels, found)
-
-
 class Modality:
     """What training and sampling ask of a modality x. B samples; (C, H, W) is the shape of the diffusion space Z.
 
@@ -56,6 +44,9 @@ class Modality:
         check_name(name)
         self.name = name
         self.encoder: Encoder | None = None  # E(x) by the network, bound where there is one
+
+    def use_variance(self, variance: Tensor) -> None:
+        """Called with the tracked squared error of its head v_t [T], where it `tracks_variance`."""
 
     def prepare(self, images: ImageSource) -> None:
         """Called once before training. Raises UserError where the data of this modality don't fit the images."""
@@ -82,7 +73,7 @@ class Modality:
     def encode(self, x: Tensor) -> Tensor:
         """E(x) [B, C, H, W]; without a rule of its own the network's (DESIGN 2.6.4)."""
         if self.encoder is None:
-            raise ValueError(f"modality '{self.name}' encodes by a network: build it with one (tasks.build_modalities)")
+            raise ValueError(f"modality '{self.name}' encodes by a network: build it with one (build.build_modalities)")
         return self.encoder(x)
 
     def estimate(self, prediction: Tensor) -> Tensor:
@@ -138,6 +129,9 @@ class Gaussian(Modality):
     def __init__(self, name: str, variance: Tensor | np.ndarray | Sequence[float] | None = None):
         super().__init__(name)
         self.variance = None if variance is None else torch.as_tensor(variance)
+
+    def use_variance(self, variance: Tensor) -> None:
+        self.variance = variance
 
     @property
     def has_log_prob(self) -> bool:  # type: ignore[override]

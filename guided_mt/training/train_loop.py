@@ -17,19 +17,19 @@ from torch import Tensor
 from ..data import Batch, ImageSource, load_images
 from ..data.images import make_grid, to_nhwc
 from ..diffusion.random import SampleStreams, Stream
-from ..generation.generate import Generator
-from ..modalities import Images, take_images
-from ..modalities.registry import (
-    TASKS,
+from ..generation.batches import take_images
+from ..generation.build import (
+    bind,
     build_diffusion,
     build_modalities,
     build_model,
-    loss_weights,
     model_sections,
     needs_labels,
     saved_config,
-    variant_of,
 )
+from ..generation.generate import Generator
+from ..modalities import Images, Modality
+from ..modalities.registry import TASKS, loss_weights, variant_of
 from ..networks.model import MTModel
 from ..runs import checkpoint
 from ..runs.config import Config, SampleConfig
@@ -51,6 +51,7 @@ class TrainLoop(Loop):
 
     def __init__(self, config: Config, processes: Processes, source: ImageSource, folder: Path):
         self.modalities = build_modalities(config)
+        self.shown: dict[str, Modality] = {}  # the previews' modalities
         self.loss_weight = loss_weights(config)
         terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
         self.terms = [*terms, *self.modalities]
@@ -79,9 +80,9 @@ class TrainLoop(Loop):
     # ------------------------------------------------------------ set-up
 
     def make_model(self, config: Config) -> MTModel:
-        """The network, and the modalities that encode by it."""
-        model = build_model(config)
-        self.modalities = build_modalities(config, model)
+        """The network, by which the modalities encode from now on."""
+        model = build_model(config, self.modalities)
+        bind(self.modalities, config, model)
         return model
 
     def start_from(self, path: str) -> None:
@@ -187,7 +188,10 @@ class TrainLoop(Loop):
 
     def _preview_grid(self) -> np.ndarray:
         names = self.source.class_names if self.source.labels is not None else None
-        generator = Generator(self.config, self.model, build_modalities(self.config, self.model), names)
+        # Of its own: training may keep encodings (`--mt_encoder_refresh`) that are not the averaged weights'.
+        self.shown = self.shown or build_modalities(self.config)
+        bind(self.shown, self.config, self.model)
+        generator = Generator(self.config, self.model, self.shown, names)
         settings = SampleConfig(steps=25)
         loaded = load_images(self.source, self.config.image_size, limit=PREVIEW_COUNT)
         images = take_images(loaded, slice(None), self.modalities, self.device)

@@ -9,9 +9,9 @@ from tiny import MODEL, PROCESS, words
 
 from guided_mt.errors import UserError
 from guided_mt.generation import generate
+from guided_mt.generation.build import build_modalities, build_model, run_sections
 from guided_mt.generation.generate import Generator
 from guided_mt.modalities.classes import choose_classes
-from guided_mt.modalities.registry import build_modalities, build_model, run_sections
 from guided_mt.runs.config import SampleConfig, parse
 
 

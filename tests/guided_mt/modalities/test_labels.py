@@ -12,8 +12,8 @@ from torch import nn
 from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
+from guided_mt.generation.build import build_diffusion, build_modalities
 from guided_mt.modalities import ImageModality, Images, LabelModality, LabelTokens, Modality, RandomLabel
-from guided_mt.modalities.registry import build_diffusion, build_modalities
 from guided_mt.modalities.tokens import rms
 from guided_mt.networks.create import create_model
 from guided_mt.networks.heads import ClassifierHead, HeadInputs

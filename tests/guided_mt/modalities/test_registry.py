@@ -38,7 +38,9 @@ class Grey(ImageModality):
 
 @pytest.fixture
 def registered(monkeypatch):
-    row = Task(GreyConfig, lambda config, v: Grey(config.grey_gain, v), lambda config, unet: ImageHead(unet))
+    row = Task(
+        GreyConfig, lambda config, v: Grey(config.grey_gain, v), lambda config, backbone, process: ImageHead(backbone)
+    )
     monkeypatch.setitem(TASKS, "grey", row)
 
 
@@ -89,7 +91,9 @@ def test_a_name_that_is_taken_is_refused(name):
 
 def test_a_row_of_a_taken_name_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(
-        TASKS, "vb", Task(NoConfig, lambda config, v: Grey(1.0, v), lambda config, unet: ImageHead(unet))
+        TASKS,
+        "vb",
+        Task(NoConfig, lambda config, v: Grey(1.0, v), lambda config, backbone, process: ImageHead(backbone)),
     )
     with pytest.raises(UserError, match=r"modality 'vb': the name is that of a column of progress\.csv"):
         train_command.main(flags(mt_task="vb", log_dir=tmp_path))
@@ -105,7 +109,7 @@ def test_every_column_of_a_run_is_taken(tmp_path):
 
 
 def test_arrays_that_another_has_are_refused(monkeypatch, tmp_path):
-    row = Task(NoConfig, lambda config, v: Elsewhere(1.0, v), lambda config, unet: ImageHead(unet))
+    row = Task(NoConfig, lambda config, v: Elsewhere(1.0, v), lambda config, backbone, process: ImageHead(backbone))
     monkeypatch.setitem(TASKS, "grey", row)
     train_command.main(flags(mt_task="grey", mt_variant="U", total_steps=1, log_dir=tmp_path))
     with pytest.raises(UserError, match="modality 'grey': writes the array arr_0"):
@@ -120,7 +124,7 @@ class FileConfig:
 
 
 def test_a_run_goes_on_with_a_file_that_moved(monkeypatch, tmp_path):
-    row = Task(FileConfig, lambda config, v: Grey(1.0, v), lambda config, unet: ImageHead(unet))
+    row = Task(FileConfig, lambda config, v: Grey(1.0, v), lambda config, backbone, process: ImageHead(backbone))
     monkeypatch.setitem(TASKS, "grey", row)
     again = {"mt_task": "grey", "total_steps": 1, "log_dir": tmp_path}
     train_command.main(flags(**again, grey_file="here"))

@@ -7,8 +7,9 @@ import torch
 
 from guided_mt.diffusion.network import as_denoising
 from guided_mt.diffusion.random import SampleStreams
+from guided_mt.generation.build import build_diffusion, build_modalities, build_model, model_sections
 from guided_mt.modalities import Images
-from guided_mt.modalities.registry import TASKS, build_diffusion, build_modalities, build_model, model_sections
+from guided_mt.modalities.registry import TASKS
 from guided_mt.networks.create import create_model
 from guided_mt.networks.model import VARIANTS, MTModel
 from guided_mt.runs.config import parse

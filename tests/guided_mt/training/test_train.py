@@ -37,7 +37,8 @@ from guided_mt.commands import export
 from guided_mt.commands.console import run as run_command
 from guided_mt.commands.train import main
 from guided_mt.errors import UserError
-from guided_mt.modalities.registry import TASKS, build_model, run_sections
+from guided_mt.generation.build import build_model, run_sections
+from guided_mt.modalities.registry import TASKS
 from guided_mt.networks.model import VARIANTS
 from guided_mt.runs import checkpoint
 from guided_mt.runs.config import parse
