@@ -209,6 +209,17 @@ def test_without_modalities(sampler, learn_sigma):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("count", range(1, 9))
+def test_very_few_calls_give_numbers(count, schedule, sampler):
+    """Long steps from pure noise: nothing is rounded to the root of a negative number."""
+    diffusion = create_gaussian_diffusion(noise_schedule=schedule, timestep_respacing=f"solver{count}")
+    model = lambda z, t: torch.tanh(z) * 0.9  # noqa: E731
+    drawn = sample(model, diffusion, {}, (2, *SHAPE), sampler=sampler, seeds=[0, 1], eta=1.0).x_start
+    assert torch.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_depends_on_its_seed_alone(sampler):
     full = full_process("paper")
     data, process = JointGaussian.make(D, seed=4), respace(full, space_timesteps(1000, "12"))
