@@ -90,7 +90,7 @@ class Aggregation:
         return cls({m: aggregation_coefficients(aggregation_weights(w, betas), betas) for m, w in names.items()})
 
     def respace(self, timesteps: Sequence[int]) -> Aggregation:
-        """Keep alpha-tilde at the given timesteps: marginals are preserved, nothing else is needed (DESIGN 2.2)."""
+        """Keep alpha-tilde at the given timesteps: that preserves the marginals (docs/method.md, section 2.3)."""
         return Aggregation({name: c[list(timesteps)] for name, c in self.coefficients.items()})
 
     def shift(self, encodings: Mapping[str, Tensor], t: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Gaussian diffusion with ADM's process, losses and names, and the frame of MT-Diffusion around it.
 
-In the frame y_t = z_t - s_t (DESIGN 2.2) the chain of MT-Diffusion *is* DDPM's, so every formula below is the published one:
-Ho et al. 2020 (DDPM), Nichol and Dhariwal 2021 (IDDPM: learned variances, hybrid loss), Dhariwal and Nichol 2021 (ADM:
-guidance), Song et al. 2021 (DDIM). Here `x_t` is the state in the frame; only `training_losses` and `calc_bpd_loop` put it into
-z-space for the network, by adding `aggregation.shift`.
+In the frame y_t = z_t - s_t the chain of MT-Diffusion *is* DDPM's (docs/method.md, section 2.2), so every formula below is the
+published one: Ho et al. 2020 (DDPM), Nichol and Dhariwal 2021 (IDDPM: learned variances, hybrid loss), Dhariwal and Nichol 2021
+(ADM: guidance), Song et al. 2021 (DDIM). Here `x_t` is the state in the frame; only `training_losses` and `calc_bpd_loop` put
+it into z-space for the network, by adding `aggregation.shift`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class GaussianDiffusion(ADMLoops):
 
     def respace(self, timesteps: Sequence[int]) -> GaussianDiffusion:
         """The process that keeps abar_t and alpha-tilde_t at `timesteps` (local indices), so all kept marginals; nothing else
-        changes (DESIGN 2.2)."""
+        changes (docs/method.md, section 2.3)."""
         kept = sorted(set(timesteps))
         abar = self.alphas_cumprod[kept]
         respaced = copy.copy(self)

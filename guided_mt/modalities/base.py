@@ -71,7 +71,7 @@ class Modality:
         return None
 
     def encode(self, x: Tensor) -> Tensor:
-        """E(x) [B, C, H, W]; without a rule of its own the network's (DESIGN 2.6.4)."""
+        """E(x) [B, C, H, W]; without a rule of its own the network's (docs/method.md, section 10.4)."""
         if self.encoder is None:
             raise ValueError(f"modality '{self.name}' encodes by a network: build it with one (build.build_modalities)")
         return self.encoder(x)

@@ -47,7 +47,7 @@ class MaskedImage(ImageModality):
     """x = the image with m square patches set to mid grey (0 in [-1, 1]), m ~ Uniform{0..max_patches} (appendix E.2).
 
     patch: side in pixels. A patch's top-left corner is uniform over the image; patches overlap and are cut at the border.
-    full_prob: the share of samples with the complete mask, the condition that form X generates from (DESIGN 2.6.3).
+    full_prob: the share of samples with the complete mask, the condition that form X generates from (docs/method.md, section 10.3).
     """
 
     def __init__(

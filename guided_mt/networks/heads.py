@@ -36,7 +36,7 @@ class ImageHead(nn.Module):
 
 
 class PooledHead(nn.Module):
-    """The paper's M head: the middle features' mean over positions, then one linear layer (DESIGN 2.6.5): [B, size]."""
+    """The paper's M head, [B, size]: the middle features' mean, then one linear layer (docs/method.md, section 10.5)."""
 
     def __init__(self, backbone: Backbone, size: int):
         super().__init__()
@@ -85,7 +85,7 @@ class ClassifierHead(nn.Module):
 
 
 class HeadVariance(nn.Module):
-    """v_t: the mean squared error of a continuous head at each timestep, tracked while training (DESIGN 2.5).
+    """v_t: the mean squared error of a continuous head at each timestep, tracked while training (docs/method.md, section 5.2).
 
     Two running sums per timestep, which forget with `decay` per sample seen there, so that early errors fade.
     """

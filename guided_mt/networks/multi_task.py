@@ -1,4 +1,4 @@
-"""The multi-task part of the denoiser: a decoder head per modality, and what the network is given (DESIGN 2.3).
+"""The multi-task part of the denoiser: a decoder head per modality, and what the network is given (docs/method.md, section 3).
 
 It stands over a backbone and knows only what `Backbone` says of it. A modality enters as an image, concatenated to the input, or
 as tokens that the backbone attends to. E(x) of a modality without pixels is a pass of this same network (`encode_modality`).
@@ -111,7 +111,7 @@ class MultiTask(Backbone):
     @torch.no_grad()
     def encode_modality(self, name: str, x: Tensor) -> Tensor:
         """E(x) [B, C, H, W] of a modality with tokens: the output for an image of zeros at time zero, with x as context
-        (DESIGN 2.6.4). Without gradient and without dropout."""
+        (docs/method.md, section 10.4). Without gradient and without dropout."""
         size = (len(x), self.in_channels, self.image_size, self.image_size)
         zeros = torch.zeros(size, device=x.device)
         condition = zeros.new_zeros(len(x), self.condition_channels, *size[2:]) if self.image_inputs else None

@@ -49,8 +49,9 @@ def multi_task_losses(
 
     variant "U": every modality stands in the frame; "X": every modality is given to the network and leaves the frame; "any": each
     is given to each sample with probability `given_prob`. loss_weight: lambda, or one per modality.
-    drop_prob: the share of samples trained unconditionally: no frame, nothing given, no modality loss (DESIGN 2.6.6). The model is
-    told which by `unconditional`, and in form any what is given by `given`, as `MTModel.forward` takes them.
+    drop_prob: the share of samples trained unconditionally: no frame, nothing given, no modality loss (docs/method.md,
+    section 10.6). The model is told which by `unconditional`, and in form any what is given by `given`, as `MTModel.forward` takes
+    them.
     """
     x_start = images.x_start
     dropped = streams.uniform() < drop_prob  # (B,)

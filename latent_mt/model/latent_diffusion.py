@@ -43,9 +43,9 @@ class LatentMTDiffusion(LatentCodec):
 
     mt_sides: names of the two images of a pair, or none for a plain LDM. mt_swap_prob: how often the second side is z_0 and the
     first the modality; between 0 and 1 the network is told which by a class embedding, and one network translates both ways.
-    mt_variant, mt_weights, mt_loss_weight, mt_given_prob, mt_drop_prob: as in guided_mt (DESIGN 2.3). The rest are LDM's; those
-    that only log or that no released model uses are accepted at their defaults. How it is trained is in training.latent_diffusion.
-    Raises UserError for settings that contradict each other.
+    mt_variant, mt_weights, mt_loss_weight, mt_given_prob, mt_drop_prob: as in guided_mt (docs/method.md, section 3). The rest are
+    LDM's; those that only log or that no released model uses are accepted at their defaults. How it is trained is in
+    training.latent_diffusion. Raises UserError for settings that contradict each other.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Algorithm 1: draw z_0 and every unknown modality, any subset of them given, by any sampler (DESIGN 2.5)."""
+"""Algorithm 1: draw z_0 and every unknown modality, any subset of them given, by any sampler (docs/method.md, section 5)."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_equation_5_is_the_frame(schedule, weights):
 def test_weights_and_coefficients_have_the_documented_size(weights):
     betas = get_named_beta_schedule("cosine", 1000)
     largest = aggregation_coefficients(aggregation_weights(weights, betas), betas).max()
-    documented = {"none": 0.0, "paper": 0.90, "paper-literal": 898, "bridge": 1.0}  # DESIGN 2.4
+    documented = {"none": 0.0, "paper": 0.90, "paper-literal": 898, "bridge": 1.0}  # docs/method.md, section 4
     if weights in documented:
         assert largest == pytest.approx(documented[weights], rel=5e-3)
 
@@ -239,7 +239,7 @@ def test_unknown_names_are_named():
     ],
 )
 def test_losses_with_a_frame_equal_those_without_for_a_network_that_removes_it(options):
-    """z_t is y_t + s_t and nothing else changes: subtracting s_t inside the network gives plain DDPM's losses (DESIGN 2.2)."""
+    """z_t is y_t + s_t and nothing else changes: a network that subtracts s_t has DDPM's losses (docs/method.md, section 2.3)."""
     diffusion = create_gaussian_diffusion(steps=50, noise_schedule="cosine", mt_weights={"x": "paper"}, **options)
     x_start, noise, encoding = torch.randn(
         3, 4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)

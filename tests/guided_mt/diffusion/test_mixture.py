@@ -1,4 +1,4 @@
-"""A mixture with labels, whose best network is known, through every sampler, weight schedule and conditioning (DESIGN 2.5).
+"""A mixture with labels, whose best network is known, through every sampler, weights and conditioning (docs/method.md, section 5).
 
 Statistics of N draws are held against what N exact draws would show: frequencies to 4 standard errors, class means to 4 times
 their squared standard error, covariances to twice their own finite-sample Frechet distance.

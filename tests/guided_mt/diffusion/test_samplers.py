@@ -59,7 +59,7 @@ def test_unknown_modality(sampler, weights):
 
 
 def test_literal_weights_fail_as_documented():
-    """t/(T - t) once per step leaves an error of the size of the data, where `paper` leaves none (DESIGN 2.4)."""
+    """t/(T - t) once per step leaves an error of the size of the data, where `paper` leaves none (docs/method.md, section 4)."""
     data = JointGaussian.make(D, seed=1)
     errors = {}
     for weights in ("paper", "paper-literal"):
@@ -161,7 +161,7 @@ def test_one_known_and_one_unknown_modality(weights):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_printed_rule_for_a_known_modality_fails_as_documented(schedule):
-    """Algorithm 1 with E[eps | z_t] is off by more than the size of z_0 | x; own head is not (DESIGN 2.5)."""
+    """Algorithm 1 with E[eps | z_t] is off by more than the size of z_0 | x; own head is not (docs/method.md, section 5.2)."""
     data = JointGaussian.make(D, seed=2, isotropic=True)
     printed, _ = draw_given(data, data.network_u, "paper", "ddpm", "algorithm1", schedule, n=1000)
     own, _ = draw_given(data, data.network_u, "paper", "ddpm", "own-head", schedule, n=1000)
