@@ -37,7 +37,7 @@ def read_arguments(argv: Sequence[str], description: str) -> Arguments:
     def refuse(message: str) -> None:
         raise UserError(message)
 
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign, assignment]
     args, words = parser.parse_known_args(argv)  # key=value between flags too
     for word in words:
         if word.startswith("-") or "=" not in word:

@@ -102,7 +102,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     def refuse(message: str) -> None:
         raise UserError(message)
 
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign, assignment]
     for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if flag not in _FLAGS:  # before parsing, which would rather complain about what is missing
             raise UserError(f"unknown flag {flag}{nearest(flag, _FLAGS)}")
@@ -121,8 +121,8 @@ def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> Autoenc
     if described is None:
         if args.first_stage is None:
             raise UserError(f"{where}: missing; write it there, or name a run of autoencoder_train.py by --first_stage")
-        saved = read_config(find_weights(args.first_stage, flag="--first_stage"))
-        if not isinstance((saved or {}).get("model"), dict):
+        saved = read_config(find_weights(args.first_stage, flag="--first_stage")) or {}
+        if not isinstance(saved.get("model"), dict):
             raise UserError(f"{where}: missing, and {args.first_stage} has no config.yaml that says what it is")
         described, where = saved["model"], f"{args.first_stage}: model"
         described = {key: described[key] for key in ("target", "params") if key in described}

@@ -169,7 +169,7 @@ def translate(
 
         settings = {**signature, "route": route, "images": content_hash(loaded.images.numpy())}
         arrays = run_sharded(out / f"{name}.npz", len(stems), config.batch_size, processes, settings, make)
-        if processes.is_main:
+        if arrays is not None:
             made = arrays["arr_0"]
             write_folder(out / name, stems, made)
             rows = [x[:GRID].permute(0, 2, 3, 1).numpy() for x in (given, truth)] + [made[:GRID]]
@@ -238,7 +238,7 @@ def write_truth(
     """The true target side: NAME_truth.npz (arr_0) for the evaluator, and for label maps their indices as PNG and classes.txt."""
     save_npz(out / f"{target}_truth.npz", {"arr_0": images})
     side = next(side for side in pairs.sides if side.name == target)
-    if side.kind != "labels":
+    if side.palette is None:  # no label map
         return
     write_folder(out / f"{target}_truth", stems, np.stack([pairs.label_map(i, size) for i in indices]))
     lines = [
@@ -277,7 +277,7 @@ def draw_pairs(config: Config, generator: LatentGenerator, out: Path, processes:
 
     file = out / (f"pairs_{count}.npz" if model.sides else f"samples_{count}.npz")
     arrays = run_sharded(file, count, config.batch_size, processes, signature, make)
-    if processes.is_main:
+    if arrays is not None:
         rows = [arrays[name][start : start + GRID] for start in range(0, min(count, 32), GRID) for name in names]
         save_png(make_grid(np.concatenate(rows), columns=min(GRID, count)), file.with_suffix(".png"))
         print(f"{file}: {', '.join(f'{name} uint8 {list(arrays[name].shape)}' for name in names)}")
@@ -293,7 +293,7 @@ def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: in
         if class_id >= 0:
             raise UserError(f"--class_id {class_id}: this model knows of no classes; leave the flag out")
         return {}
-    stage = getattr(model, "cond_stage_model", None)
+    stage: Any = getattr(model, "cond_stage_model", None)
     by_class = model.cond_stage_key == "class_label" and model.conditioning_key == "crossattn" and stage is not None
     by_label = model.conditioning_key in (None, "adm") and model.network.num_classes is not None  # ADM's own way
     if not by_class and not by_label:
@@ -301,10 +301,12 @@ def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: in
             f"this model is conditioned on {model.cond_stage_key} ({model.conditioning_key}), which has no flag; in Python, pass "
             "it as `conditions` of LatentGenerator.pairs"
         )
-    device, count = model.scale_factor.device, stage.embedding.num_embeddings if by_class else model.network.num_classes
+    count: int = stage.embedding.num_embeddings if by_class else model.network.num_classes or 0
     if class_id >= count:
         raise UserError(f"--class_id {class_id}: this model has classes 0 to {count - 1}")
-    own = SampleStreams(torch.as_tensor(list(seeds)), index=Stream.LATENT_CLASS, device=device).integers(count)
+    own = SampleStreams(
+        torch.as_tensor(list(seeds)), index=Stream.LATENT_CLASS, device=model.scale_factor.device
+    ).integers(count)
     classes = own if class_id < 0 else torch.full_like(own, class_id)
     return {"c_crossattn": stage({stage.key: classes})} if by_class else {"y": classes}
 

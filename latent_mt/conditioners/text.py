@@ -55,8 +55,8 @@ class AttentionLayers(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), kind(dim)]) for kind in kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        for norm, layer in self.layers:
-            x = x + layer(norm(x))
+        for norm, layer in self.layers:  # type: ignore[misc]
+            x = x + layer(norm(x))  # type: ignore[has-type]
         return x
 
 

@@ -54,7 +54,7 @@ class LabelReader:
 
         Raises UserError where an index or a colour is none of the palette's; whatever Pillow raises for a broken file.
         """
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         image.load()
         if image.mode == "P" and self._is_painted(image):
             image = image.convert("RGB")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from guided_mt.data.loader import start_loader, stop_loader
 from guided_mt.errors import UserError
 
 
-def ordered_batches(source: ImageSource, image_size: int, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
+def ordered_batches(
+    source: ImageSource, image_size: int, batch_size: int, num_workers: int = 0
+) -> Generator[Batch, None, None]:
     """Batches of up to batch_size items, centre-cropped; positions and indices are the items' numbers.
 
     Broken items are left out with a warning. Raises UserError where over 1 % are. Close it to end the workers early.
@@ -44,7 +47,7 @@ class _Chunks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return -(-len(self.source) // self.size)
 
-    def __getitem__(self, chunk: int) -> dict[str, object]:
+    def __getitem__(self, chunk: int) -> dict[str, Any]:
         kept: list[int] = []
         broken: list[tuple[int, str]] = []
         numbers = range(len(self.source))[chunk * self.size : (chunk + 1) * self.size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,7 +41,7 @@ class PairSource(ImageSource):
         first, second = sides
         self.path = path
         self.sides = (first, second)
-        self.label_reader = label_reader
+        self.label_reader: Any = label_reader  # a LabelReader where a side is a label map
         self.class_names = [] if label_reader is None else label_reader.palette.names
 
     def read_sides(self, index: int) -> list[Image.Image | np.ndarray]:

@@ -105,11 +105,11 @@ class ConvolutionalAutoencoder(Autoencoder):
             load_first_stage(self, self.ddconfig, ckpt_path, ignore_keys)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Where LDM compares the gradients of its losses."""
         return self.decoder.conv_out.weight
 
-    def get_last_layer(self) -> nn.Parameter:
+    def get_last_layer(self) -> Tensor:
         return self.last_layer
 
     @property
@@ -282,7 +282,7 @@ class VQModel(ConvolutionalAutoencoder):
 class VQModelInterface(VQModel):
     """VQModel as LDM's diffusion models use it: encode stops before the codebook, decode begins with it."""
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.encode_to_prequant(x)
 
     def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
@@ -306,7 +306,7 @@ class IdentityFirstStage(Autoencoder):
     def decode(self, z: Tensor) -> Tensor:
         return z
 
-    def quantize(self, x: Tensor):
+    def quantize(self, x: Tensor) -> Any:
         return (x, None, [None, None, None]) if self.vq_interface else x
 
     def forward(self, x: Tensor) -> Tensor:

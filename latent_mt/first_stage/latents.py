@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,7 +107,7 @@ def encode_items(first_stage: FirstStage, images: Tensor, sides: int) -> Tensor:
 
 
 def _encode_into(
-    file: Path, batches: Iterator[Batch], count: int, first_stage: nn.Module, sides: int, precision: str
+    file: Path, batches: Generator[Batch, None, None], count: int, first_stage: Any, sides: int, precision: str
 ) -> tuple[list[int], list[int]]:
     """Write the latents of all `batches`; (their shape, the numbers of their items, of `count` in all)."""
     first_stage.eval()

@@ -92,6 +92,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """What encoder and decoder do at one resolution: blocks, each followed by attention where there is any."""
 
+    downsample: nn.Module  # of the encoder's levels but the last
+    upsample: nn.Module  # of the decoder's levels but the last
+
     def __init__(self, config: DDConfig, channels: int, out_channels: int, blocks: int, resolution: int):
         super().__init__()
         self.block = nn.ModuleList(
@@ -143,7 +146,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h)
             if hasattr(level, "downsample"):
-                h = level.downsample(h)
+                h = level.downsample(h)  # type: ignore[operator]
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -172,6 +175,6 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = level(h)
             if hasattr(level, "upsample"):
-                h = level.upsample(h)
+                h = level.upsample(h)  # type: ignore[operator]
         h = self.conv_out(F.silu(self.norm_out(h)))
         return torch.tanh(h) if self.tanh_out else h

@@ -42,7 +42,7 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 PIXEL_LOSSES = {"l1": lambda a, b: (a - b).abs(), "l2": lambda a, b: (a - b).square()}
 
 
-def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: Tensor) -> Tensor:
     """|grad nll| / |grad g_loss| at the last layer, within 0..1e4 (Esser et al. 2021, eq. 7): both then pull equally hard."""
     nll_grad = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
     g_grad = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
@@ -138,7 +138,7 @@ class AdversarialLoss(nn.Module):
             )
         self.disc_start, self.disc_factor, self.disc_weight = disc_start, disc_factor, disc_weight
         self.discriminator_loss = DISCRIMINATOR_LOSSES[disc_loss]
-        self.discriminator = None
+        self.discriminator: Any = None
         if disc_factor > 0:
             self.discriminator = build_discriminator(disc_in_channels, disc_num_layers, use_actnorm, disc_ndf)
         self.perceptual_loss = build_lpips() if perceptual_weight > 0 else None
@@ -163,7 +163,7 @@ class AdversarialLoss(nn.Module):
         return pixels + self.perceptual_weight * perceptual, perceptual
 
     def generator(
-        self, x: Tensor, made: Reconstruction, step: int, last_layer: nn.Parameter
+        self, x: Tensor, made: Reconstruction, step: int, last_layer: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(the autoencoder's loss, 0-dim; {column: 0-dim}) of images x [B, C, H, W] and what the first stage made of them."""
         loss, nll, record = self.total(x, made)

@@ -30,6 +30,8 @@ class VectorQuantizer(nn.Module):
     `unknown_index`: "random", "extra" or a number. Raises UserError for a remap that can't be read.
     """
 
+    used: Tensor  # the entries in use, only where `remapped`
+
     def __init__(
         self,
         n_e: int,
@@ -47,7 +49,6 @@ class VectorQuantizer(nn.Module):
         self.sane_index_shape = sane_index_shape
         self.embedding = nn.Embedding(n_e, e_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
-        self.used: Tensor | None
         self.register_buffer("used", None if remap is None else _read_used(remap, n_e))
         self.remapped = remap is not None
         self.unknown_index = unknown_index
@@ -102,7 +103,7 @@ class VectorQuantizer(nn.Module):
         if self.unknown_index == "random":
             unknown = torch.randint(self.re_embed, places.shape, device=indices.device)
         else:
-            unknown = torch.full_like(places, self.unknown_index)
+            unknown = torch.full_like(places, int(self.unknown_index))
         return torch.where(places < 0, unknown, places)
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Both images of a pair are encoded by the same frozen first stage; from there on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class LatentMTDiffusion(LatentCodec):
         for name, wrong in refused.items():
             if wrong:
                 raise UserError(f"model.params.{name}: only its default is supported; leave it out")
-        choices = {
+        choices: dict[str, tuple[Any, Collection[Any]]] = {
             "loss_type": (loss_type, LOSSES),
             "parameterization": (parameterization, TARGETS),
             "conditioning_key": (conditioning_key, DiffusionWrapper.KEYS),
@@ -172,7 +172,7 @@ class LatentMTDiffusion(LatentCodec):
 
     def modalities(self, role: int = 0) -> dict[str, PairedLatent]:
         """{name: modality}, with the head's tracked variance in this role where it was trained."""
-        tracked = self.network.head_variance
+        tracked: Any = self.network.head_variance
         found = {}
         for name in self.modality_names:
             own = tracked[SWAPPED] if role == 1 and SWAPPED in tracked else tracked[name]

@@ -115,7 +115,7 @@ class UNetModel(SharedUNet):
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(**unet_options(*args, **keywords))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor | None = None, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
         if timesteps is None:

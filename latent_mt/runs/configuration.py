@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read ({reason(error)})") from None
     try:
-        config = OmegaConf.create(text)
+        config: Any = OmegaConf.create(text)
     except Exception as error:  # OmegaConf and PyYAML raise many kinds; all mean the same to the user
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -49,7 +49,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         if not sign or not key or key.startswith("-"):
             raise UserError(f"don't know what to do with '{word}'; overrides are written key.of.the.file=value")
         try:
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
             if key.endswith(".target") and OmegaConf.select(config, key) not in (None, value):
                 # Another class takes other keys: its params come after it on the command line.
                 OmegaConf.select(config, key.removesuffix(".target"))["params"] = {}
@@ -57,7 +57,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         except Exception as error:
             raise UserError(f"{word}: can't be applied to {path} ({reason(error)})") from None
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key or "a key"
         raise UserError(f"{path}: {key} has no value; give it as {key}=VALUE on the command line") from None

@@ -279,9 +279,9 @@ def schedule_buffers(betas: np.ndarray) -> dict[str, Tensor]:
 
 
 def load_ldm(
-    module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), *, only_unet: bool = False, ema: bool = False
+    module: Any, path: str | Path, ignore_keys: Sequence[str] = (), *, only_unet: bool = False, ema: bool = False
 ) -> LDMCheckpoint:
-    """Load a checkpoint into a LatentMTDiffusion; float16 files are widened. Returns what the file holds.
+    """Load a checkpoint into `module`, a LatentMTDiffusion; float16 files are widened. Returns what the file holds.
 
     ignore_keys: entries that begin with one of these are left out, as in LDM. only_unet: first and conditioning stage stay as
     they are. ema: take the averaged weights, which LDM samples with, where the file has some (it may have no others). Heads and
@@ -310,7 +310,7 @@ def load_ldm(
     return found
 
 
-def _load_stages(module: nn.Module, found: LDMCheckpoint, path: str | Path) -> None:
+def _load_stages(module: Any, found: LDMCheckpoint, path: str | Path) -> None:
     dropped = [key for key in found.first_stage if key.startswith(TRAINING_ONLY)]
     if dropped:
         log.info("%s: %d entries of the first stage not loaded: they belong to its training", path, len(dropped))
@@ -335,7 +335,7 @@ def _load_part(module: nn.Module, state: Mapping[str, Tensor], where: str, key: 
     checkpoint.fill(module, state)
 
 
-def _check_schedule(module: nn.Module, found: LDMCheckpoint, path: str | Path) -> None:
+def _check_schedule(module: Any, found: LDMCheckpoint, path: str | Path) -> None:
     saved, own = found.buffers.get("betas"), torch.as_tensor(module.diffusion.betas, dtype=torch.float32)
     if saved is not None and (saved.shape != own.shape or not torch.allclose(saved.float(), own, rtol=1e-3, atol=0)):
         ends = [f"{len(b)} betas from {float(b[0]):.4g} to {float(b[-1]):.4g}" for b in (saved, own)]

@@ -102,7 +102,7 @@ def resolve(target: str) -> type:
     instead = way_out(target)
     if instead:
         raise UserError(f"{target} {instead}")
-    module, _, attribute = _home(target).partition(":")
+    module, _, attribute = (_home(target) or target).partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -137,7 +137,7 @@ def check_target(target: str) -> None:
 # ---------------------------------------------------------------- building
 
 
-def instantiate(config: Mapping[str, Any], where: str, **extra: Any) -> Any:
+def instantiate(config: Any, where: str, **extra: Any) -> Any:
     """The object that {target, params} describes. extra: arguments that the program gives.
 
     where: the place in the file, for messages ("model.params.unet_config"). Nested configurations are handed on as they are.
@@ -153,8 +153,8 @@ def arguments(config: Any, where: str, extra: Iterable[str] = ()) -> tuple[Any, 
     Raises UserError for an unknown target, unknown, missing or mistyped keys of params, and for LDM's marks.
     """
     if not isinstance(config, Mapping):
-        known = "belongs in cond_stage_config only" if config in MARKS else "is no configuration"
-        raise UserError(f"{where}: '{config}' {known}; write {{target: NAME, params: {{...}}}}")
+        why = "belongs in cond_stage_config only" if config in MARKS else "is no configuration"
+        raise UserError(f"{where}: '{config}' {why}; write {{target: NAME, params: {{...}}}}")
     check_keys(config, ("target", "params"), where)
     if not isinstance(config.get("target"), str):
         raise UserError(f"{where}: has no target, the dotted name of a class")

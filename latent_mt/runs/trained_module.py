@@ -36,7 +36,7 @@ class TrainedModule(pl.LightningModule):
         self.schedule: Callable[[int], float] | None = None  # factor of the rate at a step
         self.data: Any = None
         self.random_flip = False
-        self.ema: Ema | None = None
+        self.ema: Any = None  # an Ema, from `prepare` on
         self.skipped = SkippedSteps()
 
     @property

@@ -128,7 +128,8 @@ class AutoencoderTraining(TrainedModule):
 
     def _train_autoencoder(self, x: Tensor, noise: Tensor | None) -> list[Tensor]:
         """One update; returns the reconstructions, part by part."""
-        optimizer, loss_state, found = self._optimizers()[0], {}, []
+        loss_state: dict[str, Tensor] = {}
+        optimizer, found = self._optimizers()[0], []
         self._discriminator_learns(False)
         parts = x.chunk(self.microbatches)
         noises = [None] * len(parts) if noise is None else noise.chunk(self.microbatches)
@@ -150,7 +151,8 @@ class AutoencoderTraining(TrainedModule):
         return found
 
     def _train_discriminator(self, x: Tensor, reconstructions: list[Tensor]) -> None:
-        optimizer, loss_state = self._optimizers()[1], {}
+        loss_state: dict[str, Tensor] = {}
+        optimizer = self._optimizers()[1]
         parts = x.chunk(self.microbatches)
         for index, (part, reconstruction) in enumerate(zip(parts, reconstructions, strict=True)):
             with self._sync(index == len(parts) - 1):
@@ -167,7 +169,7 @@ class AutoencoderTraining(TrainedModule):
         if self.loss.discriminator is not None:
             self.loss.discriminator.requires_grad_(learns)
 
-    def _sync(self, last: bool):
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Processes exchange gradients in the last part's backward pass only."""
         alone = last or self.processes.world_size == 1
         return contextlib.nullcontext() if alone else self.trainer.strategy.model.no_sync()
@@ -183,8 +185,9 @@ class AutoencoderTraining(TrainedModule):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        betas = tuple(self.autoencoder.adam_betas)  # the rates are set at every step
-        adams = [torch.optim.Adam(self._generator_parameters(), betas=betas, fused=True)]
+        first, second = self.autoencoder.adam_betas
+        betas = (first, second)  # the rates are set at every step
+        adams: list[torch.optim.Optimizer] = [torch.optim.Adam(self._generator_parameters(), betas=betas, fused=True)]
         if self.loss.discriminator is not None:
             adams.append(torch.optim.Adam(self.loss.discriminator.parameters(), betas=betas, fused=True))
         return adams
@@ -275,7 +278,7 @@ class AutoencoderTraining(TrainedModule):
         if x.shape[1] == 3:
             return x
         if hasattr(self.autoencoder, "colorize"):
-            x = F.conv2d(x, self.autoencoder.colorize)
+            x = F.conv2d(x, self.autoencoder.colorize)  # type: ignore[arg-type]
             return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
         return x[:, :1].expand(-1, 3, -1, -1)
 

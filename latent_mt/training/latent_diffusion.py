@@ -63,7 +63,7 @@ class LatentTraining(TrainedModule):
     @torch.no_grad()
     def _track(self, record: Record) -> None:
         self.averages.add(record)
-        tracked = self.model.network.head_variance
+        tracked: Any = self.model.network.head_variance
         for name in self.model.modality_names:
             error, seen = record.values[name], record.counts(name)
             if SWAPPED in tracked:
