@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 
+import pytest
 from tiny import ROOT
 
 CITATION = re.compile(r"method\.md,?\s+(?:sections?\s+)?(\d+(?:\.\d+)*)")
@@ -40,8 +41,16 @@ def test_sections_are_numbered_in_order():
     assert all(int(number) in range(1, 11) for number in re.findall(r"\bsection (\d+)", PAGE))
 
 
-def test_what_the_page_links_to_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
-        assert (ROOT / "docs" / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_what_a_page_names_exists(page):
+    text = (ROOT / page).read_text()
+    links = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if not target.startswith("http")]
+    assert not [target for target in links if not (ROOT / page).parent.joinpath(target).exists()]
+    folders = "guided_mt|latent_mt|evaluations|tests|reproduce|benchmarks|scripts|docs"
+    files = re.findall(rf"`((?:{folders})/[\w/]+\.\w+)`", text)
+    assert not [name for name in files if not (ROOT / name).exists()]
+
+
+def test_the_table_of_contents_is_whole():
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.+)", PAGE, re.M)}
     assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) == anchors
