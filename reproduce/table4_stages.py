@@ -230,12 +230,12 @@ class Table4:
         """latent_sample.py into the folder `out`, unless it is there with the same weights and settings."""
         done, words = out / "done.json", (*self.sample_words(one), *words, "--out", str(out))
         weights = checkpoint.find_weights(one.newest, self.sample_config(one).ema)
-        told = {"words": list(words), "written": weights.stat().st_mtime}
-        if done.exists() and json.loads(done.read_text()) == told:
+        record = {"words": list(words), "written": weights.stat().st_mtime}
+        if done.exists() and json.loads(done.read_text()) == record:
             return
         done.unlink(missing_ok=True)
         latent_sample.main(words)
-        done.write_text(json.dumps(told))
+        done.write_text(json.dumps(record))
 
     def model(self, one: Run) -> Any:
         config = self.sample_config(one)

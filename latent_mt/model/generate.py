@@ -154,8 +154,8 @@ class LatentGenerator:
     ) -> tuple[Tensor, Tensor | None]:
         modalities = self.model.modalities(role)
         variant = self.model.network.variant
-        framed = variant == "U" and settings.mt_condition == "own-head"
-        if known and framed and not modalities[PAIRED].has_log_prob:
+        own_head = variant == "U" and settings.mt_condition == "own-head"
+        if known and own_head and not modalities[PAIRED].has_log_prob:
             raise UserError("this model's head was never trained, so own-head conditioning has nothing to go by")
         if settings.guidance_scale != 1 and self.model.drop_prob == 0:
             raise UserError(
