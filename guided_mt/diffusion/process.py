@@ -267,7 +267,8 @@ class GaussianDiffusion(ADMLoops):
         abar = self.at("alphas_cumprod", t, x)
         abar_to = self.at("alphas_cumprod_prev", t if to is None else to + 1, x)
         sigma = eta * torch.sqrt((1 - abar_to) / (1 - abar)) * torch.sqrt(1 - abar / abar_to)
-        rest = (1 - abar_to - sigma**2).clamp(min=0)  # with eta = 1 from pure noise it is 0, and rounding must not make it less
+        # From pure noise with eta = 1 nothing of eps is left, and rounding must not make it less than nothing.
+        rest = (1 - abar_to - sigma**2).clamp(min=0)
         mean = pred_xstart * torch.sqrt(abar_to) + torch.sqrt(rest) * eps
         return mean if noise is None else mean + self._unless_last(t, x) * sigma * noise
 
