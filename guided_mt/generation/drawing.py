@@ -15,6 +15,20 @@ from ..errors import UserError
 from ..modalities import Modality
 from ..runs.config import SamplingOptions
 
+FAR_FROM_NOISE = 0.5  # alpha-tilde_T of an unknown modality that a start at N(0, I) bears
+
+
+def start_warning(full: GaussianDiffusion, options: SamplingOptions, unknown: Collection[str]) -> str:
+    """What to say where the start N(0, I) is far from z_T because of the modalities `unknown`, and the sampler carries that along;
+    else ''."""
+    largest = max((abs(float(full.aggregation.coefficients[name][-1])) for name in unknown), default=0.0)
+    if largest <= FAR_FROM_NOISE or SAMPLERS[options.rule].renews_noise:
+        return ""
+    return (
+        f"the aggregation weights end at alpha-tilde {largest:.1f} on this schedule, so z_T is far from N(0, I), where drawing "
+        "begins; only new noise in each step forgets that: take --sampler sde-dpm++ or ddpm, or a model trained with bridge weights"
+    )
+
 
 def visited(
     full: GaussianDiffusion, options: SamplingOptions, respacing: str = "", in_frame: Collection[str] = ()

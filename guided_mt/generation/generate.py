@@ -23,7 +23,7 @@ from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
 from .build import bind, build_diffusion, build_modalities, build_model, needs_labels, sees_plain_noise
-from .drawing import draw, visited
+from .drawing import draw, start_warning, visited
 
 log = logging.getLogger("guided_mt")
 
@@ -112,6 +112,10 @@ class Generator:
         if settings.guidance_scale != 1:
             self._check_guidance(known)
         in_frame = [name for name in modalities if not (self.gives and name in known)]
+        far = start_warning(self.process, settings, [name for name in modalities if name not in known])
+        if far and not self.warned:
+            self.warned = True
+            log.warning("%s", far)
         return draw(
             _with_classes(self.model, labels),
             visited(self.process, settings, self.config.timestep_respacing, in_frame),

@@ -25,6 +25,7 @@ from guided_mt.data import load_images
 from guided_mt.data.images import from_uint8, make_grid, save_npz, save_png, to_nhwc
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError, nearest
+from guided_mt.generation.drawing import start_warning
 from guided_mt.generation.generate import parse_seeds, samples_folder
 from guided_mt.generation.sharded import content_hash, run_sharded
 from guided_mt.runs import checkpoint, distributed
@@ -40,7 +41,6 @@ from ..runs.targets import instantiate
 
 GRID = 8  # columns of a picture grid
 DEFAULT_PAIRS = 16
-SMALL_FRAME = 0.5  # alpha-tilde_T that a start at N(0, I) bears
 log = logging.getLogger("latent_mt")
 OF_PAIRS = ("route", "data_dir", "split", "timesteps", "draws")  # flags that say nothing without --given
 
@@ -260,14 +260,9 @@ def draw_pairs(config: Config, generator: LatentGenerator, out: Path, processes:
     count = config.num_samples if config.num_samples > 0 else DEFAULT_PAIRS
     seeds = parse_seeds(config.seeds, count)
     names = ["arr_0", *model.sides[1:]]
-    frame = max((abs(c[-1]) for c in model.diffusion.aggregation.coefficients.values()), default=0.0)
-    if frame > SMALL_FRAME and config[LatentSampleConfig].rule != "ddpm" and processes.is_main:
-        log.warning(
-            "with mt_weights %s on this schedule z_T is far from N(0, I) (alpha-tilde_T %.1f), and only ancestral sampling forgets "
-            "that: pairs from nothing want --sampler ddpm, or a model trained with mt_weights bridge",
-            model.mt_weights,
-            frame,
-        )
+    far = start_warning(model.diffusion, config[LatentSampleConfig], model.modality_names)
+    if far and processes.is_main:
+        log.warning("%s", far)
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]

@@ -21,19 +21,17 @@ from .samplers import Sampler
 class DPMSolverPP(Sampler):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the estimate in the middle of the step, by the last two."""
 
-    stochastic = False
-
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
         previous: tuple[int, Estimate] | None = None
         for step in steps:
             estimate = self.denoise(z, step)
-            held, z = estimate, z if self.stochastic else self.second_look(z, step, estimate)
+            held, z = estimate, z if self.renews_noise else self.second_look(z, step, estimate)
             if previous is not None and step > 0:
                 before = float(self.lambdas[step] - self.lambdas[previous[0]])
                 h = min(float(self.lambdas[step - 1] - self.lambdas[step]), before)
                 held = estimate.toward((-0.5 * h / before, previous[1]))
-            noise = self.noise(z) if self.stochastic else None
-            z = self.move(z, step, step - 1, held, noise, float(self.stochastic))
+            noise = self.noise(z) if self.renews_noise else None
+            z = self.move(z, step, step - 1, held, noise, float(self.renews_noise))
             previous = (step, estimate)
         return z
 
@@ -42,7 +40,7 @@ class SDEDPMSolverPP(DPMSolverPP):
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): the same estimate in the stochastic equation, whose first-order step is
     DDIM's with eta = 1. New noise at every step forgets what was wrong at the start."""
 
-    stochastic = True
+    renews_noise = True
 
 
 class UniPC(Sampler):

@@ -27,6 +27,7 @@ class Sampler:
     """
 
     spacing = "solver"
+    renews_noise = False  # whether new noise in each step forgets what was wrong at the start
     shifts_mean = False  # where a separate classifier's gradient enters: the mean of the step, or else eps
 
     def __init__(self, denoise: Denoiser, streams: SampleStreams, eta: float = 0.0):
@@ -72,6 +73,7 @@ class Ancestral(Sampler):
     """z_{t-1} ~ p(z_{t-1} | z_t) (DDPM algorithm 2). Even timesteps: they lose by any other spacing."""
 
     spacing = "even"
+    renews_noise = True
     shifts_mean = True
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
