@@ -14,6 +14,7 @@ from guided_mt.commands.console import with_saved_config
 from guided_mt.errors import UserError
 from guided_mt.generation.build import build_diffusion, build_model, model_sections, run_sections
 from guided_mt.modalities.registry import TASKS, task_names
+from guided_mt.runs.checkpoint import find_weights
 from guided_mt.runs.config import Config, SampleConfig, load_preset, parse, preset_names
 from guided_mt.runs.loop_config import TrainConfig
 from guided_mt.training.train_loop import batch_sizes
@@ -148,6 +149,11 @@ def test_a_checkpoint_carries_its_configuration(tmp_path):
     assert sampling("--precision", "bf16").precision == "bf16"
     with pytest.raises(UserError, match=r"mt_weights \(bridge there, paper here\)"):
         sampling("--mt_weights", "paper")
+
+    # A training that goes on changes what is newest, not what this command draws from.
+    file = find_weights(config.model_path, config.ema)
+    train.main(flags(log_dir=run, total_steps=2, mt_weights="bridge", batch_size=2, timestep_respacing=""))
+    assert find_weights(run, config.ema) != file == find_weights(config.model_path, config.ema)
 
 
 @pytest.mark.parametrize(
