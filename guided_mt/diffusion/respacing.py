@@ -57,11 +57,6 @@ def _fixed_stride(num_timesteps: int, count: int) -> list[int]:
     )
 
 
-def respace(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> GaussianDiffusion:
-    """`diffusion.respace(timesteps)`: the process on some of its timesteps, with the same marginals there."""
-    return diffusion.respace(timesteps)
-
-
 def create_gaussian_diffusion(
     *,
     steps: int = 1000,

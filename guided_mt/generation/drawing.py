@@ -39,14 +39,19 @@ def visited(
 
     Raises UserError where the counts can't be had.
     """
+    if respacing:
+        return respaced(full, respacing)
     count = min(options.steps, full.num_timesteps)
+    if SAMPLERS[options.rule].spacing == "even":
+        return respaced(full, str(count))
+    coefficients = [full.aggregation.coefficients[name] for name in in_frame]
+    return full.respace(solver_timesteps(full.alphas_cumprod, coefficients, count))
+
+
+def respaced(full: GaussianDiffusion, respacing: str) -> GaussianDiffusion:
+    """The process on the timesteps that `--timestep_respacing` keeps. Raises UserError where the counts can't be had."""
     try:
-        if respacing:
-            return full.respace(kept_timesteps(full, respacing))
-        if SAMPLERS[options.rule].spacing == "even":
-            return full.respace(kept_timesteps(full, str(count)))
-        coefficients = [full.aggregation.coefficients[name] for name in in_frame]
-        return full.respace(solver_timesteps(full.alphas_cumprod, coefficients, count))
+        return full.respace(kept_timesteps(full, respacing))
     except ValueError as error:
         raise UserError(str(error)) from None
 

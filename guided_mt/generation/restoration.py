@@ -10,9 +10,9 @@ from torch import Tensor
 from ..diffusion.network import as_denoising
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
-from ..diffusion.respacing import kept_timesteps
 from ..errors import UserError
 from ..runs.config import SamplingOptions
+from .drawing import respaced
 from .generate import Generator
 
 # RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply.
@@ -49,7 +49,7 @@ def restore(
     full = generator.process
     steps = generator.config.timestep_respacing or str(min(REPAINT_STEPS, full.num_timesteps))
     network = generator.unconditional(labels)
-    return repaint(network, full.respace(kept_timesteps(full, steps)), masked, keep, seeds, resamples=repaint_resamples)
+    return repaint(network, respaced(full, steps), masked, keep, seeds, resamples=repaint_resamples)
 
 
 def repaint_schedule(num_timesteps: int, jump: int = 10, resamples: int = 10) -> Iterator[tuple[int, int]]:

@@ -18,9 +18,9 @@ from guided_mt.diffusion.aggregation import WEIGHTS, Aggregation
 from guided_mt.diffusion.process import GaussianDiffusion, LossType, ModelVarType
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.resample import UniformSampler
-from guided_mt.diffusion.respacing import kept_timesteps, respace
 from guided_mt.diffusion.targets import ModelMeanType
 from guided_mt.errors import UserError
+from guided_mt.generation.drawing import respaced
 from guided_mt.modalities import Images
 from guided_mt.networks.model import VARIANTS, MTModel
 from guided_mt.runs import checkpoint
@@ -180,10 +180,13 @@ class LatentMTDiffusion(LatentCodec):
         return found
 
     def respaced(self, timestep_respacing: str = "") -> GaussianDiffusion:
-        """The process on fewer timesteps: as guided_mt's `timestep_respacing`, or "ldmN" for LDM's N DDIM steps."""
+        """The process on fewer timesteps: as guided_mt's `timestep_respacing`, or "ldmN" for LDM's N DDIM steps.
+
+        Raises UserError where the counts can't be had.
+        """
         if timestep_respacing.startswith("ldm") and timestep_respacing[3:].isdecimal():
-            return respace(self.diffusion, ddim_timesteps(int(timestep_respacing[3:]), self.diffusion.num_timesteps))
-        return respace(self.diffusion, kept_timesteps(self.diffusion, timestep_respacing))
+            return self.diffusion.respace(ddim_timesteps(int(timestep_respacing[3:]), self.diffusion.num_timesteps))
+        return respaced(self.diffusion, timestep_respacing)
 
     def to_fast_layout(self) -> LatentMTDiffusion:
         """Network and first stage in the device's fastest memory format; call after moving. Returns self."""

@@ -11,7 +11,7 @@ import torch
 
 from guided_mt.diffusion.aggregation import WEIGHTS, aggregation_coefficients, aggregation_weights
 from guided_mt.diffusion.network import ModelOutput, takes_modalities
-from guided_mt.diffusion.respacing import create_gaussian_diffusion, respace, space_timesteps
+from guided_mt.diffusion.respacing import create_gaussian_diffusion, space_timesteps
 from guided_mt.diffusion.schedules import SCHEDULES, get_named_beta_schedule
 from guided_mt.networks.create import create_model
 
@@ -193,11 +193,11 @@ def test_each_modality_has_its_own_weights_and_shifts_add():
 def test_respacing_keeps_marginals_and_nothing_else():
     full = create_gaussian_diffusion(steps=100, noise_schedule="cosine", mt_weights={"x": "paper"})
     kept = [0, 7, 50, 99]
-    few = respace(full, kept)
+    few = full.respace(kept)
     np.testing.assert_allclose(few.alphas_cumprod, full.alphas_cumprod[kept], rtol=1e-9)
     np.testing.assert_array_equal(few.aggregation.coefficients["x"], full.aggregation.coefficients["x"][kept])
     assert few.timestep_map.tolist() == kept
-    again = respace(few, [1, 3])
+    again = few.respace([1, 3])
     assert again.timestep_map.tolist() == [7, 99]
 
 

@@ -17,7 +17,7 @@ from test_samplers import SOUND_WEIGHTS, finite_sample_error
 from guided_mt.diffusion.aggregation import WEIGHTS
 from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps, respace, space_timesteps
+from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps, space_timesteps
 from guided_mt.diffusion.sampling import SAMPLERS, sample
 from guided_mt.diffusion.sampling.guidance import classifier_guidance
 from guided_mt.modalities import ImageModality
@@ -43,7 +43,7 @@ def draw(data, weights, *, steps=80, n=N, model=None, modality=None, sampler="dd
     modalities = {} if weights is None else {"label": modality or data.modality()}
     model = model or data.network(full)
     settings = {"seeds": range(n), "clip_denoised": False, "sampler": sampler, **options}
-    return sample(model, respace(full, kept), modalities, (n, *SHAPE), **settings)
+    return sample(model, full.respace(kept), modalities, (n, *SHAPE), **settings)
 
 
 def assert_frequencies(labels: torch.Tensor, allowed: float = 0.0) -> None:
@@ -141,7 +141,7 @@ def test_label_unknown_and_another_modality_given():
 
     modalities = {"label": OVERLAPPING.modality(), "x": ImageModality("x")}
     options = {"known": {"x": x}, "conditioning": "network", "seeds": range(N), "clip_denoised": False}
-    process = respace(full, space_timesteps(1000, "100"))
+    process = full.respace(space_timesteps(1000, "100"))
     drawn = sample(model, process, modalities, (N, *SHAPE), **options)
     mean = (p[:, None] * means).sum(0)
     flat = drawn.x_start.flatten(1).double()

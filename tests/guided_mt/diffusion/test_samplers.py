@@ -10,7 +10,7 @@ from gaussian import JointGaussian, frechet
 from guided_mt.diffusion.aggregation import WEIGHTS
 from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps, respace, space_timesteps
+from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps, space_timesteps
 from guided_mt.diffusion.sampling import SAMPLERS, sample
 from guided_mt.diffusion.schedules import SCHEDULES
 from guided_mt.modalities import ImageModality
@@ -94,7 +94,7 @@ def draw_given(data, network, weights, sampler, conditioning, schedule="cosine",
     x = torch.from_numpy(data.draw_x(n, np.random.default_rng(0))).float().view(n, *SHAPE)
     drawn = sample(
         network(full),
-        respace(full, space_timesteps(1000, str(steps))),
+        full.respace(space_timesteps(1000, str(steps))),
         {"x": ImageModality("x", variance=variance)},
         (n, *SHAPE),
         known={"x": x},
@@ -146,7 +146,7 @@ def test_one_known_and_one_unknown_modality(weights):
     x = torch.randn(N, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawn = sample(
         network,
-        respace(full, space_timesteps(1000, "250")),
+        full.respace(space_timesteps(1000, "250")),
         {"x": ImageModality("x"), "u": ImageModality("u")},
         x.shape,
         known={"x": x},
@@ -179,7 +179,7 @@ def test_given_to_the_network_the_weights_do_not_matter():
     drawn = []
     for weights in WEIGHTS:
         full = full_process(weights)
-        process = respace(full, space_timesteps(1000, "20"))
+        process = full.respace(space_timesteps(1000, "20"))
         result = sample(
             data.network_x(full),
             process,
@@ -222,7 +222,7 @@ def test_very_few_calls_give_numbers(count, schedule, sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_depends_on_its_seed_alone(sampler):
     full = full_process("paper")
-    data, process = JointGaussian.make(D, seed=4), respace(full, space_timesteps(1000, "12"))
+    data, process = JointGaussian.make(D, seed=4), full.respace(space_timesteps(1000, "12"))
     model, modalities = data.network_u(full), {"x": ImageModality("x")}
     draw = lambda seeds: sample(model, process, modalities, (len(seeds), *SHAPE), sampler=sampler, seeds=seeds, eta=0.5)  # noqa: E731
     together, alone = draw([3, 1, 4, 1]), draw([4])

@@ -11,7 +11,7 @@ from gaussian import frechet
 from PIL import Image
 
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.diffusion.respacing import create_gaussian_diffusion, respace, space_timesteps
+from guided_mt.diffusion.respacing import create_gaussian_diffusion, space_timesteps
 from guided_mt.errors import UserError
 from guided_mt.generation.masks import make_mask
 from guided_mt.generation.restoration import repaint, repaint_schedule
@@ -43,7 +43,7 @@ def test_repaint_on_gaussian_data():
     root = rng.normal(size=(4, 4)) / 2
     cov = 0.1 * (root @ root.T + 0.2 * np.eye(4))
     full = create_gaussian_diffusion(noise_schedule="cosine", sigma_small=True)
-    process, model = respace(full, space_timesteps(1000, "100")), gaussian_model(full, cov)
+    process, model = full.respace(space_timesteps(1000, "100")), gaussian_model(full, cov)
     n = 3000
     x = torch.from_numpy(rng.normal(size=(n, 4)) @ np.linalg.cholesky(cov).T).float().view(n, 1, 2, 2)
     ones = torch.ones(n, 1, 2, 2)

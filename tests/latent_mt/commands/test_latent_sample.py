@@ -155,7 +155,7 @@ def test_a_frame_that_is_large_at_the_start_is_warned_of(streets, tmp_path, capl
     """See test_latent_model: deterministic samplers end far from the data there."""
     model = write_run(tmp_path / "run", streets, **{**MAPS, "mt_weights": weights})
     draw(model, tmp_path, "--num_samples", 1, "--sampler", sampler)
-    assert caplog.text.count("want --sampler ddpm") == warned
+    assert caplog.text.count("take --sampler sde-dpm++") == warned
 
 
 # ---------------------------------------------------------------- seeds, batches, processes, resuming
