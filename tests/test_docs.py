@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import MODEL, PROCESS, ROOT, TRAINING, progress, step_folder, words
 
+from guided_mt import create_gaussian_diffusion
 from guided_mt.commands import sample
+from guided_mt.diffusion import sampling
+from guided_mt.diffusion.sampling import SAMPLERS
 from guided_mt.errors import UserError
 from guided_mt.modalities.registry import TASKS
 
@@ -106,3 +110,19 @@ def test_what_the_page_links_to_exists():
         assert (ROOT / "docs" / target).exists(), target
     for name in re.findall(r"`(\w+/\w+\.py)`", PAGE):
         assert (ROOT / name).exists() or (ROOT / "guided_mt" / name).exists(), name
+
+
+def test_the_sampler_of_the_page_on_sampling():
+    """As printed: it is known by its name, and calls the network once per timestep."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sampling.md").read_text(), re.DOTALL)
+    before = dict(SAMPLERS)
+    try:
+        exec(compile(code, "docs/sampling.md", "exec"), {})
+        process = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="solver20")
+        calls: list[int] = []
+        model = lambda z, t: (calls.append(int(t[0])), 0.1 * z)[1]  # noqa: E731
+        drawn = sampling.sample(model, process, {}, (1, 3, 4, 4), sampler="midpoint", seeds=[0]).x_start
+    finally:
+        SAMPLERS.clear()
+        SAMPLERS.update(before)
+    assert calls == sorted(calls, reverse=True) and len(calls) == 20 and torch.isfinite(drawn).all()
