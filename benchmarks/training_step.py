@@ -125,7 +125,7 @@ class Step:
             norm = loop.optimizer.step(learning_rate(0, 1e-4, 0, 0))
             times.append(self._now())
             loop.ema.update()
-        loop.track(record, norm.to(record.device))
+        loop.track(record, norm.to(loop.device))
         times.append(self._now())
         return [encoding, *(b - a for a, b in itertools.pairwise(times))]
 
