@@ -1,6 +1,6 @@
 """The samplers' own error at few network calls, with networks whose best is known: no training, Markdown tables.
 
-    python benchmarks/samplers.py [--samples 20000] [--seed 0]
+    python benchmarks/samplers.py [--samples 20000] [--seed 0] [--weights paper,bridge,constant]
 
 1. Without a modality, beside PyPI's diffusers: pixels of variance 0.3, 1 and 2.2, the largest relative error of the variance drawn.
    A deterministic rule is linear there, so its error is exact; the stochastic ones are drawn --samples times.
@@ -131,6 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--weights", default="paper,bridge,constant", help="aggregation weights of the modality, as in paper,early"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # diffusers', of numpy
     drawn = (args.samples, args.seed)
@@ -144,7 +147,7 @@ def main() -> None:
     rows += [(f"diffusers: {n}", [theirs(s, make, c) for s, c in cells]) for n, make in diffusers_schedulers().items()]
     table("no modality: relative error of the variance", columns, rows, 3)
     for schedule in ("cosine", "linear"):
-        weights = ("paper", "bridge", "constant")
+        weights = args.weights.split(",")
         columns = [f"{w} {count}" for w in weights for count in CALLS]
         rows = []
         for sampler in SAMPLERS:

@@ -29,10 +29,35 @@ def _paper_literal(betas: np.ndarray) -> np.ndarray:
 
 def _bridge(betas: np.ndarray) -> np.ndarray:
     """The weights whose coefficients are alpha-tilde_t = 2 sqrt(abar_t (1 - abar_t)): smooth, at most 1, near 0 at both ends."""
-    alphas = 1.0 - betas
-    abar = np.cumprod(alphas)
-    coefficients = 2.0 * np.sqrt(abar * (1.0 - abar))
-    return coefficients / np.sqrt(alphas) - np.append(0.0, coefficients[:-1])
+    abar = np.cumprod(1.0 - betas)
+    return _weights_of(2.0 * np.sqrt(abar * (1.0 - abar)), betas)
+
+
+def _early(betas: np.ndarray) -> np.ndarray:
+    """alpha-tilde_t = c sqrt(abar_t) (1 - abar_t)^2, c = 25 sqrt(5) / 16: `bridge` with its peak at abar = 1/5, an SNR of 1/4.
+
+    alpha-tilde_t / sqrt(abar_t) = c (1 - abar_t)^2 only grows with t: in pure noise the modality outweighs the image by
+    c = 3.5 (`bridge`: 2), and so it is the first that sampling settles.
+    """
+    abar = np.cumprod(1.0 - betas)
+    return _weights_of(_PEAK * np.sqrt(abar) * (1.0 - abar) ** 2, betas)
+
+
+def _late(betas: np.ndarray) -> np.ndarray:
+    """alpha-tilde_t = c abar_t^2 sqrt(1 - abar_t): `early` with signal and noise exchanged, peak at abar = 4/5, an SNR of 4.
+
+    alpha-tilde_t / sqrt(abar_t) = c abar_t^(3/2) sqrt(1 - abar_t) vanishes in noise: the modality follows the image.
+    """
+    abar = np.cumprod(1.0 - betas)
+    return _weights_of(_PEAK * abar**2 * np.sqrt(1.0 - abar), betas)
+
+
+_PEAK = 25.0 * np.sqrt(5.0) / 16.0  # the largest value of both is 1
+
+
+def _weights_of(coefficients: np.ndarray, betas: np.ndarray) -> np.ndarray:
+    """w_t = alpha-tilde_t / sqrt(alpha_t) - alpha-tilde_{t-1}: eq. 4 solved for the weights."""
+    return coefficients / np.sqrt(1.0 - betas) - np.append(0.0, coefficients[:-1])
 
 
 def _constant(betas: np.ndarray) -> np.ndarray:
@@ -47,6 +72,8 @@ WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "paper": _paper,
     "paper-literal": _paper_literal,
     "bridge": _bridge,
+    "early": _early,
+    "late": _late,
     "constant": _constant,
     "none": _none,
 }

@@ -171,7 +171,14 @@ def test_equation_5_is_the_frame(schedule, weights):
 def test_weights_and_coefficients_have_the_documented_size(weights):
     betas = get_named_beta_schedule("cosine", 1000)
     largest = aggregation_coefficients(aggregation_weights(weights, betas), betas).max()
-    documented = {"none": 0.0, "paper": 0.90, "paper-literal": 898, "bridge": 1.0}  # docs/method.md, section 4
+    documented = {
+        "none": 0.0,
+        "paper": 0.90,
+        "paper-literal": 898,
+        "bridge": 1.0,
+        "early": 1.0,
+        "late": 1.0,
+    }  # docs/method.md, section 4
     if weights in documented:
         assert largest == pytest.approx(documented[weights], rel=5e-3)
 
