@@ -18,7 +18,7 @@ _DIGITS_HELD_OUT = 5  # every fifth digit is held out
 
 
 class NpzSource(ArraySource):
-    """ADM's sample files and batches: arr_0 uint8 [N, H, W, 3], and maybe arr_1, class ids [N]."""
+    """ADM's sample files and batches: arr_0 uint8 [N, H, W, 3], and maybe arr_1, class ids [N], -1 for no class."""
 
     file: Path
 
@@ -101,14 +101,19 @@ def _check_images(file: Path, images: np.ndarray) -> None:
 
 def _check_labels(
     file: Path, labels: np.ndarray, count: int, class_names: Sequence[str] | None
-) -> tuple[np.ndarray, list[str]]:
-    """(int64 ids [N], names). Names have equal length, so that they sort as their ids do."""
+) -> tuple[np.ndarray | None, list[str]]:
+    """(int64 ids [N], names), or (None, []) where all ids are -1. Names have equal length, so that they sort as ids do."""
     if labels.shape != (count,):
         raise UserError(f"{file}: arr_1 is {list(labels.shape)} for {count} images; it must be one class id per image")
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise UserError(f"{file}: arr_1 must be class ids 0, 1, 2, ... (it is {labels.dtype}, from {labels.min()})")
+    if labels.dtype.kind not in "iu" or labels.min() < -1:
+        raise UserError(
+            f"{file}: arr_1 must be class ids 0, 1, 2, ..., or -1 for an image without a class "
+            f"(it is {labels.dtype}, from {labels.min()})"
+        )
     labels = labels.astype(np.int64)
     largest = int(labels.max())
+    if largest < 0:
+        return None, []
     if class_names is None:
         return labels, [str(i).zfill(len(str(largest))) for i in range(largest + 1)]
     if largest >= len(class_names):

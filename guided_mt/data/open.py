@@ -1,68 +1,138 @@
-"""From what the user writes after --data_dir to an ImageSource."""
+"""From what the user writes after --data_dir to an ImageSource. To read another format is to add a row to `SOURCES`:
+
+    class Lmdb(ImageSource):  # a dozen lines: path, labels and class_names, then __len__, read(index) and name(index)
+        ...
+
+    SOURCES["lmdb"] = SourceKind(lambda text, path: path.suffix == ".lmdb", lambda text, path, names, _: Lmdb(text, names))
+
+The row is one line, and every command reads it from then on. The last row that accepts a path opens it, so that a new row
+wins over those before it, and a row by an old name takes the old one's place.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, nearest
 from .archives import TarSource, ZipSource
 from .arrays import open_builtin, open_npz
 from .folders import CloudFolderSource, FolderSource
+from .joined import Joined
 from .sources import IMAGE_SUFFIXES, ImageSource
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_COMMA_BEFORE_SCHEME = re.compile(r",(?=[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A row of SOURCES.
+
+    accepts(text, path): whether this row opens it. open(text, path, class_names, suffixes): the source. text is what the user
+    wrote; path is that as a local path, or the file it leads into (x.tar of x.tar/train), whether or not it exists;
+    class_names and suffixes are those of `open_source`, and a format without classes or file names leaves them.
+    """
+
+    accepts: Callable[[str, Path], bool]
+    open: Callable[[str, Path, Sequence[str] | None, tuple[str, ...]], ImageSource]
 
 
 def open_source(
     path: str | Path, class_names: Sequence[str] | None = None, *, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
 ) -> ImageSource:
-    """Open a folder, .tar, .zip, folder inside one (x.tar/train), .npz, builtin:NAME or cloud folder (gs://...).
+    """Open a folder, .tar, .zip, folder inside one (x.tar/train), .npz, builtin:NAME, cloud folder (gs://...), or several.
 
+    path: several are A,B,... and give all images of A, then those of B; a file or folder whose name has a comma is itself.
     class_names: the names whose places are the class ids (from a checkpoint); None: sorted names of this data.
     suffixes: of the files to take, in local folders, .tar and .zip.
     Raises UserError where there is nothing to read, UnknownClassError for a class that is not in class_names.
     """
     text = str(path)
-    if text.startswith("builtin:"):
-        return open_builtin(text, class_names)
-    if _SCHEME.match(text):
-        return CloudFolderSource(text, class_names)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return FolderSource(text, local, class_names, suffixes)
-    archive = next((p for p in (local, *local.parents) if p.is_file()), None)
-    if archive is None:
+    parts = _split(text)
+    if "" in parts:
+        raise UserError(f"{text}: nothing stands before or after a comma; give A,B without spaces or empty names")
+    if len(parts) > 1:
+        return Joined(text, [_open_one(part, class_names, suffixes) for part in parts], class_names)
+    return _open_one(text, class_names, suffixes)
+
+
+def _split(text: str) -> list[str]:
+    if "," not in text or Path(text).expanduser().exists():
+        return [text]
+    # the comma of a cloud address is its own, unless another address follows
+    return _COMMA_BEFORE_SCHEME.split(text) if _SCHEME.match(text) else text.split(",")
+
+
+def _open_one(text: str, class_names: Sequence[str] | None, suffixes: tuple[str, ...]) -> ImageSource:
+    local = Path(text).expanduser()
+    place = local if local.is_dir() else next((p for p in (local, *local.parents) if p.is_file()), local)
+    for kind in reversed(SOURCES.values()):
+        if kind.accepts(text, place):
+            return kind.open(text, place, class_names, suffixes)
+    if not place.exists():
         raise UserError(f"{text}: no such file or folder{_suggest(local)}")
-    return _open_file(text, archive, local.relative_to(archive).as_posix(), class_names, suffixes)
+    _refuse_compressed(place)
+    if place.suffix.lower() in IMAGE_SUFFIXES:
+        raise UserError(f"{place}: is one image; give the folder that holds it")
+    raise UserError(f"{place}: not a folder, .tar, .zip or .npz")
 
 
-def _open_file(
-    text: str, file: Path, inner: str, class_names: Sequence[str] | None, suffixes: tuple[str, ...]
-) -> ImageSource:
-    """A file, and the folder inside it ("." for all of it)."""
+# ---------------------------------------------------------------- the rows
+
+
+def _file_named(suffix: str) -> Callable[[str, Path], bool]:
+    return lambda text, path: path.suffix.lower() == suffix and path.is_file()
+
+
+def _open_tar(text: str, file: Path, class_names: Sequence[str] | None, suffixes: tuple[str, ...]) -> ImageSource:
+    return TarSource(text, file, _inner(text, file), class_names, suffixes)
+
+
+def _open_zip(text: str, file: Path, class_names: Sequence[str] | None, suffixes: tuple[str, ...]) -> ImageSource:
+    return ZipSource(text, file, _inner(text, file), class_names, suffixes)
+
+
+def _open_npz(text: str, file: Path, class_names: Sequence[str] | None, suffixes: tuple[str, ...]) -> ImageSource:
+    if _inner(text, file) != ".":
+        raise UserError(f"{text}: an .npz has no folders; give {file}")
+    return open_npz(text, file, class_names)
+
+
+SOURCES: dict[str, SourceKind] = {  # asked from the last to the first
+    "folder": SourceKind(lambda text, path: path.is_dir(), FolderSource),
+    "tar": SourceKind(_file_named(".tar"), _open_tar),
+    "zip": SourceKind(_file_named(".zip"), _open_zip),
+    "npz": SourceKind(_file_named(".npz"), _open_npz),
+    "cloud": SourceKind(
+        lambda text, path: _SCHEME.match(text) is not None,
+        lambda text, path, class_names, suffixes: CloudFolderSource(text, class_names),
+    ),
+    "builtin": SourceKind(
+        lambda text, path: text.startswith("builtin:"),
+        lambda text, path, class_names, suffixes: open_builtin(text, class_names),
+    ),
+}
+
+
+def _inner(text: str, file: Path) -> str:
+    """The folder inside `file` that `text` names, "." for all of it. Raises UserError where the file is compressed."""
+    _refuse_compressed(file)
+    return Path(text).expanduser().relative_to(file).as_posix()
+
+
+def _refuse_compressed(file: Path) -> None:
     try:
         with file.open("rb") as handle:
             magic = handle.read(8)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    suffix = file.suffix.lower()
     for start, tool in _COMPRESSED.items():
         if magic.startswith(start):
             raise UserError(f"{file}: is compressed, so single images cannot be read; unpack it once with `{tool}`")
-    if suffix == ".npz":
-        if inner != ".":
-            raise UserError(f"{text}: an .npz has no folders; give {file}")
-        return open_npz(text, file, class_names)
-    if suffix == ".zip":
-        return ZipSource(text, file, inner, class_names, suffixes)
-    if suffix == ".tar":
-        return TarSource(text, file, inner, class_names, suffixes)
-    if suffix in IMAGE_SUFFIXES:
-        raise UserError(f"{file}: is one image; give the folder that holds it")
-    raise UserError(f"{file}: not a folder, .tar, .zip or .npz")
 
 
 def _suggest(missing: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
@@ -24,10 +25,12 @@ class ImageSource:
     """A numbered set of images. The numbers are the same on each machine. Picklable, and safe after fork and spawn."""
 
     path: str  # as the user wrote it
-    labels: np.ndarray | None  # int64 [N], or None: no classes
+    labels: np.ndarray | None  # int64 [N], -1 for an item without a class; or None: no classes
     class_names: list[str]  # class_names[id]; empty where labels is None
     is_array: bool = False  # arrays already: reading costs next to nothing
     dtype: np.dtype = np.dtype(np.uint8)  # of what `decode` gives
+    side_names: tuple[str, ...] = ()  # of the images of one item [3 * sides, s, s]; (): an item is one image [3, s, s]
+    present: Mapping[str, np.ndarray] = MappingProxyType({})  # {side: bool [N], which items have it}; all: left out
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -38,7 +41,7 @@ class ImageSource:
 
     def item_shape(self, image_size: int) -> tuple[int, ...]:
         """The shape of what `decode` gives."""
-        return (3, image_size, image_size)
+        return (3 * max(1, len(self.side_names)), image_size, image_size)
 
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         """Item number `index`, centre-cropped, or cropped at random by three `uniforms` in [0, 1): what training sees.
@@ -62,7 +65,7 @@ class ImageSource:
 
 
 class ArraySource(ImageSource):
-    """Images that are one uint8 array [N, H, W, 3] (or [N, H, W, 1], grey), and maybe ids [N]."""
+    """Images that are one uint8 array [N, H, W, 3] (or [N, H, W, 1], grey), and maybe ids [N], -1 for no class."""
 
     is_array = True
 
@@ -80,7 +83,9 @@ class ArraySource(ImageSource):
 
     def name(self, index: int) -> str:
         stem = f"{index:08d}.png"
-        return stem if self.labels is None else f"{self.class_names[self.labels[index]]}/{stem}"
+        if self.labels is None or self.labels[index] < 0:
+            return stem
+        return f"{self.class_names[self.labels[index]]}/{stem}"
 
 
 class FileSource(ImageSource):

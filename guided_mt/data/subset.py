@@ -14,7 +14,8 @@ class Subset(ImageSource):
     def __init__(self, source: ImageSource, numbers: np.ndarray):
         self.source, self.numbers = source, numbers
         self.path, self.class_names, self.is_array = source.path, source.class_names, source.is_array
-        self.dtype = source.dtype
+        self.dtype, self.side_names = source.dtype, source.side_names
+        self.present = {name: present[numbers] for name, present in source.present.items()}
         self.labels = None if source.labels is None else source.labels[numbers]
 
     def __len__(self) -> int:

@@ -1,0 +1,85 @@
+"""Several sources as one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .sources import ImageSource, check_classes
+
+logger = logging.getLogger("guided_mt")
+
+
+class Joined(ImageSource):
+    """The images of each source in turn; a name is the one within its own source, so it may come twice.
+
+    class_names: the names whose places are the class ids; None: the sorted names of all sources. Where some sources have
+    classes, the items of the others have the id -1. Raises UserError where items differ in type or in their sides,
+    UnknownClassError for a class that is not in class_names.
+    """
+
+    def __init__(self, path: str, sources: Sequence[ImageSource], class_names: Sequence[str] | None = None):
+        first = sources[0]
+        for source in sources[1:]:
+            if (source.side_names, source.dtype) != (first.side_names, first.dtype):
+                raise UserError(f"{path}: items of {source.path} are not of the same kind as those of {first.path}")
+        self.path, self.sources = path, list(sources)
+        self.dtype, self.side_names = first.dtype, first.side_names
+        self.is_array = all(source.is_array for source in sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+        self.labels, self.class_names = _join_labels(path, sources, class_names)
+        self.present = {
+            name: np.concatenate([source.present.get(name, np.ones(len(source), bool)) for source in sources])
+            for name in first.side_names
+            if any(name in source.present for source in sources)
+        }
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, index: int) -> Image.Image | np.ndarray:
+        source, number = self._place(index)
+        return source.read(number)
+
+    def item_shape(self, image_size: int) -> tuple[int, ...]:
+        return self.sources[0].item_shape(image_size)
+
+    def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
+        source, number = self._place(index)
+        return source.decode(number, image_size, uniforms)
+
+    def name(self, index: int) -> str:
+        source, number = self._place(index)
+        return source.name(number)
+
+    def without_class(self) -> str:
+        return self.sources[0].without_class()
+
+    def _place(self, index: int) -> tuple[ImageSource, int]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[which], int(index) - int(self._ends[which]) + len(self.sources[which])
+
+
+def _join_labels(
+    path: str, sources: Sequence[ImageSource], class_names: Sequence[str] | None
+) -> tuple[np.ndarray | None, list[str]]:
+    """(int64 ids [N] or None, class names). Says how many items have none where others have one."""
+    found = {name for source in sources for name in source.class_names}
+    if all(source.labels is None for source in sources):
+        return None, []
+    known = sorted(found) if class_names is None else list(class_names)
+    check_classes(path, found, known)
+    rank = {name: i for i, name in enumerate(known)}
+    parts = []
+    for source in sources:
+        ids = np.array([*(rank[name] for name in source.class_names), -1], dtype=np.int64)  # the id -1 finds the last
+        parts.append(np.full(len(source), -1) if source.labels is None else ids[source.labels])
+    labels = np.concatenate(parts)
+    lacking = int((labels < 0).sum())
+    if lacking:
+        logger.info("%s: %d of %d items have no class", path, lacking, len(labels))
+    return labels, known
