@@ -2,18 +2,23 @@
 
 from .dataset import StreamOrder, load_images
 from .loader import Batch, ImageStream
-from .open import open_source
+from .open import SOURCES, SourceKind, open_source
+from .sides import Sides, open_sides
 from .sources import ImageSource, UnknownClassError
 from .transforms import center_crop_arr, random_crop_arr
 
 __all__ = [
+    "SOURCES",
     "Batch",
     "ImageSource",
     "ImageStream",
+    "Sides",
+    "SourceKind",
     "StreamOrder",
     "UnknownClassError",
     "center_crop_arr",
     "load_images",
+    "open_sides",
     "open_source",
     "random_crop_arr",
 ]

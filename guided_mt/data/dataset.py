@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -185,12 +187,13 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 class LoadedImages(NamedTuple):
-    """Images in the source's order, class ids int64 [n] or None, their names, their numbers int64 [n]."""
+    """Images in the source's order, class ids int64 [n] or None, names, numbers int64 [n], and which sides they have."""
 
     images: torch.Tensor  # [n, *item_shape], uint8 [n, 3, H, W] where the source is of images
     labels: torch.Tensor | None
     names: list[str]
     indices: torch.Tensor
+    present: Mapping[str, torch.Tensor] = MappingProxyType({})  # as `present_of`
 
 
 def load_images(source: ImageSource, image_size: int, limit: int | None = None, offset: int = 0) -> LoadedImages:
@@ -212,4 +215,10 @@ def load_images(source: ImageSource, image_size: int, limit: int | None = None, 
             broken.add(index, str(error))
     labels = None if source.labels is None else torch.from_numpy(source.labels[kept])
     names = [source.name(i) for i in kept]
-    return LoadedImages(torch.from_numpy(images[: len(kept)]), labels, names, torch.tensor(kept))
+    present = present_of(source, kept)
+    return LoadedImages(torch.from_numpy(images[: len(kept)]), labels, names, torch.tensor(kept), present)
+
+
+def present_of(source: ImageSource, numbers: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
+    """{side: bool [n], which of the items number `numbers` have it}, of the sides that some items of the source lack."""
+    return {name: torch.from_numpy(present[numbers]) for name, present in source.present.items()}

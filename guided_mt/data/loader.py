@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
-from .dataset import CACHE_BYTES, BrokenImages, RankSlice, StepDataset
+from .dataset import CACHE_BYTES, BrokenImages, RankSlice, StepDataset, present_of
 from .sources import ImageSource
 
 
@@ -29,17 +29,19 @@ class Batch:
     """One process's part of a global batch of b samples."""
 
     images: torch.Tensor  # uint8 [b, 3, H, W], or the source's own item shape and type
-    labels: torch.Tensor | None  # int64 [b], None where the data has no classes
+    labels: torch.Tensor | None  # int64 [b], -1 for a sample without a class; None where the data has no classes
     positions: torch.Tensor  # int64 [b], global sample positions: step * global_batch + i
     indices: torch.Tensor  # int64 [b], the images' numbers in the source; stays on the host
     loaded: dict[str, torch.Tensor] = field(default_factory=dict)  # data beside the images, [b, ...] each
+    present: dict[str, torch.Tensor] = field(default_factory=dict)  # {side that some items lack: bool [b]}
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on `device`."""
         move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
         labels = None if self.labels is None else move(self.labels)
         loaded = {name: move(x) for name, x in self.loaded.items()}
-        return Batch(move(self.images), labels, move(self.positions), self.indices, loaded)
+        present = {name: move(x) for name, x in self.present.items()}
+        return Batch(move(self.images), labels, move(self.positions), self.indices, loaded, present)
 
 
 class ImageStream:
@@ -118,10 +120,13 @@ class ImageStream:
             raise UserError(item["refused"])
         for index, reason in item["broken"]:
             self.broken.add(index, reason)
-        labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[item["indices"].numpy()])
-        if labels is not None and self.pin_memory:
-            labels = labels.pin_memory()
-        return Batch(item["images"], labels, item["positions"], item["indices"])
+        numbers = item["indices"].numpy()
+        labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[numbers])
+        present = present_of(self.source, numbers)
+        if self.pin_memory:
+            labels = None if labels is None else labels.pin_memory()
+            present = {name: x.pin_memory() for name, x in present.items()}
+        return Batch(item["images"], labels, item["positions"], item["indices"], present=present)
 
     def close(self) -> None:
         """Stop the worker processes. Called at exit for every stream that is still open."""

@@ -72,9 +72,19 @@ def sizes_to(width: int, height: int, size: int) -> list[tuple[int, int]]:
     return [*steps[1:], (round(width * scale), round(height * scale))]
 
 
-def resize_short_side(image: Image.Image, size: int) -> np.ndarray:
-    """Halve with BOX while the result stays at least `size`, then BICUBIC. uint8 [H, W, 3], min(H, W) = size."""
-    *halves, last = sizes_to(*image.size, size)
+def resize_short_side(image: Image.Image, size: int, last: tuple[int, int] | None = None) -> np.ndarray:
+    """Halve with BOX while the result stays at least `size`, then BICUBIC. uint8 [H, W, 3], min(H, W) = size.
+
+    last: (width, height) to end at, where that of another image is to be met exactly.
+    """
+    *halves, own = sizes_to(*image.size, size)
     for half in halves:
         image = image.resize(half, resample=Image.Resampling.BOX)
-    return np.asarray(image.resize(last, resample=Image.Resampling.BICUBIC))
+    return np.asarray(image.resize(last or own, resample=Image.Resampling.BICUBIC))
+
+
+def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Equal, or one scaled from the other with its sides rounded to whole pixels. (width, height)."""
+    if a[0] == b[0] or a[1] == b[1]:
+        return a == b
+    return abs(a[0] * b[1] - a[1] * b[0]) < max(*a, *b)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from guided_mt.data import Batch, ImageSource
-from guided_mt.data.dataset import BrokenImage, BrokenImages, decode
+from guided_mt.data.dataset import BrokenImage, BrokenImages, decode, present_of
 from guided_mt.data.loader import start_loader, stop_loader
 from guided_mt.errors import UserError
 
@@ -33,7 +33,8 @@ def ordered_batches(
             numbers = item["indices"]
             if len(numbers):
                 labels = None if source.labels is None else torch.from_numpy(source.labels[numbers.numpy()])
-                yield Batch(item["images"], labels, numbers, numbers)
+                present = present_of(source, numbers.numpy())
+                yield Batch(item["images"], labels, numbers, numbers, present=present)
     finally:
         stop_loader(items)
 

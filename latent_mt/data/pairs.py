@@ -12,7 +12,14 @@ from PIL import Image
 
 from evaluations.files.palettes import Palette
 from guided_mt.data.sources import FileSource, ImageSource
-from guided_mt.data.transforms import crop_window, random_short_side, resize_short_side, sizes_to, to_rgb
+from guided_mt.data.transforms import (
+    crop_window,
+    random_short_side,
+    resize_short_side,
+    same_aspect,
+    sizes_to,
+    to_rgb,
+)
 from guided_mt.errors import UserError
 
 from .label_maps import LabelReader
@@ -41,6 +48,7 @@ class PairSource(ImageSource):
         first, second = sides
         self.path = path
         self.sides = (first, second)
+        self.side_names = (first.name, second.name)
         self.label_reader: Any = label_reader  # a LabelReader where a side is a label map
         self.class_names = [] if label_reader is None else label_reader.palette.names
 
@@ -122,7 +130,7 @@ class FilePairs(PairSource):
         except Exception as error:
             raise OSError(f"{file}: {error}") from error  # the warning names the photo
         height, width = classes.shape
-        if not _same_aspect((width, height), photo_size):
+        if not same_aspect((width, height), photo_size):
             raise UserError(
                 f"{self.path}: {self.name(index)} has {photo_size[0]}x{photo_size[1]} pixels and its map {file} "
                 f"{width}x{height}: not the same aspect ratio, so they cannot show the same"
@@ -169,10 +177,3 @@ def resize_classes(classes: np.ndarray, photo_size: tuple[int, int], short_side:
     """Nearest neighbour to what ADM's resizing makes of a photo of (width, height) `photo_size`. uint8 [H, W]."""
     last = sizes_to(*photo_size, short_side)[-1]
     return np.asarray(Image.fromarray(classes).resize(last, resample=Image.Resampling.NEAREST))
-
-
-def _same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Equal, or one scaled from the other with its sides rounded to whole pixels. (width, height)."""
-    if a[0] == b[0] or a[1] == b[1]:
-        return a == b
-    return abs(a[0] * b[1] - a[1] * b[0]) < max(*a, *b)

@@ -20,7 +20,8 @@ def val_batches(data: StreamedData, limit: int = VAL_IMAGES) -> Iterator[Batch]:
     for start in range(0, len(loaded.images), data.batch_size):
         part = slice(start, start + data.batch_size)
         labels = None if loaded.labels is None else loaded.labels[part]
-        yield Batch(loaded.images[part], labels, loaded.indices[part], loaded.indices[part])
+        present = {name: x[part] for name, x in loaded.present.items()}
+        yield Batch(loaded.images[part], labels, loaded.indices[part], loaded.indices[part], present=present)
 
 
 def val_sides(data: StreamedData, count: int) -> list[Tensor]:

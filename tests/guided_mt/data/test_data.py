@@ -192,7 +192,8 @@ def test_digits_are_split_disjointly():
     assert train.class_names == test.class_names == [str(i) for i in range(10)]
     kept, held = ({s.read(i).tobytes() for i in range(len(s))} for s in (train, test))
     assert not kept & held
-    images, labels, names, indices = load_images(train, 16, limit=5)
+    images, labels, names, indices, present = load_images(train, 16, limit=5)
+    assert not present
     assert indices.tolist() == list(range(5))
     assert images.shape == (5, 3, 16, 16) and names[0] == f"{labels[0]}/00000000.png"
     assert train.images.max() == 255 and train.images.min() == 0
