@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from guided_mt.data import ImageSource, ImageStream, open_source
+from guided_mt.data import ImageSource, ImageStream, open_sides, open_source
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
 
+from .computed import Computed, check_filters
 from .latent_cache import LatentCache
 from .layouts import DIRECTIONS, LAYOUTS, check_choice, open_pairs
+from .pair_classes import CLASSES_FROM, class_names_of, set_classes
 from .pairs import PairSource
 
 
@@ -119,8 +121,11 @@ class StreamedData:
 class PairData(StreamedData):
     """Pairs: the arguments of `open_pairs`, and how to train on them.
 
-    val_split: None for no validation. limit: of each split. random_flip: training mirrors both sides of a pair alike.
+    val_split: None for no validation. limit: of each split. random_flip: training mirrors all sides of a pair alike.
     latents: a folder that encode_latents.py wrote for these splits; training then reads latents and not images.
+    computed: {side: edges, blurred or grey}, further sides that are made of the photo (`computed.FILTERS`).
+    labels: where an item's class comes from: "prefix" (its file's name before the first "_"), "folder" (the one it lies in) or
+    None (no classes); validation has the ids of training, and -1 where training has not that class.
     """
 
     def __init__(
@@ -139,18 +144,33 @@ class PairData(StreamedData):
         random_flip: bool = False,
         num_workers: int = 2,
         latents: str | None = None,
+        computed: Mapping[str, str] | None = None,
+        labels: str | None = None,
     ):
         super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents)
         check_choice("data.params.layout", layout, ("auto", *LAYOUTS))
         check_choice("data.params.direction", direction, DIRECTIONS)
+        if labels is not None:
+            check_choice("data.params.labels", labels, CLASSES_FROM)
+        self.computed = _mapping("computed", computed, "edges: edges")
+        check_filters(self.computed)
         self.path, self.layout, self.split, self.val_split = path, layout, split, val_split
-        self.direction, self.classes, self.sides = direction, classes, sides
+        self.direction, self.classes, self.sides, self.labels = direction, classes, sides, labels
 
     @property
     def splits(self) -> tuple[str, str | None]:
         return self.split, self.val_split or None
 
     def pixel_source(self, split: str) -> PairSource:
+        pairs = self._pairs(split, self.limit)
+        source = Computed(pairs, self.computed) if self.computed else pairs
+        if self.labels is not None:
+            whole = split == self.split and self.limit is None
+            training = pairs if whole else self._pairs(self.split, None)
+            self._set_classes(source, [training.name(k) for k in range(len(training))])
+        return source
+
+    def _pairs(self, split: str, limit: int | None) -> PairSource:
         return open_pairs(
             self.path,
             layout=self.layout,
@@ -158,26 +178,51 @@ class PairData(StreamedData):
             direction=self.direction,
             classes=self.classes,
             sides=self.sides,
-            limit=self.limit,
+            limit=limit,
         )
 
+    def _set_classes(self, source: ImageSource, of_training: Sequence[str]) -> None:
+        """Classes by the names of the files; of_training: all names of training, whose classes are known."""
+        assert self.labels is not None
+        set_classes(source, self.labels, class_names_of(self.path, of_training, self.labels))
+
+    def _open(self, split: str) -> ImageSource:
+        source = super()._open(split)
+        if isinstance(source, LatentCache):
+            if self.labels is None:
+                source.labels = None
+            else:
+                self._set_classes(source, LatentCache(Path(self.latents or "") / self.split).names)
+        return source
+
     def _check_cache(self, cache: LatentCache) -> None:
-        if len(cache.sides) != 2:
+        if len(cache.sides) < 2:
             raise UserError(
                 f"{cache.path}: holds latents of single images, not of pairs; encode pairs into another folder"
             )
         if cache.direction != self.direction:
             raise UserError(f"{cache.path}: was encoded with direction {cache.direction}, not {self.direction}")
         names = [side.name for side in cache.sides]
-        wanted = list(self.sides or names)
-        if names != (wanted if self.direction == "AtoB" or not self.sides else wanted[::-1]):
-            raise UserError(f"{cache.path}: its sides are {' and '.join(names)}, not those of data.params.sides")
+        wanted = list(self.sides or names[:2])
+        wanted = [*(wanted if self.direction == "AtoB" or not self.sides else wanted[::-1]), *self.computed]
+        if names != wanted:
+            raise UserError(
+                f"{cache.path}: its sides are {' and '.join(names)}, not {' and '.join(wanted)} "
+                f"(data.params.sides, computed); encode the data again, or change them"
+            )
+        if cache.beside != self.computed:
+            raise UserError(
+                f"{cache.path}: its computed sides are {cache.beside}, but data.params.computed is {self.computed}; "
+                f"encode the data again"
+            )
 
 
 class ImageData(StreamedData):
-    """Single images, with their classes where they have some: whatever guided_mt's --data_dir reads.
+    """Single images, with their classes where they have some: whatever guided_mt's --data_dir reads, A,B among it.
 
     val_path: None for no validation. limit: of each. latents: a folder that encode_latents.py wrote, with train and val.
+    paired: {side: path}, further images of each item, files of the same names as those of `path`; items may lack some.
+    The side of `path` is then called image. val_paired: the same of val_path.
     """
 
     def __init__(
@@ -191,9 +236,18 @@ class ImageData(StreamedData):
         random_flip: bool = False,
         num_workers: int = 2,
         latents: str | None = None,
+        paired: Mapping[str, str] | None = None,
+        val_paired: Mapping[str, str] | None = None,
     ):
         super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents)
         self.path, self.val_path = path, val_path
+        self.paired = _mapping("paired", paired, "depth: depth.zip")
+        self.val_paired = _mapping("val_paired", val_paired, "depth: val-depth.zip")
+        if val_path and list(self.paired) != list(self.val_paired):
+            raise UserError(
+                f"data.params.val_paired has the sides {_listed(self.val_paired)}, but paired {_listed(self.paired)}; "
+                f"name the same sides in the same order, or leave out val_path"
+            )
 
     @property
     def splits(self) -> tuple[str, str | None]:
@@ -204,10 +258,35 @@ class ImageData(StreamedData):
         if split not in paths:
             raise UserError(f"split {split}{nearest(split, paths)}: ImageData has train (path) and val (val_path)")
         # Validation classes get the ids of training, as the network knows them.
-        names = self.pixel_source("train").class_names or None if split == "val" else None
-        source = open_source(paths[split], names)
+        names = open_source(self.path).class_names or None if split == "val" else None
+        paired = self.val_paired if split == "val" else self.paired
+        source = open_sides(paths[split], paired, names) if paired else open_source(paths[split], names)
         return source if self.limit is None else Subset(source, np.arange(min(self.limit, len(source))))
 
     def _check_cache(self, cache: LatentCache) -> None:
-        if len(cache.sides) != 1:
-            raise UserError(f"{cache.path}: holds latents of pairs, not of single images; take latent_mt.data.PairData")
+        if cache.direction != "AtoB" or (cache.side_names and not self.paired):
+            raise UserError(
+                f"{cache.path}: holds latents of pairs, not of single images; take latent_mt.data.PairData, "
+                f"or name the other sides in data.params.paired"
+            )
+        wanted = ("image", *self.paired) if self.paired else ()
+        if cache.side_names != wanted:
+            raise UserError(
+                f"{cache.path}: its sides are {_listed(cache.side_names)}, but data.params.paired gives {_listed(wanted)}; "
+                f"encode the data again"
+            )
+
+
+def _mapping(key: str, value: Mapping[str, str] | None, example: str) -> dict[str, str]:
+    """Raises UserError where a value is not {name: text}."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(
+        isinstance(word, str) and word for pair in value.items() for word in pair
+    ):
+        raise UserError(f"data.params.{key} {value!r}: must be names with a value each, such as {{{example}}}")
+    return dict(value)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(names) or "none"

@@ -17,14 +17,18 @@ import numpy as np
 from torch import Tensor
 
 from evaluations.files.palettes import LabelClass, Palette
+from guided_mt.data import Sides
 from guided_mt.data.sources import ImageSource
+from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, reason
 
+from .computed import Computed
 from .pairs import Side
 
 FORMAT = 1
 PRECISIONS = ("float32", "float16")  # of latents.bin
 LATENTS, META, NAMES = "latents.bin", "meta.json", "names.json"
+ADDED_LATER: dict[str, Any] = {"beside": {}, "present": {}}  # keys that caches of version 0.1 have not, as they mean it
 
 
 class Moments(NamedTuple):
@@ -37,8 +41,9 @@ class Moments(NamedTuple):
 class LatentCache(ImageSource):
     """One split of a cache. Item: float32 [sides * 2 * moments * C, h, w], which `unpack` takes apart.
 
-    sides, direction, class_names and labels are those of the source it was made of; first_stage is the `first_stage_hash` of the
-    autoencoder, image_size that of the images in pixels; meta is the whole of meta.json.
+    sides, direction, class_names, labels and present are those of the source it was made of, beside is its `beside_of`;
+    first_stage is the `first_stage_hash` of the autoencoder, image_size that of the images in pixels; meta is the whole of
+    meta.json.
     Raises UserError where the folder is no whole cache.
     """
 
@@ -61,6 +66,9 @@ class LatentCache(ImageSource):
             self.image_size = int(self.meta["image_size"])
             self.class_names = self.meta["class_names"]
             labels = self.meta["labels"]
+            extra = ADDED_LATER | self.meta
+            self.beside = dict(extra["beside"])
+            self.present = {name: _flags(has, len(names))[:limit] for name, has in extra["present"].items()}
             size = (self.folder / LATENTS).stat().st_size
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{path}: not a whole cache of latents ({error}); encode the data again") from None
@@ -69,6 +77,7 @@ class LatentCache(ImageSource):
                 f"{path}: {LATENTS} has {size} bytes, not those of {list(self.shape)} and {len(names)} names; "
                 f"copy it again, or encode the data again"
             )
+        self.side_names = tuple(side.name for side in self.sides) if len(self.sides) > 1 else ()
         self.labels = None if labels is None else np.array(labels[:limit], dtype=np.int64)
         self._map: np.ndarray | None = None
 
@@ -116,6 +125,15 @@ def unpack(items: Tensor, sides: int, channels: int) -> Moments:
     return Moments(items[:, :, :, 0], items[:, :, :, 1] if items.shape[3] == 2 else None)
 
 
+def beside_of(source: ImageSource) -> dict[str, str]:
+    """{side: where it comes from} of the sides that a data section adds to its images: a filter's name, or a path."""
+    while isinstance(source, Subset):
+        source = source.source
+    if isinstance(source, Computed):
+        return dict(source.filters)
+    return {side: other.path for side, other in source.others.items()} if isinstance(source, Sides) else {}
+
+
 def entry_of(side: Side) -> dict[str, Any]:
     """A side as JSON."""
     palette = side.palette
@@ -128,6 +146,13 @@ def entry_of(side: Side) -> dict[str, Any]:
         "void": palette.void,
     }
     return {"name": side.name, "kind": side.kind, "palette": described}
+
+
+def _flags(values: Sequence[bool], count: int) -> np.ndarray:
+    """bool [count]. Raises ValueError where there are not so many."""
+    if len(values) != count:
+        raise ValueError(f"{len(values)} values of `present` for {count} items")
+    return np.array(values, dtype=bool)
 
 
 def _side_of(entry: dict[str, Any]) -> Side:

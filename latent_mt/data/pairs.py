@@ -1,4 +1,4 @@
-"""Pairs of images, or of a photo and its label map, as one source: both sides resized and cropped alike."""
+"""Pairs of images, or of a photo and its label map, as one source: all sides resized and cropped alike."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .label_maps import LabelReader
 
 @dataclass(frozen=True)
 class Side:
-    """One half of a pair. kind: "image", or "labels" with the palette that its maps are painted with."""
+    """One image of an item. kind: "image", or "labels" with the palette that its maps are painted with."""
 
     name: str
     kind: str = "image"
@@ -35,7 +35,7 @@ class Side:
 
 
 class PairSource(ImageSource):
-    """A numbered set of pairs; an item is uint8 [6, s, s], the first side's RGB, then the second's.
+    """A numbered set of pairs; an item is uint8 [3 * sides, s, s], the first side's RGB, then the second's.
 
     Photos are resized as ADM does it, label maps by nearest neighbour to the same size before they are painted, so that no
     colour outside the palette appears; the window is the same for both. label_reader: of the side of kind "labels".
@@ -45,10 +45,9 @@ class PairSource(ImageSource):
     direction = "AtoB"  # which of the data's sides A and B comes first
 
     def __init__(self, path: str, sides: Sequence[Side], label_reader: LabelReader | None = None):
-        first, second = sides
         self.path = path
-        self.sides = (first, second)
-        self.side_names = (first.name, second.name)
+        self.sides = tuple(sides)
+        self.side_names = tuple(side.name for side in sides)
         self.label_reader: Any = label_reader  # a LabelReader where a side is a label map
         self.class_names = [] if label_reader is None else label_reader.palette.names
 
@@ -64,19 +63,14 @@ class PairSource(ImageSource):
 
         Raises UserError where no side is a label map.
         """
-        raise UserError(
-            f"{self.path}: {self.sides[0].name} and {self.sides[1].name} are images; there are no label maps"
-        )
-
-    def item_shape(self, image_size: int) -> tuple[int, ...]:
-        return (6, image_size, image_size)
+        raise UserError(f"{self.path}: {' and '.join(self.side_names)} are images; there are no label maps")
 
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         short_side = image_size if uniforms is None else random_short_side(image_size, uniform=uniforms[0])
         data = self.read_sides(index)
         photo_size = next(image.size for image in data if isinstance(image, Image.Image))
         item = np.empty(self.item_shape(image_size), dtype=np.uint8)
-        for side, out in zip(data, (item[:3], item[3:]), strict=True):
+        for side, out in zip(data, item.reshape(-1, 3, image_size, image_size), strict=True):
             if isinstance(side, np.ndarray):
                 classes = crop_window(resize_classes(side, photo_size, short_side), image_size, uniforms)
                 array = self.label_reader.paint(classes)
@@ -177,3 +171,11 @@ def resize_classes(classes: np.ndarray, photo_size: tuple[int, int], short_side:
     """Nearest neighbour to what ADM's resizing makes of a photo of (width, height) `photo_size`. uint8 [H, W]."""
     last = sizes_to(*photo_size, short_side)[-1]
     return np.asarray(Image.fromarray(classes).resize(last, resample=Image.Resampling.NEAREST))
+
+
+def sides_of(source: ImageSource) -> tuple[Side, ...]:
+    """The sides of a source's items, images where it says no more than their names; none where an item is one image."""
+    if not source.side_names:
+        return ()
+    described: tuple[Side, ...] | None = getattr(source, "sides", None)
+    return tuple(map(Side, source.side_names)) if described is None else described

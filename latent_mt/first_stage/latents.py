@@ -19,9 +19,20 @@ from guided_mt.data import Batch, ImageSource
 from guided_mt.data.images import from_uint8
 from guided_mt.errors import UserError, reason
 
-from ..data.latent_cache import FORMAT, LATENTS, META, NAMES, PRECISIONS, LatentCache, Moments, entry_of
+from ..data.latent_cache import (
+    ADDED_LATER,
+    FORMAT,
+    LATENTS,
+    META,
+    NAMES,
+    PRECISIONS,
+    LatentCache,
+    Moments,
+    beside_of,
+    entry_of,
+)
 from ..data.ordered import ordered_batches
-from ..data.pairs import PairSource, Side
+from ..data.pairs import Side, sides_of
 
 __all__ = ["PRECISIONS", "LatentCache", "Moments", "encode_items", "first_stage_hash", "write_cache"]
 
@@ -56,16 +67,16 @@ def write_cache(
 ) -> LatentCache:
     """Encode every item of `source`, centre-cropped to image_size, into `folder`, one split of a cache.
 
-    source: pairs or single images. first_stage: see FirstStage; on its device. batch_size: items at once. A cache of the
-    same images by the same first stage is left as it is. Written beside `folder` and renamed when complete; broken images are
-    left out with a warning. Raises UserError.
+    source: single images, pairs, or any number of sides. first_stage: see FirstStage; on its device. batch_size: items at once.
+    A cache of the same images by the same first stage is left as it is. Written beside `folder` and renamed when complete;
+    broken images are left out with a warning. Raises UserError.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: must be one of {', '.join(PRECISIONS)}")
     check_size = getattr(first_stage, "check_size", None)
     if check_size is not None:
         check_size(image_size, image_size)
-    sides = source.sides if isinstance(source, PairSource) else (Side("image"),)
+    sides = sides_of(source) or (Side("image"),)
     meta: dict[str, Any] = {
         "format": FORMAT,
         "first_stage": first_stage_hash(first_stage),
@@ -76,6 +87,7 @@ def write_cache(
         "sides": [entry_of(side) for side in sides],
         "direction": getattr(source, "direction", "AtoB"),
         "class_names": list(source.class_names),
+        "beside": beside_of(source),
     }
     if folder.exists():
         return _same_cache(folder, meta)
@@ -87,6 +99,7 @@ def write_cache(
         shape, kept = _encode_into(unfinished / LATENTS, batches, len(source), first_stage, len(sides), precision)
         meta["shape"] = shape
         meta["labels"] = None if source.labels is None else source.labels[kept].tolist()
+        meta["present"] = {name: present[kept].tolist() for name, present in source.present.items()}
         (unfinished / NAMES).write_text(json.dumps([source.name(k) for k in kept]))
         (unfinished / META).write_text(json.dumps(meta, indent=1))
         os.rename(unfinished, folder)
@@ -130,7 +143,8 @@ def _same_cache(folder: Path, meta: dict[str, Any]) -> LatentCache:
     """The cache that is there. Raises UserError where it was made of something else, or otherwise."""
     cache = LatentCache(folder)
     # What JSON makes of it: tuples are lists there.
-    different = [key for key, value in json.loads(json.dumps(meta)).items() if cache.meta.get(key) != value]
+    known = ADDED_LATER | cache.meta
+    different = [key for key, value in json.loads(json.dumps(meta)).items() if known.get(key) != value]
     if different:
         raise UserError(
             f"{folder}: a cache is there already, with another {' and '.join(different)}; remove it, or write elsewhere"

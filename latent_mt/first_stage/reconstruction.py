@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from guided_mt.data import ImageSource
+
+from ..data.pairs import sides_of
 
 # An exact reconstruction counts as one that is off by one grey level in one value of a thousand: 78 dB.
 LEAST_ERROR = 1e-3 / 255**2
@@ -29,18 +30,13 @@ class Reconstruction:
 
 
 def figure_names(source: ImageSource) -> list[str]:
-    """What `measure` gives for items of a source: val_psnr and val_ssim of every image of an item, by side where it has two,
+    """What `measure` gives for items of a source: val_psnr and val_ssim of every image of an item, by side where it has several,
     then val_accuracy_SIDE of its label maps."""
     sides = sides_of(source)
     each = [
         f"val_{kind}{'_' * bool(side)}{side}" for side in [s.name for s in sides] or [""] for kind in ("psnr", "ssim")
     ]
     return [*each, *(f"val_accuracy_{side.name}" for side in sides if side.palette is not None)]
-
-
-def sides_of(source: ImageSource) -> Sequence[Any]:
-    """The two sides of pairs, none for single images."""
-    return getattr(source, "sides", ())
 
 
 def measure(true: Tensor, made: Tensor, source: ImageSource) -> Tensor:
