@@ -95,7 +95,7 @@ def test_edges_are_white_lines_on_black():
     noise = 100 + np.random.default_rng(0).integers(-4, 5, (32, 32, 1)).repeat(3, axis=2)
     assert edges(noise.astype(np.uint8)).mean() < 2
     dark, light = square // 8, square  # an edge in the shadow shows
-    assert edges(dark)[16, 7:9].max() > 100 and edges(light)[16, 7:9].max() > 200
+    assert edges(dark)[16, 7:9].max() > 60 and edges(light)[16, 7:9].max() > 200
 
 
 def test_blurred_and_grey():
