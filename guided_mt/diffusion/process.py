@@ -22,7 +22,7 @@ from .adm_loops import ADMLoops
 from .aggregation import Aggregation
 from .likelihood import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .network import ModelOutput, as_denoising, as_output
-from .targets import TARGETS, ModelMeanType, xstart_from_eps
+from .targets import TARGETS, ModelMeanType
 from .weighting import timestep_weights as weights_of
 
 
@@ -49,15 +49,16 @@ class GaussianDiffusion(ADMLoops):
     """ADM's diffusion process for betas [T], carrying the Aggregation of the same timesteps.
 
     timestep_map [T]: the timestep that the network is told, one of 0..original_num_steps-1; identity unless respaced.
-    timestep_weights: a name of `weighting.TIMESTEP_WEIGHTS`. All arrays are float64 numpy [T], with ADM's names.
-    Raises ValueError for betas outside (0, 1], and for timestep weights where no squared error is weighted.
+    model_mean_type: what the network predicts, a name of `targets.TARGETS`. timestep_weights: one of
+    `weighting.TIMESTEP_WEIGHTS`. All arrays are float64 numpy [T], with ADM's names. Raises ValueError for betas outside (0, 1],
+    an unknown name, and timestep weights where no squared error is weighted.
     """
 
     def __init__(
         self,
         *,
         betas: np.ndarray,
-        model_mean_type: ModelMeanType = ModelMeanType.EPSILON,
+        model_mean_type: str = ModelMeanType.EPSILON,
         model_var_type: ModelVarType = ModelVarType.FIXED_LARGE,
         loss_type: LossType = LossType.MSE,
         rescale_timesteps: bool = False,
@@ -68,8 +69,10 @@ class GaussianDiffusion(ADMLoops):
     ):
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.rescale_timesteps, self.timestep_weights = rescale_timesteps, timestep_weights
+        if model_mean_type not in TARGETS:
+            raise ValueError(f"unknown prediction '{model_mean_type}'; choose from {', '.join(TARGETS)}")
         self.target = TARGETS[model_mean_type]
-        if timestep_weights != "uniform" and (loss_type.is_vb or not self.target.prediction):
+        if timestep_weights != "uniform" and (loss_type.is_vb or self.target.eps_error is None):
             raise ValueError(
                 f"timestep weights '{timestep_weights}' weigh a squared error of eps, x_0 or v; this loss has none"
             )
@@ -114,8 +117,9 @@ class GaussianDiffusion(ADMLoops):
         self.log_betas = np.log(betas)
         self.large_variance = np.append(first, betas[1:])
         self.log_large_variance = np.log(self.large_variance)
+        self.xstart_of_state, self.xstart_of_output = self.target.xstart_coefficients(self)
         if self.timestep_weights != "uniform":
-            self.loss_weights = weights_of(self.timestep_weights, self.alphas_cumprod, self.target.prediction)
+            self.loss_weights = weights_of(self.timestep_weights, self.alphas_cumprod, self.model_mean_type)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
@@ -162,7 +166,9 @@ class GaussianDiffusion(ADMLoops):
     # ------------------------------------------------------------ reverse process (in the frame)
 
     def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return xstart_from_eps(self, eps, x_t, t)
+        """z_0 = (y_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
+        scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+        return scaled - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
@@ -170,11 +176,12 @@ class GaussianDiffusion(ADMLoops):
 
     def xstart_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
         """(a, b), each [T], with z_0 = a_t y_t + b_t output[:, :C]: `predict_xstart` as one linear map."""
-        return self.target.xstart_coefficients(self)
+        return self.xstart_of_state, self.xstart_of_output
 
     def predict_xstart(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """z_0 from the first C channels of a network output."""
-        return self.target.xstart(self, output[:, : x_t.shape[1]], x_t, t)
+        of_state, of_output = (self.at(f"xstart_of_{what}", t, x_t) for what in ("state", "output"))
+        return of_state * x_t + of_output * output[:, : x_t.shape[1]]
 
     def predict_eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """eps from the first C channels of a network output."""
@@ -185,7 +192,7 @@ class GaussianDiffusion(ADMLoops):
     @property
     def predicts_eps(self) -> bool:
         """Whether the network's output is eps itself. Any other prediction means eps only together with the state y_t."""
-        return self.model_mean_type is ModelMeanType.EPSILON
+        return self.model_mean_type == ModelMeanType.EPSILON
 
     def p_variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Variance and log variance of p(y_{t-1} | y_t), each of the shape of x_t."""
@@ -224,7 +231,7 @@ class GaussianDiffusion(ADMLoops):
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
-        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
             mean = output[:, : x_t.shape[1]]
         else:
             mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x_t, t)

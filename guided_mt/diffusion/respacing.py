@@ -8,7 +8,6 @@ from .aggregation import Aggregation
 from .process import GaussianDiffusion, LossType, ModelVarType
 from .schedules import get_named_beta_schedule
 from .spacing import solver_timesteps
-from .targets import ModelMeanType
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int]) -> list[int]:
@@ -69,16 +68,23 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | Sequence[int] = "",
     predict_v: bool = False,
+    prediction: str = "eps",
     timestep_weights: str = "uniform",
     mt_weights: Mapping[str, str] | None = None,
 ) -> GaussianDiffusion:
     """ADM's function of this name, plus predict_v, timestep_weights (a name of `weighting.TIMESTEP_WEIGHTS`) and mt_weights
     {modality name: aggregation weights name}.
 
+    prediction: what the network predicts, a name of `targets.TARGETS`; predict_xstart and predict_v stand for "x0" and "v".
     timestep_respacing: see `kept_timesteps`. Raises ValueError for settings that contradict each other.
     """
     if predict_v and predict_xstart:
         raise ValueError("predict_v and predict_xstart exclude each other: a network predicts one of them")
+    asked = "v" if predict_v else "x0" if predict_xstart else prediction
+    if prediction not in ("eps", asked):
+        raise ValueError(
+            f"prediction {prediction} contradicts predict_{'v' if predict_v else 'xstart'}; give one of them"
+        )
     betas = get_named_beta_schedule(noise_schedule, steps)
     if use_kl:
         loss_type = LossType.RESCALED_KL
@@ -88,13 +94,9 @@ def create_gaussian_diffusion(
         var_type = ModelVarType.LEARNED_RANGE
     else:
         var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
-    if predict_v:
-        mean_type = ModelMeanType.V
-    else:
-        mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
     base = GaussianDiffusion(
         betas=betas,
-        model_mean_type=mean_type,
+        model_mean_type=asked,
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,

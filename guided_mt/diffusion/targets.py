@@ -15,12 +15,12 @@ import numpy as np
 from torch import Tensor
 
 
-class ModelMeanType(enum.Enum):
-    """ADM's names of the targets, and `V`."""
+class ModelMeanType(str, enum.Enum):
+    """ADM's names of the rows of TARGETS, and `V`. A row that is added later is known by its own name alone."""
 
-    EPSILON = "epsilon"
-    START_X = "start_x"
-    PREVIOUS_X = "previous_x"
+    EPSILON = "eps"
+    START_X = "x0"
+    PREVIOUS_X = "previous"
     V = "v"
 
 
@@ -42,56 +42,41 @@ class Tables(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """prediction: its name in `weighting`; '' where no timestep weights are defined.
+    """wanted(tables, x_start, noise, y_t, t): what the network is to predict, of the shape of x_start.
 
-    xstart(tables, prediction, y_t, t): z_0 of a prediction. wanted(tables, x_start, noise, y_t, t): what the network is to predict.
-    xstart_coefficients(tables): (a, b) [T] with z_0 = a_t y_t + b_t prediction, the same conversion as a linear map.
+    xstart_coefficients(tables): (a, b) [T] with z_0 = a_t y_t + b_t prediction, by which z_0 is read off. eps_error(SNR_t): the
+    squared error of eps over that of the prediction, SNR_t b_t^2, which the timestep weights multiply by; None: these are not
+    defined for it.
     """
 
-    prediction: str
-    xstart: Callable[[Tables, Tensor, Tensor, Tensor], Tensor]
     wanted: Callable[[Tables, Tensor, Tensor, Tensor, Tensor], Tensor]
     xstart_coefficients: Callable[[Tables], tuple[np.ndarray, np.ndarray]]
-
-
-def xstart_from_eps(p: Tables, eps: Tensor, y_t: Tensor, t: Tensor) -> Tensor:
-    """z_0 = (y_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
-    return p.at("sqrt_recip_alphas_cumprod", t, y_t) * y_t - p.at("sqrt_recipm1_alphas_cumprod", t, y_t) * eps
-
-
-def _xstart_from_v(p: Tables, v: Tensor, y_t: Tensor, t: Tensor) -> Tensor:
-    return p.at("sqrt_alphas_cumprod", t, y_t) * y_t - p.at("sqrt_one_minus_alphas_cumprod", t, y_t) * v
-
-
-def _xstart_from_previous(p: Tables, previous: Tensor, y_t: Tensor, t: Tensor) -> Tensor:
-    # y_{t-1} is predicted: solve the posterior mean for z_0.
-    return 1.0 / p.at("posterior_mean_coef1", t, y_t) * (previous - p.at("posterior_mean_coef2", t, y_t) * y_t)
+    eps_error: Callable[[np.ndarray], np.ndarray] | None
 
 
 def _v(p: Tables, x_start: Tensor, noise: Tensor, y_t: Tensor, t: Tensor) -> Tensor:
     return p.at("sqrt_alphas_cumprod", t, y_t) * noise - p.at("sqrt_one_minus_alphas_cumprod", t, y_t) * x_start
 
 
-TARGETS: dict[ModelMeanType, Target] = {
-    ModelMeanType.EPSILON: Target(
-        "eps",
-        xstart_from_eps,
-        lambda p, x_start, noise, y_t, t: noise,
-        lambda p: (p.sqrt_recip_alphas_cumprod, -p.sqrt_recipm1_alphas_cumprod),
+TARGETS: dict[str, Target] = {
+    "eps": Target(
+        wanted=lambda p, x_start, noise, y_t, t: noise,
+        xstart_coefficients=lambda p: (p.sqrt_recip_alphas_cumprod, -p.sqrt_recipm1_alphas_cumprod),
+        eps_error=np.ones_like,
     ),
-    ModelMeanType.START_X: Target(
-        "x0",
-        lambda p, prediction, y_t, t: prediction,
-        lambda p, x_start, noise, y_t, t: x_start,
-        lambda p: (np.zeros_like(p.alphas_cumprod), np.ones_like(p.alphas_cumprod)),
+    "x0": Target(
+        wanted=lambda p, x_start, noise, y_t, t: x_start,
+        xstart_coefficients=lambda p: (np.zeros_like(p.alphas_cumprod), np.ones_like(p.alphas_cumprod)),
+        eps_error=lambda snr: snr,
     ),
-    ModelMeanType.V: Target(
-        "v", _xstart_from_v, _v, lambda p: (p.sqrt_alphas_cumprod, -p.sqrt_one_minus_alphas_cumprod)
+    "v": Target(
+        wanted=_v,
+        xstart_coefficients=lambda p: (p.sqrt_alphas_cumprod, -p.sqrt_one_minus_alphas_cumprod),
+        eps_error=lambda snr: snr / (snr + 1),
     ),
-    ModelMeanType.PREVIOUS_X: Target(
-        "",
-        _xstart_from_previous,
-        lambda p, x_start, noise, y_t, t: p.q_posterior_mean_variance(x_start, y_t, t)[0],
-        lambda p: (-p.posterior_mean_coef2 / p.posterior_mean_coef1, 1.0 / p.posterior_mean_coef1),
+    "previous": Target(  # the posterior mean, solved for z_0
+        wanted=lambda p, x_start, noise, y_t, t: p.q_posterior_mean_variance(x_start, y_t, t)[0],
+        xstart_coefficients=lambda p: (-p.posterior_mean_coef2 / p.posterior_mean_coef1, 1.0 / p.posterior_mean_coef1),
+        eps_error=None,
     ),
 }

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .targets import TARGETS
+
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023
 P2_K, P2_GAMMA = 1.0, 1.0  # Choi et al. 2022
 
@@ -30,28 +32,22 @@ TIMESTEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
     "min-snr": _min_snr,
 }
 
-# The squared error of eps over that of the prediction: the same weighting is this much larger there.
-EPS_ERROR_PER_ERROR: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "eps": np.ones_like,
-    "x0": lambda snr: snr,
-    "v": lambda snr: snr / (snr + 1),
-}
-
 
 def timestep_weights(name: str, alphas_cumprod: np.ndarray, prediction: str = "eps") -> np.ndarray:
-    """Factors on the squared error of `prediction` ("eps", "x0" or "v") at every timestep, float64 [T].
+    """Factors on the squared error of `prediction`, a name of `targets.TARGETS`, at every timestep, float64 [T].
 
     alphas_cumprod: abar_t [T]. SNR_t = abar_t / (1 - abar_t); where it is 0 (zero terminal SNR) the factor is 1, as in Min-SNR's
-    own code. Raises ValueError for an unknown name or prediction.
+    own code. Raises ValueError for an unknown name, and a prediction that has no weights.
     """
     if name not in TIMESTEP_WEIGHTS:
         raise ValueError(f"unknown timestep weights '{name}'; choose from {', '.join(TIMESTEP_WEIGHTS)}")
-    if prediction not in EPS_ERROR_PER_ERROR:
-        raise ValueError(f"unknown prediction '{prediction}'; choose from {', '.join(EPS_ERROR_PER_ERROR)}")
+    weighted = {name: row.eps_error for name, row in TARGETS.items() if row.eps_error is not None}
+    if prediction not in weighted:
+        raise ValueError(f"unknown prediction '{prediction}'; choose from {', '.join(weighted)}")
     abar = np.asarray(alphas_cumprod, dtype=np.float64)
     rule = TIMESTEP_WEIGHTS[name]
     if rule is None:
         return np.ones_like(abar)
     seen = abar > 0
     snr = np.where(seen, abar / (1 - abar), 1.0)
-    return np.where(seen, rule(snr) * EPS_ERROR_PER_ERROR[prediction](snr), 1.0)
+    return np.where(seen, rule(snr) * weighted[prediction](snr), 1.0)

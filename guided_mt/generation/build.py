@@ -63,7 +63,8 @@ def saved_config(weights: Path) -> dict[str, Any]:
                 "run the file that adds it to TASKS (docs/new_modality.md)"
             )
     # What later versions added, at the value that says what runs without it did.
-    saved = {"predict_v": False, "timestep_weights": "uniform", **saved} if saved else {}
+    later = {"mt_backbone": "unet", "prediction": "eps", "predict_v": False, "timestep_weights": "uniform"}
+    saved = {**later, **saved} if saved else {}
     if "mt_loss_weight" in saved:
         saved["mt_loss_weight"] = str(saved["mt_loss_weight"])  # a number in runs of version 0.1
     known = [field.name for section in run_sections() for field in dataclasses.fields(section)]
@@ -130,7 +131,7 @@ def build_model(config: Config, modalities: Mapping[str, Modality] | None = None
     del model_options["use_fp16"]  # parsing has turned it into the precision
     modalities, process = modalities or build_modalities(config), build_diffusion(config)
     width = config.mt_context_dim if config.mt_context_dim > 0 else 4 * config.num_channels
-    made = BACKBONES["unet"](
+    made = BACKBONES[config.mt_backbone](
         **model_options,
         learn_sigma=config.learn_sigma,
         context_dim=width,

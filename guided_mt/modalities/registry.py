@@ -21,7 +21,7 @@ from ..errors import UserError, nearest
 from ..networks.backbone import Backbone
 from ..networks.classifier import create_classifier
 from ..networks.heads import ClassifierHead, ImageHead, PooledHead, PooledMLPHead
-from ..networks.model import VARIANTS
+from ..networks.model import BACKBONES, VARIANTS
 from ..runs.config import (
     ClassifierConfig,
     Config,
@@ -166,6 +166,7 @@ class MTConfig:
     mt_task: str = option(
         "none", f"what is modelled with the image: none, or of {', '.join(TASKS)}, as in masked,label"
     )
+    mt_backbone: str = option("unet", "the network that all of it is built on", BACKBONES)
     mt_variant: str = option(
         "auto",
         "U: the network sees z_t; X: it is also given the modalities; any: a random subset of them; auto: X for images, "

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from ..diffusion.sampling import CONDITIONINGS, SAMPLERS
 from ..diffusion.schedules import SCHEDULES
+from ..diffusion.targets import TARGETS
 from ..diffusion.weighting import TIMESTEP_WEIGHTS
 from ..errors import UserError, nearest
 from ..networks.classifier import POOLS
@@ -92,8 +93,9 @@ class DiffusionConfig:
         free=True,
     )
     use_kl: bool = option(False, "train on the variational bound")
-    predict_xstart: bool = option(False, "predict z_0 instead of the noise")
-    predict_v: bool = option(False, "predict v = sqrt(abar) eps - sqrt(1 - abar) z_0 instead of the noise")
+    prediction: str = option("eps", "what the network predicts", TARGETS)
+    predict_xstart: bool = option(False, "ADM's name for --prediction x0")
+    predict_v: bool = option(False, "--prediction v: v = sqrt(abar) eps - sqrt(1 - abar) z_0")
     timestep_weights: str = option("uniform", "factors on the image's squared error by timestep", TIMESTEP_WEIGHTS)
     rescale_timesteps: bool = option(False, "tell the network timesteps on the scale 0..1000")
     rescale_learned_sigmas: bool = option(False, "scale the bound of the hybrid loss by T/1000")

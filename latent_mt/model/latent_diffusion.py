@@ -18,7 +18,7 @@ from guided_mt.diffusion.aggregation import WEIGHTS, Aggregation
 from guided_mt.diffusion.process import GaussianDiffusion, LossType, ModelVarType
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.resample import UniformSampler
-from guided_mt.diffusion.targets import ModelMeanType
+from guided_mt.diffusion.targets import TARGETS
 from guided_mt.errors import UserError
 from guided_mt.generation.drawing import respaced
 from guided_mt.modalities import Images
@@ -35,7 +35,6 @@ from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 LOSSES = {"l1": LossType.L1, "l2": LossType.MSE}
-TARGETS = {"eps": ModelMeanType.EPSILON, "x0": ModelMeanType.START_X}
 
 
 class LatentMTDiffusion(LatentCodec):
@@ -154,7 +153,7 @@ class LatentMTDiffusion(LatentCodec):
 
         self.diffusion = GaussianDiffusion(
             betas=betas,
-            model_mean_type=TARGETS[parameterization],
+            model_mean_type=parameterization,
             model_var_type=ModelVarType.FIXED_SMALL,  # LDM's v_posterior = 0
             loss_type=LOSSES[loss_type],
             aggregation=Aggregation.from_weights(dict.fromkeys(self.modality_names, mt_weights), betas),

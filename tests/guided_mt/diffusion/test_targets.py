@@ -59,6 +59,28 @@ def test_what_is_wanted_gives_back_z_0(target):
     torch.testing.assert_close(a * y_t + b * wanted, x_start, rtol=1e-9, atol=1e-9)
 
 
+def test_the_squared_error_of_eps_is_that_of_the_prediction_times_its_factor():
+    full = process("eps", steps=50)
+    snr = full.alphas_cumprod / (1 - full.alphas_cumprod)
+    for name, row in TARGETS.items():
+        if row.eps_error is not None:
+            _, b = row.xstart_coefficients(full)
+            np.testing.assert_allclose(row.eps_error(snr), snr * np.asarray(b) ** 2, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("target", FLAGS)
+def test_a_target_by_its_name_or_by_adms_flags(target):
+    assert create_gaussian_diffusion(prediction=target).target is process(target).target is TARGETS[target]
+    assert create_gaussian_diffusion(**FLAGS[target], prediction=target).target is TARGETS[target]
+
+
+def test_names_of_targets_that_contradict_each_other():
+    with pytest.raises(ValueError, match="prediction v contradicts predict_xstart"):
+        create_gaussian_diffusion(prediction="v", predict_xstart=True)
+    with pytest.raises(ValueError, match="unknown prediction 'score'; choose from eps, x0, v, previous"):
+        create_gaussian_diffusion(prediction="score")
+
+
 def test_v_is_salimans_and_hos():
     diffusion = process("v", steps=50)
     t = torch.arange(50)
