@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..data import ImageSource
+from ..diffusion.aggregation import WEIGHTS
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.respacing import create_gaussian_diffusion
 from ..diffusion.schedules import get_named_beta_schedule
@@ -68,7 +69,22 @@ def saved_config(weights: Path) -> dict[str, Any]:
     if "mt_loss_weight" in saved:
         saved["mt_loss_weight"] = str(saved["mt_loss_weight"])  # a number in runs of version 0.1
     known = [field.name for section in run_sections() for field in dataclasses.fields(section)]
-    return check_keys(saved, known, file)
+    _check_rows(check_keys(saved, known, file), file)
+    return saved
+
+
+def _check_rows(saved: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError where a run was trained with a row of a registry that isn't there."""
+    fields = [field for section in model_sections() for field in dataclasses.fields(section) if field.name in saved]
+    asked = [(f.name, str(saved[f.name]), f.metadata["choices"]) for f in fields if f.metadata["choices"]]
+    weights = str(saved["mt_weights"]).split(",") if "mt_weights" in saved else []
+    asked += [("mt_weights", part.rpartition("=")[2].strip(), WEIGHTS) for part in weights]
+    for flag, name, rows in asked:
+        if name not in rows:
+            raise UserError(
+                f"{file}: was trained with --{flag} {name}{nearest(name, rows)}, which this script doesn't know; "
+                "run the file that adds it (docs/architecture.md)"
+            )
 
 
 def count_classes(config: Config, images: ImageSource) -> None:
