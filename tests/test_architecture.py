@@ -20,6 +20,7 @@ from tiny import MODEL, PROCESS, ROOT, TRAINING, column, progress, step_folder, 
 from evaluations.scores.comparison import METRICS
 from guided_mt.commands import sample as sample_command
 from guided_mt.commands import train
+from guided_mt.data import SOURCES, open_source
 from guided_mt.diffusion.aggregation import WEIGHTS, Aggregation
 from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps
@@ -33,7 +34,7 @@ from guided_mt.networks.model import BACKBONES
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "architecture.md").read_text()
 PAGES = [PAGE, (DOCS / "sampling.md").read_text(), (DOCS / "new_modality.md").read_text()]
-REGISTRIES = (SAMPLERS, WEIGHTS, TARGETS, TIMESTEP_WEIGHTS, BACKBONES, METRICS)
+REGISTRIES = (SAMPLERS, WEIGHTS, TARGETS, TIMESTEP_WEIGHTS, BACKBONES, METRICS, SOURCES)
 SHAPE = (3, 2, 2)
 SMALL = {**MODEL, **PROCESS, **TRAINING, "num_head_channels": -1}
 
@@ -68,8 +69,8 @@ def program(tmp_path, monkeypatch):
         registry.update(rows)
 
 
-def load(program: Callable, name: str) -> None:
-    """Only add the row of a file."""
+def load(name: str) -> None:
+    """Only add the row of a file, which the fixture `program` takes away again."""
     exec(compile(block(name, "python"), name, "exec"), {"__name__": "read"})
 
 
@@ -154,7 +155,7 @@ def oracle_error(sampler: str, weights: str, count: int = 4000) -> tuple[float, 
 
 
 def test_the_sampler_is_exact_on_the_gaussian_oracle(program, tmp_path):
-    load(program, "midpoint.py")
+    load("midpoint.py")
     error, floor = oracle_error("midpoint", "bridge")
     assert error < 0.004 + 2 * floor
     run = tmp_path / "run"
@@ -163,7 +164,7 @@ def test_the_sampler_is_exact_on_the_gaussian_oracle(program, tmp_path):
 
 
 def test_the_schedule_has_its_coefficients_and_is_exact_on_the_oracle(program, tmp_path):
-    load(program, "narrow_bridge.py")
+    load("narrow_bridge.py")
     full = full_process("narrow-bridge")
     abar = full.alphas_cumprod
     coefficients = Aggregation.from_weights({"x": "narrow-bridge"}, full.betas).coefficients["x"]
@@ -175,7 +176,7 @@ def test_the_schedule_has_its_coefficients_and_is_exact_on_the_oracle(program, t
 
 
 def test_the_target_gives_z_0_back_exactly_and_trains(program, tmp_path):
-    load(program, "velocity.py")
+    load("velocity.py")
     full = create_gaussian_diffusion(steps=50, noise_schedule="cosine", prediction="velocity")
     row, t = TARGETS["velocity"], torch.arange(50)
     x_start, noise = torch.randn(2, 50, *SHAPE, dtype=torch.float64)
@@ -194,7 +195,7 @@ def test_the_target_gives_z_0_back_exactly_and_trains(program, tmp_path):
 
 
 def test_the_timestep_weighting_is_in_the_loss(program, tmp_path):
-    load(program, "soft_min_snr.py")
+    load("soft_min_snr.py")
     t, (x_start, noise) = torch.arange(20), torch.randn(2, 20, *SHAPE, dtype=torch.float64)
     for prediction in ("eps", "x0"):
         full = create_gaussian_diffusion(
@@ -223,7 +224,7 @@ def test_the_backbone_trains_with_heads_and_draws(program, tmp_path):
 
 def test_the_backbone_sees_what_it_is_given(program):
     """Classes, an image-like condition, and context tokens but for those that the mask leaves out."""
-    load(program, "dit.py")
+    load("dit.py")
     model = BACKBONES["dit"](
         heads={}, image_inputs={"masked": 3}, token_inputs={"label": lambda width: torch.nn.Linear(4, width)},
         variant="any", context_dim=16, image_size=8, num_channels=32, num_res_blocks=1, num_heads=4, class_cond=True,
@@ -249,6 +250,24 @@ def test_the_backbone_sees_what_it_is_given(program):
     assert {id(parameter) for parameter in model.context_parameters()} <= {id(p) for p in model.parameters()}
 
 
+def test_the_data_source_is_read_and_trained_on(program, tmp_path):
+    load("idx.py")
+    images, digits = pixels(30, 0)[..., 0], np.arange(30, dtype=np.uint8) % 10
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.write_bytes(np.array([2051, 30, 8, 8], ">i4").tobytes() + images.tobytes())
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(np.array([2049, 30], ">i4").tobytes() + digits.tobytes())
+    source = open_source(file)
+    assert len(source) == 30 and source.class_names == [str(digit) for digit in range(10)]
+    np.testing.assert_array_equal(source.read(4), np.repeat(images[4][..., None], 3, axis=2))
+    backwards = open_source(file, class_names=[str(digit) for digit in reversed(range(10))])
+    np.testing.assert_array_equal(backwards.labels, 9 - digits)
+    with pytest.raises(UserError, match="class '9' is not one of the 9 saved classes"):
+        open_source(file, class_names=[str(digit) for digit in range(9)])
+    assert open_source("builtin:digits").path == "builtin:digits"
+    run, drawn = run_commands(program, "idx.py", tmp_path, data_dir=file)
+    assert np.isfinite(column(run, "label")).all() and (drawn["arr_1"] == 3).all()
+
+
 def test_the_metric_is_in_the_evaluators_output(program, tmp_path, monkeypatch, capsys):
     use_small_backend(monkeypatch, tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
@@ -268,6 +287,14 @@ def test_the_metric_is_in_the_evaluators_output(program, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         start(["reference.npz", "samples.npz", "--metrics", "coverage", "--k", "60"])
     assert stopped.value.code == 2 and "need at least 61 images" in capsys.readouterr().err
+
+
+def test_help_lists_the_row(program, capsys):
+    for name, flag, row in [("narrow_bridge.py", "mt_weights", "narrow-bridge"), ("dit.py", "mt_backbone", "dit")]:
+        with pytest.raises(SystemExit):
+            program(name)(["train", "--help"])
+        (text,) = re.findall(rf"\n  --{flag} TEXT\s(.*?)\(default", capsys.readouterr().out, re.DOTALL)
+        assert re.search(rf"[ (]{row}\)", " ".join(text.split()))
 
 
 # ---------------------------------------------------------------- a script that doesn't know the row

@@ -163,9 +163,7 @@ TASKS: dict[str, Task] = {
 class MTConfig:
     """Multi-modal diffusion"""
 
-    mt_task: str = option(
-        "none", f"what is modelled with the image: none, or of {', '.join(TASKS)}, as in masked,label"
-    )
+    mt_task: str = option("none", "what is modelled with the image: none, or some, as in masked,label", names=TASKS)
     mt_backbone: str = option("unet", "the network that all of it is built on", BACKBONES)
     mt_variant: str = option(
         "auto",
@@ -173,9 +171,7 @@ class MTConfig:
         "U where a modality is no image",
         ("auto", *VARIANTS),
     )
-    mt_weights: str = option(
-        "paper", f"aggregation weights w_t ({', '.join(WEIGHTS)}), or one each: masked=paper,label=bridge"
-    )
+    mt_weights: str = option("paper", "aggregation weights w_t, or one each: masked=paper,label=bridge", names=WEIGHTS)
     mt_loss_weight: str = option(
         "0.1", "lambda of eq. 6, or one each: masked=0.1,label=0.05; 0 trains the purely conditional twin"
     )

@@ -30,17 +30,19 @@ def option(
     help: str,
     choices: Collection[str] | None = None,
     *,
+    names: Collection[str] | None = None,
     least: float | None = None,
     most: float | None = None,
     free: bool = False,
 ) -> Any:
     """A dataclass field that is a flag of its own name. least, most: its range; where the default is -1, that is valid too.
 
-    choices: the valid values; of a registry its names, also those of rows that are added later.
+    choices: the valid values; of a registry its names, also those of rows that are added later. names: a registry whose names the
+    value is made of; --help lists them.
 
     free: a trained model may be used with another value, since no weight's meaning depends on it.
     """
-    metadata = {"help": help, "choices": choices, "least": least, "most": most, "free": free}
+    metadata = {"help": help, "choices": choices, "names": names or choices, "least": least, "most": most, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -223,9 +225,8 @@ def parse(
         for field in dataclasses.fields(section):
             if field.name not in seen:  # a flag that two sections share is one flag
                 seen.add(field.name)
-                text = field.metadata["help"] + (
-                    f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-                )
+                names = field.metadata["names"]
+                text = field.metadata["help"] + (f" ({', '.join(names)})" if names else "")
                 group.add_argument(
                     f"--{field.name}", default=field.default, metavar=_word(field), help=text.replace("%", "%%")
                 )
