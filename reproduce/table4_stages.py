@@ -258,7 +258,7 @@ class Table4:
         parts = []
         for batch in truth.split(config.batch_size):
             images = from_uint8(batch.to(model.scale_factor.device))
-            parts.append(to_nhwc(model.decode_latents(model.encode_images(images))))
+            parts.append(to_nhwc(model.decode(model.encode(images))))
         out, images = self.run / f"{self.name}_first_stage", np.concatenate(parts)
         save_npz(out / f"{made}.npz", {"arr_0": images})
         latent_sample.write_folder(out / made, latent_sample.unique_stems(loaded.names, pairs.path), images)

@@ -24,7 +24,7 @@ from ..generation.classification import classifier_probabilities, head_estimates
 from ..generation.generate import Generator, samples_folder
 from ..generation.noisy_classifier import build_process, classifier_sections, find_classifier, load_classifier
 from ..generation.sharded import content_hash, run_sharded
-from ..modalities.registry import loss_weights, task_names
+from ..modalities.settings import loss_weights, row_of, task_names
 from ..runs import distributed
 from ..runs.checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
 from ..runs.config import Config, option, parse
@@ -76,7 +76,11 @@ class Classified(NamedTuple):
 
 def main(argv: Sequence[str]) -> Classified | None:
     """Write the probabilities; returns the file on the main process, None on the others and with --dry_run."""
-    network = open_classifier(argv) if split_flags(argv, ["classifier_path"])[0] else open_head(argv)
+    return classify_images(open_classifier(argv) if split_flags(argv, ["classifier_path"])[0] else open_head(argv))
+
+
+def classify_images(network: Network) -> Classified | None:
+    """What `main` does with what classifies. Raises UserError."""
     config, weights = network.config, network.weights
     processes = distributed.setup(config.device)
     step = checkpoint_step(weights.parent) if re.fullmatch(r"step_\d+", weights.parent.name) else None
@@ -116,22 +120,33 @@ def open_head(argv: Sequence[str]) -> Network:
     """The label head of `--model_path`. Raises UserError for a model that has none, or none that can be used."""
     config = with_saved_config(argv, (ClassifyConfig,), __doc__)
     weights = find_weights(config.model_path, config.ema)
-    check_head(config, weights)
+    label = check_head(config, weights)
     diffusion = build_diffusion(config)
     timesteps = read_timesteps(config.timesteps, config.diffusion_steps, diffusion.aggregation)
 
     def load(device: torch.device) -> Callable[..., Tensor]:
         generator = Generator.load(config, device)
         options = {"timesteps": timesteps, "draws": config.draws}
-        return partial(head_estimates, generator.model, diffusion, generator.modalities, **options)
+        return partial(read_head, generator, label, **options)
 
     return Network(config, weights, read_classes(weights.parent), noisy(timesteps, config.draws), load)
 
 
-def check_head(config: Config, weights: Path) -> None:
-    """Raises UserError for a model whose label head doesn't exist, was not trained, or was trained with the label as input."""
+def read_head(
+    generator: Generator, name: str, pixels: Tensor, timesteps: Sequence[int], draws: int, streams: SampleStreams
+) -> Tensor:
+    """The probabilities [B, K] by the head of the modality `name`, of images [B, 3, S, S] in [-1, 1]."""
+    network, modalities = generator.network_in(0), generator.modalities
+    z_0 = generator.space.encode(pixels)
+    return head_estimates(network, generator.process, modalities, z_0, timesteps, draws, streams, name)
+
+
+def check_head(config: Config, weights: Path) -> str:
+    """The modality that is the images' class. Raises UserError for a model whose head of it doesn't exist, was not trained, or was
+    trained with the label as input."""
     path, other = config.model_path, "or give a classifier by --classifier_path"
-    if "label" not in task_names(config):
+    label = next((name for name in task_names(config) if row_of(config, name).needs_labels), "")
+    if not label:
         raise UserError(
             f"{path}: was trained with --mt_task {config.mt_task}, so it has no label head; train with label, {other}"
         )
@@ -139,13 +154,14 @@ def check_head(config: Config, weights: Path) -> None:
         raise UserError(
             f"{path}: form X is told the label, so it can't classify; train with --mt_variant U or any, {other}"
         )
-    if loss_weights(config)["label"] == 0 or config.mt_drop_prob == 1:
+    if loss_weights(config)[label] == 0 or config.mt_drop_prob == 1:
         flag = "--mt_drop_prob 1" if config.mt_drop_prob == 1 else f"--mt_loss_weight {config.mt_loss_weight}"
         raise UserError(
             f"{path}: was trained with {flag}, so its label head learned nothing; train with another, {other}"
         )
-    if read_config(weights) is None and not any(key.startswith("heads.label.") for key in read_weights(weights)):
+    if read_config(weights) is None and not any(key.startswith(f"heads.{label}.") for key in read_weights(weights)):
         raise UserError(f"{path}: holds no label head; give a run trained with --mt_task label, {other}")
+    return label
 
 
 def open_classifier(argv: Sequence[str]) -> Network:
@@ -188,6 +204,10 @@ def open_images(config: Config, classes: Sequence[str] | None) -> ImageSource:
         raise UserError(f"{error}; --labelled False classifies without comparing") from None
     if not config.labelled:
         source.labels = None
+    if source.labels is not None and source.labels.min() < 0:
+        raise UserError(
+            f"{config.data_dir}: some of the images have no class; --labelled False classifies without comparing"
+        )
     if source.labels is not None and source.labels.max() >= config.num_classes:
         raise UserError(
             f"{config.data_dir}: has {source.labels.max() + 1} classes, the network {config.num_classes}; "

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..data import load_images, open_source
+from ..data import load_images
 from ..data.images import save_npz
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..generation.batches import take_images
-from ..generation.build import build_diffusion, check_labels
+from ..generation.build import build_diffusion, check_labels, open_images
 from ..generation.generate import Generator, output_path
 from ..generation.masks import make_mask
-from ..modalities import Images, MaskedImage
-from ..modalities.registry import mask_patch
+from ..modalities import Images
 from ..runs import distributed
 from ..runs.config import Config, SampleConfig, option
 from .console import announce, run, with_saved_config
@@ -50,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if not config.data_dir:
         raise UserError("--data_dir is missing: the images to evaluate")
     generator = Generator.load(config, processes.device)
-    source = open_source(config.data_dir, class_names=generator.known_classes)
+    source = open_images(config, generator.known_classes)
     check_labels(config, source)
     for modality in generator.modalities.values():
         modality.prepare(source)
@@ -61,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     columns: dict[str, list[torch.Tensor]] = {}
     for start in tqdm(starts, unit="batch", disable=not processes.is_main):
         part = slice(start, min(start + config.batch_size, count))
-        images = take_images(loaded, part, generator.modalities, processes.device)
+        images = take_images(loaded, part, generator.modalities, processes.device, source.side_names)
         streams = SampleStreams(0, torch.arange(part.start, part.stop), device=processes.device)
         for name, values in bound_terms(config, generator, diffusion, images, streams).items():
             columns.setdefault(name, []).append(values.float())
@@ -86,9 +84,9 @@ def bound_terms(
     modalities, gives, x_start = generator.modalities, generator.gives, images.x_start
     data = {}
     for name, modality in modalities.items():
-        if config.mask and isinstance(modality, MaskedImage):
-            keep = make_mask(config.mask, config.image_size, mask_patch(config), streams)
-            data[name] = x_start * keep
+        if config.mask and modality.is_mask:
+            keep = make_mask(config.mask, config.image_size, generator.mask_patch, streams)
+            data[name] = modality.enter(images.pixels * keep)
         else:
             data[name] = modality.from_batch(images, streams)
     kl = {name: torch.zeros(len(x_start), device=x_start.device) for name in modalities}
@@ -98,7 +96,7 @@ def bound_terms(
             kl[name] += modality.loss(predictions[name], data[name]) / diffusion.num_timesteps
 
     terms = diffusion.calc_bpd_loop(
-        partial(generator.model, y=images.labels if config.class_cond else None),
+        generator.network_in(0, images.labels if config.class_cond else None),
         x_start,
         config.clip_denoised,
         {"modalities": data if gives else {}},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from ..generation.generate import Generator, output_path, parse_seeds
 from ..generation.masks import make_mask
 from ..generation.restoration import METHODS, restore
 from ..generation.sharded import content_hash, run_sharded
-from ..modalities.registry import mask_patch
 from ..runs import distributed
 from ..runs.checkpoint import find_weights
-from ..runs.config import SampleConfig, option
+from ..runs.config import Config, SampleConfig, option
+from ..runs.distributed import Processes
 from .console import announce, run, with_saved_config
 
 SHOWN = 10
@@ -48,33 +49,45 @@ SECTIONS = (SampleConfig, RestoreConfig)
 def main(argv: Sequence[str]) -> None:
     config = with_saved_config(join_mask(argv), SECTIONS, __doc__)
     processes = distributed.setup(config.device)
-    out = output_path(
-        config, f"restored_{config.method}_{config.mask.replace(':', '').split('/')[-1].replace(' ', '_')}.npz"
-    )
-    if announce(config, processes, f"writing {out}"):
-        return
+    if not announce(config, processes, f"writing {restored_path(config)}"):
+        restore_images(config, processes, Generator.load)
+
+
+def restored_path(config: Config) -> Path:
+    """The .npz to write."""
+    mask = config.mask.replace(":", "").split("/")[-1].replace(" ", "_")
+    return output_path(config, f"restored_{config.method}_{mask}.npz")
+
+
+def restore_images(config: Config, processes: Processes, load: Callable[[Config, torch.device], Generator]) -> None:
+    """Restore the images of `config.data_dir` by the model that `load` makes, and write them. Raises UserError."""
+    out = restored_path(config)
     if not config.data_dir:
         raise UserError("--data_dir is missing: the images to restore")
     if not 0 < config.strength <= 1:
         raise UserError(f"--strength must be above 0 and at most 1, not {config.strength}")
-    generator = Generator.load(config, processes.device)
-    classes = generator.classes if config.class_cond else None  # of other models, no label is read
+    generator = load(config, processes.device)
+    classes = generator.classes if generator.config.class_cond else None  # of other models, no label is read
     source = open_source(config.data_dir, class_names=classes)
-    loaded = load_images(source, config.image_size, config.num_samples)
+    loaded = load_images(source, generator.config.image_size, config.num_samples)
     count = len(loaded.images)
-    if config.class_cond and loaded.labels is None:
+    if generator.config.class_cond and loaded.labels is None:
         raise UserError(f"{config.data_dir}: has no classes, which this class-conditional model needs")
     seeds = parse_seeds(config.seeds, count)
-    patch = mask_patch(config)
+    patch = generator.mask_patch
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = torch.tensor([seeds[i] for i in batch])
         pixels = loaded.images[batch]
         x_start = from_uint8(pixels.to(processes.device))
-        labels = loaded.labels[batch].to(processes.device) if config.class_cond and loaded.labels is not None else None
+        labels = (
+            loaded.labels[batch].to(processes.device)
+            if generator.config.class_cond and loaded.labels is not None
+            else None
+        )
         # The mask's numbers are a stream of their own (Stream.INPUT): the same masks for every method and sampler.
         streams = SampleStreams(own, index=Stream.INPUT, device=processes.device)
-        keep = make_mask(config.mask, config.image_size, patch, streams)
+        keep = make_mask(config.mask, generator.config.image_size, patch, streams)
         masked = x_start * keep
         restored = restore(
             config.method,

@@ -14,8 +14,8 @@ from ..diffusion.random import SampleStreams, Stream
 from ..errors import UserError, nearest
 from ..generation.generate import Generator, output_path, parse_seeds
 from ..generation.sharded import content_hash, run_sharded
-from ..modalities import LabelModality
 from ..modalities.classes import choose_classes
+from ..modalities.settings import absent_names
 from ..runs import distributed
 from ..runs.checkpoint import find_weights
 from ..runs.config import Config, SampleConfig, option
@@ -33,6 +33,10 @@ class GenerateConfig:
     given: str = option(
         "", "known modalities, as in label=3 or label=cat,masked=FILE (repeatable); the others are drawn with the image"
     )
+    target: str = option("", "with paired images: which of them is z_0 (arr_0); empty: the first that is not given")
+    absent: str = option(
+        "", "modalities that the samples are to have none of, as the images that lacked them in training"
+    )
     label_draw: bool = option(False, "also write a label drawn from each sample's probabilities")
 
 
@@ -48,24 +52,25 @@ def main(argv: Sequence[str]) -> None:
         return
     seeds = parse_seeds(config.seeds, config.num_samples)
     generator = Generator.load(config, processes.device)
-    given = read_given(config, generator)
+    given, absent = read_given(config, generator), read_absent(config, generator)
+    generator.role_for(list(given), config.target)
     settings = config[SampleConfig]
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
         labels = choose_labels(config, generator, own)
         known = {name: (x[batch] if len(x) > 1 else x.expand(len(batch), *x.shape[1:])) for name, x in given.items()}
-        known = {name: x.to(processes.device) for name, x in known.items()}
-        drawn = generator.draw(own, settings, known, labels)
-        arrays = {"arr_0": to_nhwc(drawn.x_start)}
+        known = {name: generator.modality_of(name).enter(x.to(processes.device)) for name, x in known.items()}
+        drawn = generator.draw(own, settings, known, labels, target=config.target, absent=absent)
+        arrays = {"arr_0": to_nhwc(generator.space.decode(drawn.x_start))}
         if labels is not None:
             arrays["arr_1"] = labels.cpu().numpy()
         for name, x in drawn.modalities.items():
-            arrays = beside(arrays, generator.modalities[name].arrays(x), name)
-            if config.label_draw and isinstance(generator.modalities[name], LabelModality) and x.is_floating_point():
-                chance = SampleStreams(torch.as_tensor(own), index=Stream.LABEL_DRAW, device=x.device).uniform(1)
-                label = (x.cumsum(1) < chance).sum(1).clamp(max=x.shape[1] - 1).cpu().numpy()
-                arrays = beside(arrays, {f"{name}_draw": label}, name)
+            modality = generator.modality_of(name)
+            arrays = beside(arrays, modality.arrays(x), name)
+            if config.label_draw:
+                streams = SampleStreams(torch.as_tensor(own), index=Stream.LABEL_DRAW, device=x.device)
+                arrays = beside(arrays, modality.drawn(x, streams), name)
         return arrays
 
     hashes = {f"given {name}": content_hash(x.numpy()) for name, x in given.items()}
@@ -108,21 +113,22 @@ def read_given(config: Config, generator: Generator) -> dict[str, torch.Tensor]:
     """{modality: x [1 or N, ...]} of `--given`. Raises UserError for an unknown modality, and values that don't fit."""
     given: dict[str, torch.Tensor] = {}
     words = config.given
-    if config.class_name and "label" in generator.modalities:
-        words = ",".join(filter(None, [words, f"label={config.class_name}"]))
+    modelled = class_modality(generator)
+    if config.class_name and modelled:
+        words = ",".join(filter(None, [words, f"{modelled}={config.class_name}"]))
     for part in re.split(r",(?=[\w-]+=)", words) if words else []:
         name, equals, text = part.partition("=")
-        if name not in generator.modalities:
-            known = ", ".join(generator.modalities) or "no modality"
+        if name not in generator.names and name not in generator.modalities:
+            known = ", ".join(generator.names) or "no modality"
             other = "; --class chooses its class" if config.class_cond and name == "label" else ""
             raise UserError(
-                f"--given {part}: this model has no modality '{name}'{nearest(name, generator.modalities)}; it has {known}{other}"
+                f"--given {part}: this model has no modality '{name}'{nearest(name, generator.names)}; it has {known}{other}"
             )
         if not equals or not text:
             raise UserError(f"--given {part}: write {name}=VALUE")
         if name in given:
             raise UserError(f"--given {words}: names {name} twice")
-        given[name] = generator.modalities[name].read(text, config.image_size, generator.classes)
+        given[name] = generator.modality_of(name).read(text, config.image_size, generator.classes)
         if 1 < len(given[name]) < config.num_samples:
             raise UserError(
                 f"--given {part}: holds {len(given[name])} for {config.num_samples} samples; lower --num_samples"
@@ -130,10 +136,29 @@ def read_given(config: Config, generator: Generator) -> dict[str, torch.Tensor]:
     return given
 
 
+def read_absent(config: Config, generator: Generator) -> list[str]:
+    """The modalities of `--absent`. Raises UserError for others, and those that the network can't be told of."""
+    absent = [name.strip() for name in config.absent.split(",") if name.strip()]
+    slots = generator.slots(0)
+    for name in absent:
+        if name not in slots:
+            raise UserError(
+                f"--absent {name}: this model has no such modality{nearest(name, slots)}; it has {', '.join(slots)}"
+            )
+        if slots[name] not in absent_names(generator.config):
+            raise UserError(f"--absent {name}: no image lacked it in this model's training (--mt_absent)")
+    return absent
+
+
+def class_modality(generator: Generator) -> str:
+    """The name of the modality that is the image's class, '' where there is none."""
+    return next((name for name, modality in generator.modalities.items() if modality.is_class), "")
+
+
 def choose_labels(config: Config, generator: Generator, seeds: Sequence[int]) -> torch.Tensor | None:
     """Class ids [B] for a class-conditional model: the chosen one, or each sample's own draw among the known classes."""
     if not config.class_cond:
-        if config.class_name and "label" not in generator.modalities:
+        if config.class_name and not class_modality(generator):
             raise UserError("--class needs a class-conditional model (--class_cond True), or one with --mt_task label")
         return None
     names = generator.classes or [str(i) for i in range(config.num_classes)]

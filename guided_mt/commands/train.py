@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..data import open_source
 from ..generation.build import (
     build_diffusion,
     build_model,
@@ -17,6 +16,7 @@ from ..generation.build import (
     complete,
     count_classes,
     needs_labels,
+    open_images,
     run_sections,
 )
 from ..runs import distributed
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     build_diffusion(config)
     if announce(config, processes, *run_lines(config, processes, folder, parameters)):
         return
-    source = open_source(config.data_dir, class_names=saved_classes(folder) if needs_labels(config) else None)
+    source = open_images(config, saved_classes(folder) if needs_labels(config) else None)
     announced = config.num_classes
     count_classes(config, source)
     if processes.is_main and config.num_classes != announced:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..data import ImageSource
+from ..data import ImageSource, open_source
+from ..data.sides import Sides
 from ..diffusion.aggregation import WEIGHTS
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.respacing import create_gaussian_diffusion
 from ..diffusion.schedules import get_named_beta_schedule
 from ..errors import UserError, nearest
-from ..modalities import Modality
-from ..modalities.registry import (
-    TASKS,
-    LabelConfig,
+from ..modalities import Modality, Pixels, Space
+from ..modalities.names import check_name
+from ..modalities.registry import TASKS
+from ..modalities.roles import variance_name
+from ..modalities.row_config import RowConfig, split_names
+from ..modalities.settings import (
     MTConfig,
+    absent_names,
+    encoding_norm,
     loss_weights,
-    split_names,
+    roles_of,
+    row_config,
+    row_of,
     task_names,
     variant_of,
     weights_names,
@@ -31,6 +38,7 @@ from ..modalities.tokens import rescaled
 from ..networks.backbone import Backbone
 from ..networks.heads import HeadVariance
 from ..networks.model import BACKBONES, MTModel
+from ..networks.multi_task import MultiTask
 from ..runs.checkpoint import read_config
 from ..runs.config import Config, DataConfig, DiffusionConfig, ModelConfig, check_keys
 from ..runs.loop_config import TrainConfig
@@ -57,10 +65,10 @@ def saved_config(weights: Path) -> dict[str, Any]:
     saved, file = read_config(weights) or {}, weights.parent / "config.yaml"
     if "val_data_dir" in saved:
         raise UserError(f"{weights}: holds a classifier, not a diffusion model; --classifier_path takes it")
-    for name in split_names(str(saved.get("mt_task", ""))):
-        if name not in TASKS:
+    for row in split_names(str(saved.get("mt_task", ""))).values():
+        if row not in TASKS:
             raise UserError(
-                f"{file}: was trained with the modality '{name}'{nearest(name, TASKS)}, which this script doesn't know; "
+                f"{file}: was trained with the modality '{row}'{nearest(row, TASKS)}, which this script doesn't know; "
                 "run the file that adds it to TASKS (docs/new_modality.md)"
             )
     # What later versions added, at the value that says what runs without it did.
@@ -87,21 +95,32 @@ def _check_rows(saved: Mapping[str, Any], file: Path) -> None:
             )
 
 
+def open_images(config: Config, class_names: Sequence[str] | None = None) -> ImageSource:
+    """The images of --data_dir, with those of --paired_dir beside them. Raises UserError where one can't be opened."""
+    source, paired = open_source(config.data_dir, class_names=class_names), {}
+    for name, side in zip(roles_of(config).slots, roles_of(config).sides[1:], strict=True):
+        folder = row_config(config, name).paired_dir
+        if not folder:
+            raise UserError(f"--paired_dir is missing: the folder or archive with the images of --mt_task {name}")
+        paired[side] = open_source(folder)
+    return Sides(source, paired, config.mt_image) if paired else source
+
+
 def count_classes(config: Config, images: ImageSource) -> None:
     """Where labels are modelled and --num_classes was not given, it is the number of classes of the data."""
-    modelled = any(TASKS[name].options is LabelConfig for name in task_names(config))
+    modelled = any("num_classes" in row_of(config, name).run_options for name in task_names(config))
     if modelled and images.labels is not None and "num_classes" not in config.typed:
         config[ModelConfig].num_classes = len(images.class_names)
 
 
 def needs_labels(config: Config) -> bool:
     """Whether training reads the images' classes."""
-    return config.class_cond or any(TASKS[name].needs_labels for name in task_names(config))
+    return config.class_cond or any(row_of(config, name).needs_labels for name in task_names(config))
 
 
 def sees_plain_noise(config: Config) -> bool:
     """Whether form X with all modalities of `--mt_task` is at times trained with none of them given."""
-    return all(TASKS[name].sees_plain_noise(config) for name in task_names(config))
+    return all(row_of(config, name).sees_plain_noise(row_config(config, name)) for name in task_names(config))
 
 
 def check_labels(config: Config, images: ImageSource) -> None:
@@ -122,49 +141,78 @@ def check_labels(config: Config, images: ImageSource) -> None:
 def check_tasks(config: Config) -> None:
     """Raises UserError for modalities and flags that contradict each other."""
     names = task_names(config)
-    loss_weights(config), weights_names(config)
-    if config.class_cond and "label" in names:
+    loss_weights(config), weights_names(config), absent_names(config)
+    predicted = [name for name in names if row_of(config, name).needs_labels]
+    if config.class_cond and predicted:
         raise UserError(
-            "--class_cond True gives the network the class that --mt_task label is to predict; leave one of them out"
+            f"--class_cond True gives the network the class that --mt_task {predicted[0]} is to predict; leave one of them out"
+        )
+    if config.class_cond and roles_of(config).told:
+        raise UserError(
+            "--class_cond True: the network's class tells which image is z_0 (--mt_swap_prob); leave one of them out"
         )
 
 
 def complete(config: Config) -> None:
     """Fill in what the flags leave open. Raises UserError for files that can't be read."""
-    config[MTConfig].mt_task = ",".join(task_names(config)) or "none"
+    task_names(config)
+    named = split_names(config.mt_task).items()
+    config[MTConfig].mt_task = ",".join(name if name == row else f"{name}:{row}" for name, row in named) or "none"
     config[MTConfig].mt_variant = variant_of(config)
     for name in task_names(config):
-        fill_in = TASKS[name].complete
+        fill_in = row_of(config, name).complete
         if fill_in is not None:
-            fill_in(config)
+            fill_in(row_config(config, name))
 
 
 def build_model(config: Config, modalities: Mapping[str, Modality] | None = None) -> MTModel:
     """The untrained network of a configuration, for `modalities` where they are built already."""
-    names = task_names(config)
     model_options = config.as_dict(ModelConfig)
     del model_options["compile"]
     del model_options["use_fp16"]  # parsing has turned it into the precision
-    modalities, process = modalities or build_modalities(config), build_diffusion(config)
+    roles = roles_of(config)
+    if roles.told:
+        model_options |= {"class_cond": True, "num_classes": len(roles.sides)}
     width = config.mt_context_dim if config.mt_context_dim > 0 else 4 * config.num_channels
     made = BACKBONES[config.mt_backbone](
         **model_options,
+        **multi_task_options(config, build_diffusion(config), Pixels(config.image_size)),
         learn_sigma=config.learn_sigma,
         context_dim=width,
-        heads={name: partial(_head, config, process, name) for name in names},
-        image_inputs={name: m.image_channels for name, m in modalities.items() if TASKS[name].tokens is None},
-        token_inputs={name: partial(tokens, config) for name in names if (tokens := TASKS[name].tokens) is not None},
-        tracked=[name for name, modality in modalities.items() if modality.tracks_variance],
-        variant=variant_of(config) if names else "U",
-        num_timesteps=config.diffusion_steps,
     )
+    track_variances(made, config, modalities or build_modalities(config))
     if config.mt_drop_prob == 1:
         made.freeze_context()
     return cast(MTModel, made)
 
 
-def _head(config: Config, process: GaussianDiffusion, name: str, backbone: Backbone) -> nn.Module:
-    return TASKS[name].head(config, backbone, process)
+def multi_task_options(config: Config, process: GaussianDiffusion, space: Space) -> dict[str, Any]:
+    """The keywords of `MultiTask` that a configuration says, for a network on `space`; but for its context's width."""
+    rows = {name: (row_of(config, name), row_config(config, name, space)) for name in task_names(config)}
+    return {
+        "heads": {name: partial(_head, row.head, own, process) for name, (row, own) in rows.items()},
+        "image_inputs": {name: space.channels for name, (row, _) in rows.items() if row.tokens is None},
+        "token_inputs": {name: partial(row.tokens, own) for name, (row, own) in rows.items() if row.tokens is not None},
+        "lacking": absent_names(config),
+        "roles": roles_of(config).told,
+        "variant": variant_of(config) if rows else "U",
+        "num_timesteps": process.num_timesteps,
+    }
+
+
+def _head(
+    make: Callable[..., nn.Module], config: RowConfig, process: GaussianDiffusion, backbone: Backbone
+) -> nn.Module:
+    return make(config, backbone, process)
+
+
+def track_variances(model: MultiTask, config: Config, modalities: Mapping[str, Modality]) -> None:
+    """Let the network track the squared errors of heads that own head divides by.
+
+    In form U there is one for each role, since they are larger in the direction that leaves more open."""
+    roles = roles_of(config)
+    each = range(len(roles.sides)) if roles.told and model.variant == "U" else range(1)
+    model.track([variance_name(name, role) for role in each for name, m in modalities.items() if m.tracks_variance])
 
 
 def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDiffusion:
@@ -188,20 +236,31 @@ def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDif
         raise UserError(str(error)) from None
 
 
-def build_modalities(config: Config, model: MTModel | None = None) -> dict[str, Modality]:
-    """{name: modality} of a configuration, bound to `model` where there is one."""
-    made = {name: TASKS[name].modality(config, None) for name in task_names(config)}
+def build_modalities(config: Config, model: MTModel | None = None, space: Space | None = None) -> dict[str, Modality]:
+    """{name: modality} of a configuration on `space` (None: pixels), bound to `model` where there is one."""
+    space = space or Pixels(config.image_size)
+    made = {}
+    for name in task_names(config):
+        made[name] = modality = row_of(config, name).modality(row_config(config, name, space), None)
+        check_name(name)
+        modality.name = name  # that of a row of one's own may be fixed
+        modality.use_space(space)
     if model is not None:
         bind(made, config, model)
     return made
 
 
-def bind(modalities: Mapping[str, Modality], config: Config, model: MTModel) -> None:
-    """Let modalities encode by `model`, and know their heads' variances as they are tracked by now."""
+def bind(modalities: Mapping[str, Modality], config: Config, model: MTModel, role: int = 0) -> None:
+    """Let modalities encode by `model`, and know what became of their heads by now: whether they were trained, and their
+    variances in `role`."""
+    weights = loss_weights(config)
     for name, modality in modalities.items():
-        if TASKS[name].tokens is not None:
-            modality.encoder = partial(_encode, model, name, config.mt_encoding_norm)
-        tracked = cast(HeadVariance, model.head_variance[name]) if name in model.head_variance else None
+        modality.head_trained = weights[name] > 0 and config.mt_drop_prob < 1
+        if row_of(config, name).tokens is not None:
+            modality.encoder = partial(_encode, model, name, encoding_norm(config, name))
+        own = variance_name(name, role)
+        key = own if own in model.head_variance else name
+        tracked = cast(HeadVariance, model.head_variance[key]) if key in model.head_variance else None
         if tracked is not None and bool(tracked.error_count.any()):
             modality.use_variance(tracked.value())
 

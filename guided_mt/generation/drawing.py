@@ -70,6 +70,7 @@ def draw(
     progress: bool = False,
     start: tuple[Tensor, int] | None = None,
     cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    absent: Collection[str] = (),
 ) -> Sample:
     """One sample of `shape` (C, H, W) per seed, on the timesteps of `process`; see `sampling.sample`.
 
@@ -93,4 +94,5 @@ def draw(
         start=start,
         guidance_scale=options.guidance_scale,
         cond_fn=cond_fn,
+        absent=absent,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..diffusion.network import ModelOutput
+from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams, Stream
 from ..diffusion.sampling import Sample
-from ..errors import UserError
-from ..modalities import Modality
-from ..modalities.registry import weights_names
+from ..errors import UserError, nearest
+from ..modalities import ImageModality, Modality, Pixels, Space
+from ..modalities.settings import roles_of, weights_names
 from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
@@ -30,16 +31,26 @@ log = logging.getLogger("guided_mt")
 
 @dataclass
 class Generator:
-    """A trained model with everything that drawing from it needs."""
+    """A trained model with everything that drawing from it needs, in pixels or in latents.
+
+    config: of the model; classes: the names of its classes, where it had some. space: Z, None for pixels. process: on all
+    timesteps, None for that of `config`. network: the model as it is called, `model` itself unless it stands in something else.
+    """
 
     config: Config
     model: MTModel
     modalities: dict[str, Modality]
     classes: list[str] | None
+    space: Space = None  # type: ignore[assignment]  # filled in below, as the next two
+    process: GaussianDiffusion = None  # type: ignore[assignment]
+    network: Callable[..., ModelOutput] = None  # type: ignore[assignment]
     warned: bool = False
 
     def __post_init__(self) -> None:
-        self.process = build_diffusion(self.config)
+        self.space = Pixels(self.config.image_size) if self.space is None else self.space
+        self.process = build_diffusion(self.config) if self.process is None else self.process
+        self.network = self.model if self.network is None else self.network
+        self.roles, self._role = roles_of(self.config), 0
         for modality in self.modalities.values():
             if self.classes:
                 modality.use_classes(self.classes)
@@ -61,17 +72,88 @@ class Generator:
         return self.classes if needs_labels(self.config) else None
 
     @property
+    def timestep_respacing(self) -> str:
+        """The timesteps that were asked for, '' where the steps of a request decide."""
+        return getattr(self.config, "timestep_respacing", "")
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (3, self.config.image_size, self.config.image_size)
+        """Of an element of Z."""
+        return (self.space.channels, self.space.size, self.space.size)
+
+    @property
+    def mask_patch(self) -> int:
+        """The side of a masked patch in pixels, as in training."""
+        masks = [modality.patch for modality in self.modalities.values() if modality.is_mask]  # type: ignore[attr-defined]
+        return masks[0] if masks else max(1, self.config.image_size // 4)
 
     @property
     def gives(self) -> bool:
         """Whether a known modality is given to the network (forms X and any) or stands in the frame (U)."""
         return self.model.variant != "U"
+
+    # ------------------------------------------------------------ sides and roles
+
+    def modality_of(self, name: str) -> Modality:
+        """What reads and shows the modality or side `name`, whatever the role. Raises KeyError for another name."""
+        slots = self.slots(0)
+        if name in slots or name in self.modalities:
+            return self.modalities[slots.get(name, name)]
+        if name != self.roles.sides[0] or not self.roles.slots:
+            raise KeyError(name)
+        image = ImageModality(name)
+        image.use_space(self.space)
+        return image
+
+    @property
+    def names(self) -> list[str]:
+        """What can be given: the sides where there are several, and the other modalities."""
+        return [*(self.roles.sides[:1] if self.roles.slots else ()), *self.slots(0)]
+
+    def slots(self, role: int) -> dict[str, str]:
+        """{what the user calls it: modality} in this role: a modality by its name, a side by that of the image."""
+        return {self.roles.names(role).get(name, name): name for name in self.modalities}
+
+    def role_for(self, known: Collection[str], target: str = "") -> int:
+        """The role to draw in, with the sides and modalities `known`: that in which `target` is z_0, or the first of training in
+        which z_0 is not known. Raises UserError where there is none."""
+        sides, trained = self.roles.sides, self.roles.trained
+        if target:
+            if target not in sides:
+                raise UserError(
+                    f"'{target}' is no image of this model{nearest(target, sides)}; it has {', '.join(sides)}"
+                )
+            wanted = [self.roles.role_of(target)]
+        else:
+            wanted = [role for role in range(len(sides)) if sides[role] not in known]
+        possible = [role for role in wanted if role in trained and sides[role] not in known]
+        if possible:
+            return possible[0]
+        made = target or ", ".join(sides[role] for role in wanted) or "no image"
+        if target in known:
+            raise UserError(f"'{target}' is given, so it can't be drawn")
+        raise UserError(
+            f"this model was not trained to generate {made} from {', '.join(known) or 'nothing'}: z_0 was always "
+            f"{', '.join(sides[role] for role in trained)} ({self.roles.setting})"
+        )
+
+    def _take_role(self, role: int) -> None:
+        """Heads' variances differ between roles."""
+        if role != self._role:
+            bind(self.modalities, self.config, self.model, role)
+            self._role = role
+
+    def network_in(self, role: int, labels: Tensor | None = None) -> Callable[..., ModelOutput]:
+        """The network with its classes: `labels` [B], or the role where it is told one."""
+        if self.roles.told:
+            labels = torch.full((1,), role, device=self.device)
+        return _with_classes(self.network, labels)
+
+    # ------------------------------------------------------------ drawing
 
     def draw(
         self,
@@ -80,29 +162,47 @@ class Generator:
         known: Mapping[str, Tensor] | None = None,
         labels: Tensor | None = None,
         progress: bool = False,
+        *,
+        target: str = "",
+        absent: Collection[str] = (),
+        process: GaussianDiffusion | None = None,
     ) -> Sample:
-        """One sample per seed; known {name: x}, labels [B] for a class-conditional model. In form X a modality that is not known
-        takes its default (a label at random) or none (the complete mask), and the sample doesn't tell it.
+        """One sample per seed; known {modality or side: x}, labels [B] for a class-conditional model. In form X a modality that is
+        not known takes its default (a label at random) or none (the complete mask), and the sample doesn't tell it.
 
-        Raises UserError for what this model was not trained for.
+        target: the side that is z_0 (see `role_for`); the sample's `modalities` hold the others, by the names of the sides. absent:
+        what the samples have none of. process: on the timesteps to visit, instead of those that the settings say. Raises UserError
+        for what this model was not trained for.
         """
-        known = dict(known or {})
+        role = self.role_for(list(known or {}), target)
+        self._take_role(role)
+        slots = self.slots(role)
+        known = {slots.get(name, name): x for name, x in (known or {}).items()}
+        absent = [slots.get(name, name) for name in absent]
         modalities = self.modalities
         if self.model.variant == "X":
+            left_open = [name for name in modalities if name not in known and name not in absent]
             streams = SampleStreams(torch.as_tensor(seeds), index=Stream.DEFAULTS, device=self.device)
-            defaults = {name: modality.default(streams) for name, modality in modalities.items() if name not in known}
+            defaults = {name: modalities[name].default(streams) for name in left_open}
             known |= {name: x for name, x in defaults.items() if x is not None}
             drawn = [name for name, x in defaults.items() if x is not None]
             if drawn and known.keys() - set(drawn) and not self.warned:
                 self.warned = True
                 log.warning("not given, so drawn at random for each sample: %s (form X is given all)", ", ".join(drawn))
-            not_given = [name for name in modalities if name not in known and name in self.model.context_in]
+            sides = [name for name in left_open if name in self.roles.slots and self.config.mt_drop_prob == 0]
+            if sides:
+                names = self.roles.names(role)
+                raise UserError(
+                    f"this form-X model was always given {', '.join(names[name] for name in sides)}: name it with --given, or "
+                    "train mt_variant any or U"
+                )
+            not_given = [name for name in left_open if name not in known and name in self.model.context_in]
             if not_given and self.config.mt_drop_prob == 0 and not self.warned:
                 self.warned = True
                 log.warning(
                     "this form-X model was always given %s in training (no --mt_drop_prob)", ", ".join(not_given)
                 )
-            modalities = {name: modality for name, modality in modalities.items() if name in known}
+            modalities = {name: m for name, m in modalities.items() if name in known or name in absent}
         for name in known:
             if not self.gives and settings.mt_condition == "own-head" and not self.modalities[name].has_log_prob:
                 raise UserError(
@@ -111,14 +211,14 @@ class Generator:
                 )
         if settings.guidance_scale != 1:
             self._check_guidance(known)
-        in_frame = [name for name in modalities if not (self.gives and name in known)]
-        far = start_warning(self.process, settings, [name for name in modalities if name not in known])
+        in_frame = [name for name in modalities if not (self.gives and name in known) and name not in absent]
+        far = start_warning(self.process, settings, [name for name in in_frame if name not in known])
         if far and not self.warned:
             self.warned = True
             log.warning("%s", far)
-        return draw(
-            _with_classes(self.model, labels),
-            visited(self.process, settings, self.config.timestep_respacing, in_frame),
+        drawn_sample = draw(
+            self.network_in(role, labels),
+            process or visited(self.process, settings, self.timestep_respacing, in_frame),
             modalities,
             self.shape,
             seeds,
@@ -127,7 +227,12 @@ class Generator:
             gives=self.gives,
             device=self.device,
             progress=progress,
+            absent=absent,
         )
+        if not self.roles.slots:
+            return drawn_sample
+        names = self.roles.names(role)
+        return Sample(drawn_sample.x_start, {names.get(n, n): x for n, x in drawn_sample.modalities.items()})
 
     def draw_unconditional(
         self,
@@ -144,7 +249,7 @@ class Generator:
         `sampling.sample`. Raises UserError for a model that never saw plain noisy images.
         """
         network, start = self.unconditional(labels), None
-        process = visited(self.process, settings, self.config.timestep_respacing)
+        process = visited(self.process, settings, self.timestep_respacing)
         if settings.guidance_scale != 1:
             raise UserError("--guidance_scale has no condition to strengthen here; leave it out")
         if noised is not None:
@@ -181,26 +286,26 @@ class Generator:
         Raises UserError for one that never saw plain noisy images: its input always holds the frame or a condition.
         """
         config, model = self.config, self.model
-        if not self.modalities:
-            return lambda x, t: model(x, t, y=labels).output
-        if config.mt_drop_prob > 0:
-            return lambda x, t: model(x, t, y=labels, unconditional=True).output
+        network = self.network_in(0, labels)
+        if self.modalities and config.mt_drop_prob > 0:
+            return lambda x, t: network(x, t, {}, unconditional=True).output
         nothing_given = model.variant == "X" and sees_plain_noise(config)
         without_frame = model.variant == "U" and all(name == "none" for name in weights_names(config).values())
-        if nothing_given or without_frame:
-            return lambda x, t: model(x, t, y=labels).output
+        if not self.modalities or nothing_given or without_frame:
+            return lambda x, t: network(x, t, {}).output
         raise UserError(
             f"this form-{model.variant} model never saw plain noisy images; use one trained with --mt_task none, or with "
             "--mt_drop_prob"
         )
 
 
-def _with_classes(model: MTModel, labels: Tensor | None) -> Callable:
+def _with_classes(model: Callable[..., ModelOutput], labels: Tensor | None) -> Callable[..., ModelOutput]:
     """The model with its classes; guidance doubles the batch, and the classes with it."""
 
     def network(z_t: Tensor, t: Tensor, modalities: Mapping[str, Tensor], **options: Any) -> ModelOutput:
-        y = labels if labels is None else labels.repeat(len(z_t) // len(labels))
-        return model(z_t, t, modalities, y=y, **options)
+        if labels is not None:
+            options["y"] = labels.repeat(len(z_t) // len(labels))
+        return model(z_t, t, modalities, **options)
 
     return network
 

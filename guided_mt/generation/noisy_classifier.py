@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.process import GaussianDiffusion
-from ..modalities.registry import MTConfig
+from ..modalities.settings import MTConfig
 from ..networks.classifier import EncoderUNetModel, create_classifier
 from ..runs.checkpoint import (
     classifier_state,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.network import as_denoising
@@ -32,24 +33,30 @@ def restore(
     strength: float = 0.5,
     repaint_resamples: int = 10,
 ) -> Tensor:
-    """z_0 [B, C, H, W] for `masked` images [B, C, H, W] in [-1, 1] and `keep` [B, 1, H, W] (1 where the image stays).
+    """Images [B, 3, S, S] for `masked` ones in [-1, 1] and `keep` [B, 1, S, S] (1 where the image stays).
 
     'mt': the masked image is a known modality; 'sdedit': noise it to `strength` of the way and denoise (Table 1's SDEdit-);
-    'repaint': RePaint's resampling, the only one that is told where the mask is; 'none': the masked image as it is.
+    'repaint': RePaint's resampling, the only one that is told where the mask is; 'none': the masked image as it is. In latents the
+    last two work on the masked image's latent, of which `repaint` keeps what lies below no masked pixel.
     Raises UserError for a model that a method can't use.
     """
+    space = generator.space
     if method == "none":
         return masked
     if method == "mt":
-        if "masked" not in generator.modalities:
+        name = next((name for name, modality in generator.modalities.items() if modality.is_mask), None)
+        if name is None:
             raise UserError("--method mt needs a model trained with --mt_task masked; this one has no masked images")
-        return generator.draw(seeds, settings, {"masked": masked}, labels).x_start
+        known = {name: generator.modalities[name].enter(masked)}
+        return space.decode(generator.draw(seeds, settings, known, labels).x_start)
     if method == "sdedit":
-        return generator.draw_unconditional(seeds, settings, labels, noised=(masked, strength))
+        start = space.encode(masked), strength
+        return space.decode(generator.draw_unconditional(seeds, settings, labels, noised=start))
     full = generator.process
-    steps = generator.config.timestep_respacing or str(min(REPAINT_STEPS, full.num_timesteps))
-    network = generator.unconditional(labels)
-    return repaint(network, respaced(full, steps), masked, keep, seeds, resamples=repaint_resamples)
+    steps = generator.timestep_respacing or str(min(REPAINT_STEPS, full.num_timesteps))
+    network, kept = generator.unconditional(labels), -F.adaptive_max_pool2d(-keep, space.size)
+    z = repaint(network, respaced(full, steps), space.encode(masked), kept, seeds, resamples=repaint_resamples)
+    return space.decode(z)
 
 
 def repaint_schedule(num_timesteps: int, jump: int = 10, resamples: int = 10) -> Iterator[tuple[int, int]]:

@@ -4,8 +4,10 @@ A new one is a class here (or anywhere), a head in `networks/heads.py` and a row
 """
 
 from .base import Gaussian, Images, Modality
-from .image import ImageModality, MaskedImage, patch_mask
+from .image import ImageModality, MaskedImage, PairedImage, patch_mask
 from .label import LabelModality, RandomLabel
+from .roles import Roles
+from .space import Pixels, Space
 from .tokens import LabelTokens, VectorTokens
 from .vector import VectorModality
 
@@ -17,7 +19,11 @@ __all__ = [
     "LabelTokens",
     "MaskedImage",
     "Modality",
+    "PairedImage",
+    "Pixels",
     "RandomLabel",
+    "Roles",
+    "Space",
     "VectorModality",
     "VectorTokens",
     "patch_mask",

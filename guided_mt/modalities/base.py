@@ -16,17 +16,36 @@ from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..runs.distributed import Processes
 from .names import check_name
+from .space import Pixels, Space
 from .tokens import Encoder
 
 
 @dataclass
 class Images:
-    """A batch as modalities draw their data from it: x_start [B, C, H, W] in [-1, 1], class ids [B] where there are classes,
-    and what `Modality.load` fetched for these images {name: tensor}."""
+    """A batch as modalities draw their data from it.
+
+    x_start: z_0 [B, C, H, W]; labels: class ids [B] where there are classes, -1 for an image without; loaded {name: tensor}: what
+    `Modality.load` fetched for these images; sides {name: Z [B, C, H, W]}: the further images of each; present {name: bool [B]}:
+    which of them have that side, where not all have. image: the images [B, 3, S, S] in [-1, 1] where z_0 is latents; cached: there
+    are none, but latents that were stored.
+    """
 
     x_start: Tensor
     labels: Tensor | None = None
     loaded: dict[str, Tensor] = field(default_factory=dict)
+    sides: dict[str, Tensor] = field(default_factory=dict)
+    present: dict[str, Tensor] = field(default_factory=dict)
+    image: Tensor | None = None
+    cached: bool = False
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images [B, 3, S, S] in [-1, 1], whatever Z is. Raises UserError where only stored latents are at hand."""
+        if self.cached:
+            raise UserError(
+                "a modality of this model reads the images, but the data are stored latents; leave out data.params.latents"
+            )
+        return self.x_start if self.image is None else self.image
 
 
 class Modality:
@@ -35,29 +54,49 @@ class Modality:
     Raises UserError for a name that its log column or arrays can't have.
     """
 
-    image_channels = 0  # channels of an x that enters the network as an image; 0: it enters as tokens
+    space: Space = Pixels()  # Z, set by `use_space`
     tracks_variance = False  # whether the head's squared error is the variance that `log_prob` needs
-    has_log_prob = True  # whether `log_prob` can be asked now
+    head_trained = True  # whether its head has learned anything
     has_spread = False  # whether there is an `encoding_spread`
+    is_mask = False  # whether x is the image with a part left out, so that the model restores (see `MaskedImage`)
+    is_class = False  # whether x is the image's class, so that the model classifies (see `LabelModality`)
+    partly = False  # whether some of the images have no x, known from `prepare` on
 
     def __init__(self, name: str):
         check_name(name)
         self.name = name
         self.encoder: Encoder | None = None  # E(x) by the network, bound where there is one
 
+    @property
+    def has_log_prob(self) -> bool:
+        """Whether `log_prob` can be asked now."""
+        return self.head_trained
+
+    def use_space(self, space: Space) -> None:
+        """Called once, before anything else: the diffusion space Z."""
+        self.space = space
+
     def use_variance(self, variance: Tensor) -> None:
         """Called with the tracked squared error of its head v_t [T], where it `tracks_variance`."""
 
     def prepare(self, images: ImageSource) -> None:
-        """Called once before training. Raises UserError where the data of this modality don't fit the images."""
+        """Called before training with the images, and with those of validation where there are some.
+
+        Raises UserError where the data of this modality don't fit the images.
+        """
 
     def load(self, indices: np.ndarray) -> Tensor | None:
         """Data that lie beside the images, for the images of these numbers [B], on the host; None where there are none."""
         return None
 
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
-        """x of a training batch, drawn on the device."""
+        """x of a training batch, drawn on the device; anything finite for an image that has none."""
         raise NotImplementedError
+
+    def present(self, images: Images) -> Tensor | None:
+        """Which images have an x, bool [B]; None: all of them. Absent is a third state beside given and open (docs/method.md,
+        section 3.1)."""
+        return None
 
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         """A first value [B, ...] of an unknown x, for z_0 of `shape` (C, H, W)."""
@@ -89,11 +128,16 @@ class Modality:
         raise NotImplementedError
 
     def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
-        """What the user gives as NAME=TEXT: x [1, ...] for all samples, or [N, ...], one each. `size`: of the images, pixels.
+        """What the user gives as NAME=TEXT, for `enter`: [1, ...] for all samples, or [N, ...], one each. `size`: of the images,
+        pixels.
 
         Raises UserError.
         """
         raise UserError(f"--given {self.name}={text}: this modality can't be given on the command line")
+
+    def enter(self, given: Tensor) -> Tensor:
+        """x [B, ...] of what `read` gave, on the device."""
+        return given
 
     def picture(self, x: Tensor) -> Tensor | None:
         """x as images [B, 3, H, W] in [-1, 1] for PNG grids; None where it can't be shown."""
@@ -102,6 +146,10 @@ class Modality:
     def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
         """x as arrays [B, ...] of a sample file, by default one of the modality's name."""
         return {self.name: x.cpu().numpy()}
+
+    def drawn(self, x: Tensor, streams: SampleStreams) -> dict[str, np.ndarray]:
+        """More arrays, where x is an estimated law: a draw from it."""
+        return {}
 
     def before_step(self, step: int, processes: Processes) -> None:
         """Called before each training step, on every process."""
@@ -134,7 +182,7 @@ class Gaussian(Modality):
         self.variance = variance
 
     @property
-    def has_log_prob(self) -> bool:  # type: ignore[override]
+    def has_log_prob(self) -> bool:
         return self.variance is not None
 
     def estimate(self, prediction: Tensor) -> Tensor:

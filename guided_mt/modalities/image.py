@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import load_images, open_source
+from ..data import ImageSource, load_images, open_source
 from ..data.images import from_uint8, to_nhwc
 from ..data.sources import IMAGE_SUFFIXES
 from ..data.transforms import center_crop_arr
@@ -20,11 +20,10 @@ from .base import Gaussian, Images
 
 
 class ImageModality(Gaussian):
-    """Continuous data of the shape of z_0: identity encoder, squared error, Gaussian head."""
+    """Continuous data of the shape of z_0: identity encoder, squared error, Gaussian head.
 
-    def __init__(self, name: str, variance: Tensor | np.ndarray | Sequence[float] | None = None, channels: int = 3):
-        super().__init__(name, variance)
-        self.image_channels = channels
+    x is an element of Z. Where Z is latents, pictures become one by the space on their way in, and are seen after decoding.
+    """
 
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         # Mid grey, the mean of x before anything is seen: z_T is then N(0, I), where Algorithm 1 starts.
@@ -36,11 +35,41 @@ class ImageModality(Gaussian):
     def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
         return read_pictures(text, self.name, size)
 
+    def enter(self, given: Tensor) -> Tensor:
+        return self.space.encode(given)
+
     def picture(self, x: Tensor) -> Tensor | None:
-        return x if x.shape[1] == 3 else None
+        return self.space.decode(x)
 
     def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
-        return {self.name: to_nhwc(x)}
+        return {self.name: to_nhwc(self.space.decode(x))}
+
+
+class PairedImage(ImageModality):
+    """Another image of the same thing, one of the sides of each sample (see `roles.Roles`).
+
+    side: what the data call it.
+    """
+
+    def __init__(self, name: str, side: str = "", variance: Tensor | None = None):
+        super().__init__(name, variance)
+        self.side = side or name
+
+    def prepare(self, images: ImageSource) -> None:
+        """Raises UserError where the images have no such side."""
+        if self.side not in images.side_names[1:]:
+            raise UserError(
+                f"{images.path}: has no side '{self.side}'; its images come with {', '.join(images.side_names[1:]) or 'no other'}"
+            )
+        self.partly |= self.side in images.present
+
+    def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
+        if self.side not in images.sides:
+            raise ValueError(f"modality '{self.name}' needs the images' side '{self.side}'")
+        return images.sides[self.side]
+
+    def present(self, images: Images) -> Tensor | None:
+        return images.present.get(self.side)
 
 
 class MaskedImage(ImageModality):
@@ -50,6 +79,8 @@ class MaskedImage(ImageModality):
     full_prob: the share of samples with the complete mask, the condition that form X generates from (docs/method.md, section 10.3).
     """
 
+    is_mask = True
+
     def __init__(
         self,
         name: str = "masked",
@@ -58,13 +89,12 @@ class MaskedImage(ImageModality):
         max_patches: int = 10,
         full_prob: float = 0.1,
         variance: Tensor | None = None,
-        channels: int = 3,
     ):
-        super().__init__(name, variance, channels)
+        super().__init__(name, variance)
         self.patch, self.max_patches, self.full_prob = patch, max_patches, full_prob
 
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
-        return images.x_start * self.keep_mask(images.x_start.shape[2:], streams)
+        return self.space.encode(images.pixels * self.keep_mask(images.pixels.shape[2:], streams))
 
     def keep_mask(self, size: Sequence[int], streams: SampleStreams) -> Tensor:
         """float32 [B, 1, H, W]: 0 where the image is masked, 1 where it stays."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import ImageSource
 from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError, reason
 from ..runs.distributed import Processes
@@ -29,6 +30,7 @@ class LabelModality(Modality):
     """
 
     has_spread = True
+    is_class = True
 
     def __init__(self, num_classes: int, refresh: int = 1, name: str = "label"):
         super().__init__(name)
@@ -39,7 +41,13 @@ class LabelModality(Modality):
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         if images.labels is None:
             raise ValueError(f"modality '{self.name}' needs images with classes")
-        return images.labels
+        return images.labels.clamp(min=0) if self.partly else images.labels
+
+    def prepare(self, images: ImageSource) -> None:
+        self.partly |= images.labels is not None and bool((images.labels < 0).any())
+
+    def present(self, images: Images) -> Tensor | None:
+        return images.labels >= 0 if self.partly and images.labels is not None else None
 
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         """One class each, uniformly drawn: z_T then has the law it has in training, where classes are about alike often."""
@@ -125,9 +133,21 @@ class LabelModality(Modality):
             return {ids: x.cpu().numpy()}
         return {ids: x.argmax(dim=-1).cpu().numpy(), f"{self.name}_probabilities": x.float().cpu().numpy()}
 
+    def drawn(self, x: Tensor, streams: SampleStreams) -> dict[str, np.ndarray]:
+        """A label from the estimated probabilities, NAME_draw."""
+        if not x.is_floating_point():
+            return {}
+        label = (x.cumsum(1) < streams.uniform(1)).sum(1).clamp(max=x.shape[1] - 1)
+        return {f"{self.name}_draw": label.cpu().numpy()}
+
 
 class RandomLabel(LabelModality):
     """A label that knows nothing of the image, drawn anew each time: appendix E.5's control for negative transfer."""
+
+    is_class = False
+
+    def prepare(self, images: ImageSource) -> None:
+        """Every image has one."""
 
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         return streams.integers(self.num_classes)

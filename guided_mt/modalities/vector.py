@@ -18,7 +18,8 @@ from .base import Gaussian, Images
 class VectorModality(Gaussian):
     """x in R^D [B, D]: Gaussian head, encoded by the network from one token.
 
-    file: .npz or .npy with row i for image i of the data, read by `prepare`.
+    file: .npz or .npy with row i for image i of the data, read by `prepare`; a row of NaN is an image without a vector.
+    flag: what names the file, for messages.
     """
 
     def __init__(
@@ -27,18 +28,21 @@ class VectorModality(Gaussian):
         size: int,
         file: str = "",
         variance: Tensor | None = None,
+        flag: str = "",
     ):
         super().__init__(name, variance)
         self.size, self.file = size, file
+        self.flag = flag or f"--{name}_file"
         self.vectors: np.ndarray | None = None
 
     def prepare(self, images: ImageSource) -> None:
         """Read the vectors. Raises UserError where their number is not that of the images."""
-        self.vectors = read_vectors(self.file, self.name, self.size, f"--{self.name}_file {self.file}")
+        self.vectors = read_vectors(self.file, self.name, self.size, f"{self.flag} {self.file}", absent=True)
         if len(self.vectors) != len(images):
             raise UserError(
-                f"--{self.name}_file {self.file}: has {len(self.vectors)} vectors for the {len(images)} images of {images.path}"
+                f"{self.flag} {self.file}: has {len(self.vectors)} vectors for the {len(images)} images of {images.path}"
             )
+        self.partly = bool(np.isnan(self.vectors[:, 0]).any())
 
     def load(self, indices: np.ndarray) -> Tensor | None:
         if self.vectors is None:
@@ -48,7 +52,12 @@ class VectorModality(Gaussian):
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         if self.name not in images.loaded:
             raise ValueError(f"modality '{self.name}' needs its vectors beside the images")
-        return images.loaded[self.name]
+        return images.loaded[self.name].nan_to_num(0.0) if self.partly else images.loaded[self.name]
+
+    def present(self, images: Images) -> Tensor | None:
+        if self.name in images.present:
+            return images.present[self.name]
+        return ~images.loaded[self.name][:, 0].isnan() if self.partly else None
 
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         return torch.zeros(len(streams), self.size, device=streams.device)
@@ -58,8 +67,9 @@ class VectorModality(Gaussian):
         return torch.from_numpy(np.array(vectors, dtype=np.float32))
 
 
-def read_vectors(file: str, name: str, size: int | None, where: str) -> np.ndarray:
-    """Finite floats [N, D] of an .npz's array `name`, or arr_0, or of a .npy. where: the flag and its value, for messages.
+def read_vectors(file: str, name: str, size: int | None, where: str, absent: bool = False) -> np.ndarray:
+    """Finite floats [N, D] of an .npz's array `name`, or arr_0, or of a .npy. where: the flag and its value, for messages. absent:
+    a row may be NaN as a whole.
 
     Raises UserError for another shape or width.
     """
@@ -84,6 +94,11 @@ def read_vectors(file: str, name: str, size: int | None, where: str) -> np.ndarr
         raise UserError(f"{where}: vectors must be floats [N, D], not {found.dtype} {list(found.shape)}")
     if size is not None and found.shape[1] != size:
         raise UserError(f"{where}: has vectors of {found.shape[1]} numbers, this model takes {size}")
-    if not np.isfinite(found).all():
-        raise UserError(f"{where}: has values that are not finite")
+    bad = ~np.isfinite(found).all(axis=1)
+    missing = np.isnan(found).all(axis=1)
+    if absent and not missing.all():
+        bad &= ~missing
+    if bad.any():
+        also = "; a vector that is missing is a row of NaN" if absent else ""
+        raise UserError(f"{where}: row {int(bad.argmax())} has values that are not finite{also}")
     return found

@@ -63,15 +63,15 @@ class ClassifierHead(nn.Module):
     """The paper's E head: ADM's noisy classifier on the predicted x_start, with t: logits [B, K].
 
     The prediction is read off z_t as it stands, frame included: the frame holds the label, which a head must not see.
-    It is clipped to [-1, 1], since at large t eps errors are blown up without bound.
+    It is clipped to [-limit, limit], since at large t eps errors are blown up without bound.
     """
 
     of_state: Tensor  # [T]
     of_output: Tensor  # [T]
 
-    def __init__(self, classifier: EncoderUNetModel, diffusion: GaussianDiffusion):
+    def __init__(self, classifier: EncoderUNetModel, diffusion: GaussianDiffusion, limit: float = 1.0):
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.limit = classifier, limit
         of_state, of_output = diffusion.xstart_coefficients()
         self.register_buffer("of_state", torch.from_numpy(of_state).float(), persistent=False)
         self.register_buffer("of_output", torch.from_numpy(of_output).float(), persistent=False)
@@ -81,7 +81,7 @@ class ClassifierHead(nn.Module):
         t = (seen.timesteps / self.per_timestep).round().long()
         of_state, of_output = (table[t].view(-1, 1, 1, 1) for table in (self.of_state, self.of_output))
         pred_xstart = of_state * seen.z_t + of_output * seen.output[:, : seen.z_t.shape[1]]
-        return self.classifier(pred_xstart.clamp(-1, 1), seen.timesteps)
+        return self.classifier(pred_xstart.clamp(-self.limit, self.limit), seen.timesteps)
 
 
 class HeadVariance(nn.Module):

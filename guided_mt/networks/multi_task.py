@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,15 @@ class MultiTask(Backbone):
 
     heads: {modality name: function of this network, as a backbone, that makes the head}. image_inputs: {name: channels} of the
     modalities that enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens
-    [B, L, width]}. tracked: names of the modalities whose head's squared error is tracked over num_timesteps. conditioned: whether
-    the caller brings tokens of its own as `context`. The rest are the backbone's keywords.
+    [B, L, width]}. lacking: names of image inputs that some samples have no data of. tracked: names under which the squared errors
+    of heads are tracked over num_timesteps (see `track`). conditioned: whether the caller brings tokens of its own as `context`.
+    roles: the classes say which image is z_0, so that they are told of `unconditional` samples too. The rest are the backbone's
+    keywords.
 
     variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
     frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
-    shows a learned null token, and in any each image comes with an indicator channel.
+    shows a learned null token, and in any each image comes with an indicator channel: 1 given, 0 open, -1 absent. In U and X the
+    images that are `lacking` at times have one too. An absent modality has no token.
     """
 
     def __init__(
@@ -41,30 +44,40 @@ class MultiTask(Backbone):
         heads: Mapping[str, Callable[[Backbone], nn.Module]],
         image_inputs: Mapping[str, int] | None = None,
         token_inputs: Mapping[str, Callable[[int], nn.Module]] | None = None,
+        lacking: Collection[str] = (),
         tracked: Collection[str] = (),
         variant: str = "U",
         num_timesteps: int = 1000,
         context_dim: int | None = None,
         conditioned: bool = False,
+        roles: bool = False,
         **backbone: Any,
     ):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}")
         if token_inputs and context_dim is None:
             raise ValueError("modalities that enter as tokens need a context_dim")
-        inputs = dict(image_inputs or {}) if variant != "U" else {}
-        indicators = len(inputs) if variant == "any" else 0
-        backbone["condition_channels"] = sum(inputs.values()) + indicators
+        images = dict(image_inputs or {})
+        inputs = images if variant != "U" else {}
+        told = list(images) if variant == "any" else [name for name in images if name in lacking]
+        backbone["condition_channels"] = sum(inputs.values()) + len(told)
         super().__init__(**backbone, context_dim=context_dim if token_inputs or conditioned else None)
-        self.variant, self.image_inputs = variant, inputs
+        self.variant, self.image_inputs, self.indicated, self.num_timesteps = variant, inputs, told, num_timesteps
+        self.lacking, self.roles = [name for name in images if name in lacking], roles
         self.heads = nn.ModuleDict({name: make(self) for name, make in heads.items()})
-        self.head_variance = nn.ModuleDict({name: HeadVariance(num_timesteps) for name in heads if name in tracked})
+        self.head_variance = nn.ModuleDict()
+        self.track(tracked)
         width = context_dim or 0
         self.context_in = nn.ModuleDict({name: make(width) for name, make in (token_inputs or {}).items()})
         if variant == "U":
             self.context_in.requires_grad_(False)  # read only by `encode_modality`, which has no gradient
         in_frame = self.context_in if variant != "X" else ()
         self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, width)) for name in in_frame})
+
+    def track(self, names: Collection[str]) -> None:
+        """Track squared errors of heads under these names."""
+        for name in names:
+            self.head_variance[name] = HeadVariance(self.num_timesteps)
 
     def freeze_context(self) -> None:
         """For training without any modality (every sample `unconditional`): what is not read gets no gradient."""
@@ -80,14 +93,17 @@ class MultiTask(Backbone):
         y: Tensor | None = None,
         *,
         given: Mapping[str, Tensor] | None = None,
+        absent: Mapping[str, Tensor] | None = None,
         unconditional: Tensor | bool | None = None,
         context: Tensor | None = None,
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
-        given: {name: bool [B]} where only some samples are given a modality. unconditional: bool [B], or one for all: the
-        samples that are seen as ADM sees them, with no modality at all (nor class, nor context). context [B, L, context_dim]:
-        tokens of the caller, beside those of the modalities. Raises ValueError for a modality that this form isn't given.
+        given: {name: bool [B]} where only some samples are given a modality. absent: {name: bool [B]}, the samples whose data
+        have none of it: they stand in no frame of it and are given none. unconditional: bool [B], or one for all: the
+        samples that are seen as ADM sees them, with no modality, class or context at all; only of the role they are told. context
+        [B, L, context_dim]: tokens of the caller, beside those of the modalities. Raises ValueError for a modality that this form
+        isn't given, and for an absent one that it can't be told of.
         """
         if unconditional is False:
             unconditional = None
@@ -98,9 +114,14 @@ class MultiTask(Backbone):
                     ", ".join([*self.image_inputs, *self.context_in] if self.variant != "U" else []) or "no modality"
                 )
                 raise ValueError(f"variant {self.variant} is given {wanted}; got {name}")
-        condition = self._condition(z_t, x, given or {}, unconditional) if self.image_inputs else None
-        shown = None if unconditional is True else self._context(len(z_t), x, given or {}, unconditional, context)
-        if y is not None and unconditional is not None:
+        for name in absent or {}:
+            if name not in self.indicated and name not in self.context_in:
+                known = ", ".join([*self.indicated, *self.context_in]) or "none"
+                raise ValueError(f"this network can't be told that {name} is absent; it can of {known}")
+        state = _State(x, given or {}, absent or {}, unconditional)
+        condition = self._condition(z_t, state) if self.condition_channels else None
+        shown = None if unconditional is True else self._context(len(z_t), state, context)
+        if y is not None and unconditional is not None and not self.roles:
             y = torch.full_like(y, -1) if unconditional is True else torch.where(unconditional, -1, y)
         tokens, mask = shown or (None, None)
         features = self.features(z_t, timesteps, y, tokens, condition, mask)
@@ -114,41 +135,32 @@ class MultiTask(Backbone):
         (docs/method.md, section 10.4). Without gradient and without dropout."""
         size = (len(x), self.in_channels, self.image_size, self.image_size)
         zeros = torch.zeros(size, device=x.device)
-        condition = zeros.new_zeros(len(x), self.condition_channels, *size[2:]) if self.image_inputs else None
+        condition = zeros.new_zeros(len(x), self.condition_channels, *size[2:]) if self.condition_channels else None
         classes = None if self.num_classes is None else torch.full((len(x),), -1, device=x.device)
-        shown = self._context(len(x), {name: x}, {}, None)
+        shown = self._context(len(x), _State({name: x}))
         tokens = None if shown is None else shown.tokens
         with _no_dropout(self):
             features = self.features(zeros, zeros.new_zeros(len(x)), classes, tokens, condition)
             return self.output(features)[:, : self.in_channels]
 
-    def _condition(
-        self, z_t: Tensor, x: Mapping[str, Tensor], given: Mapping[str, Tensor], unconditional: Any
-    ) -> Tensor:
-        """The image inputs [B, condition_channels, H, W], zero where not given."""
-        parts = []
-        for name, channels in self.image_inputs.items():
-            shown = z_t.new_ones(len(z_t), 1, 1, 1) if name in x else z_t.new_zeros(len(z_t), 1, 1, 1)
-            if name in given:
-                shown = given[name].view(-1, 1, 1, 1).to(z_t.dtype)
-            if unconditional is not None:
-                shown = shown * (0.0 if unconditional is True else (~unconditional).view(-1, 1, 1, 1).to(z_t.dtype))
-            size = (len(z_t), channels, *z_t.shape[2:])
-            parts.append(x[name].to(z_t.dtype) * shown if name in x else z_t.new_zeros(size))
-            if self.variant == "any":
-                parts.append(shown.expand(-1, 1, *z_t.shape[2:]))
+    def _condition(self, z_t: Tensor, state: _State) -> Tensor:
+        """The image inputs [B, condition_channels, H, W], zero where not given, each followed by its indicator if it has one."""
+        parts, one = [], z_t.new_ones(len(z_t), 1, 1, 1)
+        for name in self.image_inputs or self.indicated:
+            shown = state.shown(name, one)
+            if name in self.image_inputs:
+                size = (len(z_t), self.image_inputs[name], *z_t.shape[2:])
+                x = state.x
+                parts.append(x[name].to(z_t.dtype) * shown if name in x else z_t.new_zeros(size))
+            if name in self.indicated:
+                told = shown - state.missing(name, one) if name in state.absent or name in self.lacking else shown
+                parts.append(told.expand(-1, 1, *z_t.shape[2:]))
         return torch.cat(parts, dim=1)
 
-    def _context(
-        self,
-        batch: int,
-        x: Mapping[str, Tensor],
-        given: Mapping[str, Tensor],
-        unconditional: Any,
-        own: Tensor | None = None,
-    ) -> Context | None:
+    def _context(self, batch: int, state: _State, own: Tensor | None = None) -> Context | None:
         """The caller's `own` tokens, then those of all modalities that have some, [B, L, width], or None; a mask where some are
         left out of some samples."""
+        x, given, unconditional = state.x, state.given, state.unconditional
         tokens, shown, partly = [], [], unconditional is not None
         if own is not None:
             tokens.append(own)
@@ -163,12 +175,43 @@ class MultiTask(Backbone):
                 part = torch.where(given[name].view(-1, 1, 1), part, null)
                 seen[:, 1:] = given[name][:, None]  # the null token once, however many tokens x has
                 partly = partly or part.shape[1] > 1
+            if name in state.absent:
+                seen, partly = seen & ~state.absent[name][:, None], True
             tokens.append(part)
             shown.append(seen)
         if not tokens:
             return None
         mask = torch.cat(shown, dim=1) if partly else None
         return Context(torch.cat(tokens, dim=1), mask if unconditional is None else mask & ~unconditional[:, None])
+
+
+class _State(NamedTuple):
+    """What each sample is given, lacks, or is seen without: the arguments of `MultiTask.forward`."""
+
+    x: Mapping[str, Tensor]
+    given: Mapping[str, Tensor] = {}
+    absent: Mapping[str, Tensor] = {}
+    unconditional: Any = None
+
+    def shown(self, name: str, one: Tensor) -> Tensor:
+        """1 where the image `name` is given, else 0; of the shape of `one` [B, 1, 1, 1]."""
+        shown = one if name in self.x else torch.zeros_like(one)
+        if name in self.given:
+            shown = self.given[name].view(-1, 1, 1, 1).to(one.dtype)
+        if name in self.absent:
+            shown = shown * (~self.absent[name]).view(-1, 1, 1, 1)
+        if self.unconditional is None:
+            return shown
+        return shown * (0.0 if self.unconditional is True else (~self.unconditional).view(-1, 1, 1, 1).to(shown.dtype))
+
+    def missing(self, name: str, one: Tensor) -> Tensor:
+        """1 where the image `name` is absent or the sample is seen without any, else 0."""
+        missing = self.absent[name].view(-1, 1, 1, 1).to(one.dtype) if name in self.absent else torch.zeros_like(one)
+        if self.unconditional is None:
+            return missing
+        if self.unconditional is True:
+            return torch.ones_like(one)
+        return torch.where(self.unconditional.view(-1, 1, 1, 1), 1.0, missing)
 
 
 @contextlib.contextmanager

@@ -173,11 +173,18 @@ class SampleConfig(SamplingOptions):
 
 
 class Config:
-    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `typed` are the keys that the user set."""
+    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `typed` are the keys that the user set; own
+    {modality: {key: value}} are values of one modality alone, which a YAML file can give and flags can't."""
 
-    def __init__(self, sections: Sequence[Any], typed: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        sections: Sequence[Any],
+        typed: frozenset[str] = frozenset(),
+        own: Mapping[str, dict[str, Any]] | None = None,
+    ):
         self._sections = {type(section): section for section in sections}
         self.typed = typed
+        self.own = dict(own or {})
 
     def __getitem__(self, section: type) -> Any:
         """The section of this class, else one of a class derived from it."""

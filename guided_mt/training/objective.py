@@ -11,23 +11,27 @@ from torch import Tensor
 
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
-from ..modalities import Images, Modality
+from ..modalities import Images, Modality, Roles
 from ..modalities.tokens import rms
 
 
 @dataclass
 class Losses:
-    """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities. `terms` {name:
-    values} are its parts, unweighted; `encoding_rms` {name: values} the sizes of the encodings in the frame. `multi_task` is 0 for
-    the samples that were trained unconditionally (`mt_drop_prob`), else 1; `predicted` {name: values} is 1 where
-    a head's term tells how well it predicts: not for those samples, nor where form any was given the modality."""
+    """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities.
+
+    terms {name: values}: its parts, unweighted. encoding_rms {name: values}: the sizes of the encodings in the frame. taught {name:
+    values}: 1 where a modality's term is part of the loss, not for samples that were trained unconditionally (`mt_drop_prob`) nor
+    where the data have none of it. predicted {name: values}: 1 where the term tells how well a head predicts, where it is taught
+    and form any was not given the modality. role: which side is z_0, whole numbers.
+    """
 
     loss: Tensor
     denoising: Tensor
     terms: dict[str, Tensor]
     encoding_rms: dict[str, Tensor]
-    multi_task: Tensor
+    taught: dict[str, Tensor]
     predicted: dict[str, Tensor]
+    role: Tensor
 
 
 def multi_task_losses(
@@ -44,42 +48,58 @@ def multi_task_losses(
     drop_prob: float = 0.0,
     given_prob: float = 0.5,
     model_kwargs: Mapping[str, Any] | None = None,
+    roles: Roles | None = None,
+    role: Tensor | None = None,
 ) -> Losses:
     """images of B samples, t [B], noise [B, C, H, W]; streams: the samples' own random numbers, for masks, drops and choices.
 
     variant "U": every modality stands in the frame; "X": every modality is given to the network and leaves the frame; "any": each
-    is given to each sample with probability `given_prob`. loss_weight: lambda, or one per modality.
+    is given to each sample with probability `given_prob`. A modality that a sample's data lack (`Modality.present`) is in no frame,
+    isn't given and has no loss, and the model is told by `absent`. loss_weight: lambda, or one per modality.
     drop_prob: the share of samples trained unconditionally: no frame, nothing given, no modality loss (docs/method.md,
     section 10.6). The model is told which by `unconditional`, and in form any what is given by `given`, as `MTModel.forward` takes
-    them.
+    them. role [B]: which of the sides of `roles` is z_0; the model is told as its class. None: the image is.
     """
-    x_start = images.x_start
     dropped = streams.uniform() < drop_prob  # (B,)
-    multi_task = (~dropped).to(x_start.dtype)
     data = {name: modality.from_batch(images, streams) for name, modality in modalities.items()}
+    found = {name: modality.present(images) for name, modality in modalities.items()}
+    present = {name: mask for name, mask in found.items() if mask is not None}
+    x_start, kwargs = images.x_start, dict(model_kwargs or {})
+    if role is None or roles is None:
+        role = torch.zeros_like(t)
+    else:
+        role = roles.possible(role, present)
+        x_start, data = roles.exchange(x_start, data, role)
+        if roles.told:
+            kwargs["y"] = role
+    learned = {name: ~dropped & present[name] if name in present else ~dropped for name in modalities}
     given: dict[str, Tensor] = {}
     if variant == "any":
-        given = {name: (streams.uniform() < given_prob) & ~dropped for name in modalities}
+        given = {name: (streams.uniform() < given_prob) & learned[name] for name in modalities}
     encodings: dict[str, Tensor] = {}
     if variant != "X":
         with torch.no_grad():  # e_i = stop_gradient(E_i(x_i))
             encodings = {name: modality.encode(data[name]) for name, modality in modalities.items()}
     in_frame = {}
     for name, encoding in encodings.items():
-        inside = ~dropped & ~given[name] if name in given else ~dropped
+        inside = learned[name] & ~given[name] if name in given else learned[name]
         in_frame[name] = encoding * inside.view(-1, 1, 1, 1)
 
-    kwargs: dict[str, Any] = {**(model_kwargs or {}), "modalities": data if variant != "U" else {}}
+    kwargs["modalities"] = data if variant != "U" else {}
     if given:
         kwargs["given"] = given
+    if present:
+        kwargs["absent"] = {name: ~mask for name, mask in present.items()}
     if drop_prob > 0:
         kwargs["unconditional"] = True if drop_prob >= 1 else dropped
     terms = diffusion.training_losses(model, x_start, t, kwargs, noise, in_frame)
     predictions = terms.pop("predictions", {})
     loss = denoising = terms.pop("loss")
+    taught = {name: mask.to(x_start.dtype) for name, mask in learned.items()}
     for name, modality in modalities.items():
         terms[name] = modality.loss(predictions[name], data[name])
         weight = loss_weight[name] if isinstance(loss_weight, Mapping) else loss_weight
-        loss = loss + weight * multi_task * terms[name]
-    predicted = {name: multi_task * ~given[name] if name in given else multi_task for name in modalities}
-    return Losses(loss, denoising, terms, {name: rms(e) for name, e in encodings.items()}, multi_task, predicted)
+        loss = loss + weight * taught[name] * terms[name]
+    predicted = {name: taught[name] * ~given[name] if name in given else taught[name] for name in modalities}
+    sizes = {name: rms(e) for name, e in encodings.items()}
+    return Losses(loss, denoising, terms, sizes, taught, predicted, role)

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..data import Batch, ImageSource, load_images
 from ..data.images import make_grid, to_nhwc
 from ..diffusion.random import SampleStreams, Stream
-from ..generation.batches import take_images
+from ..errors import UserError
+from ..generation.batches import load_beside, split_sides, take_images
 from ..generation.build import (
     bind,
     build_diffusion,
@@ -29,7 +30,8 @@ from ..generation.build import (
 )
 from ..generation.generate import Generator
 from ..modalities import Images, Modality
-from ..modalities.registry import TASKS, loss_weights, variant_of
+from ..modalities.registry import TASKS
+from ..modalities.settings import MTConfig, absent_names, loss_weights, roles_of, variant_of
 from ..networks.model import MTModel
 from ..runs import checkpoint
 from ..runs.config import Config, SampleConfig
@@ -39,6 +41,7 @@ from .loop import Loop
 from .loop import batch_sizes as batch_sizes
 from .objective import Losses, multi_task_losses
 from .record import Record
+from .variances import learn_variances
 
 PREVIEW_COUNT = 16
 log = logging.getLogger("guided_mt")
@@ -51,6 +54,10 @@ class TrainLoop(Loop):
 
     def __init__(self, config: Config, processes: Processes, source: ImageSource, folder: Path):
         self.modalities = build_modalities(config)
+        for modality in self.modalities.values():
+            modality.prepare(source)
+        find_absent(config, self.modalities, processes)
+        self.roles = roles_of(config)
         self.shown: dict[str, Modality] = {}  # the previews' modalities
         self.loss_weight = loss_weights(config)
         terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
@@ -73,9 +80,6 @@ class TrainLoop(Loop):
             dropout=config.dropout,
             compiled=config.compile,
         )
-
-        for modality in self.modalities.values():
-            modality.prepare(source)
 
     # ------------------------------------------------------------ set-up
 
@@ -107,11 +111,10 @@ class TrainLoop(Loop):
     # ------------------------------------------------------------ one step
 
     def run_step(self, batch: Batch) -> None:
-        for name, modality in self.modalities.items():
+        for modality in self.modalities.values():
             modality.before_step(self.step, self.processes)
-            beside = modality.load(batch.indices.numpy())
-            if beside is not None:
-                batch.loaded[name] = beside.to(self.device, non_blocking=True)
+        for name, beside in load_beside(self.modalities, batch.indices.numpy()).items():
+            batch.loaded[name] = beside.to(self.device, non_blocking=True)
         interval = self.config.mt_conflict_interval
         if interval and self.step % interval == 0:
             self.measure_conflict(batch)
@@ -122,19 +125,30 @@ class TrainLoop(Loop):
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.terms}}
         if self.timeless:
             values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.modalities}
-        record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
+        values = {name: value.detach() for name, value in values.items()}
+        if self.roles.told:
+            values["role"] = losses.role.float()
+        record = Record(t, values, losses.predicted)
         return (losses.loss * weights).mean(), record
 
     def task_losses(self, network: Callable, batch: Batch, part: slice) -> tuple[Losses, Tensor, Tensor]:
         """(losses, timesteps [b], importance weights [b]) of a part of the batch: the same draws at every call."""
-        streams, x_start, t, weights = self.draw(batch, part)
+        streams, pixels, t, weights = self.draw(batch, part)
+        x_start, sides = split_sides(pixels, self.source.side_names)
         noise = streams.normal(*x_start.shape[1:])
         labels = batch.labels[part] if batch.labels is not None else None
+        images = Images(
+            x_start,
+            labels,
+            {name: x[part] for name, x in batch.loaded.items()},
+            sides,
+            {name: mask[part] for name, mask in batch.present.items()},
+        )
         losses = multi_task_losses(
             network,
             self.diffusion,
             self.modalities,
-            Images(x_start, labels, {name: x[part] for name, x in batch.loaded.items()}),
+            images,
             t,
             noise,
             streams,
@@ -143,6 +157,8 @@ class TrainLoop(Loop):
             drop_prob=self.config.mt_drop_prob,
             given_prob=self.config.mt_given_prob,
             model_kwargs={"y": labels} if self.config.class_cond else None,
+            roles=self.roles,
+            role=self.roles.draw(streams) if self.roles.slots else None,
         )
         return losses, t, weights
 
@@ -159,13 +175,12 @@ class TrainLoop(Loop):
         losses, _, weights = self.task_losses(self.model, batch, slice(0, self.microbatch))
         objectives = {"denoising": (losses.denoising * weights).mean()}
         for name in self.modalities:
-            objectives[name] = (self.loss_weight[name] * losses.multi_task * losses.terms[name] * weights).mean()
+            objectives[name] = (self.loss_weight[name] * losses.taught[name] * losses.terms[name] * weights).mean()
         shared = [p for name, p in self.model.named_parameters() if not checkpoint.is_own(name)]
         self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
 
     def learn(self, record: Record) -> None:
-        for name, variance in self.model.head_variance.items():
-            variance.update(record.timesteps, record.values[name], record.counts(name))  # type: ignore[operator]  # a HeadVariance
+        learn_variances(self.model, record, self.modalities)
 
     def extra_state(self) -> dict[str, Any]:
         return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
@@ -194,15 +209,31 @@ class TrainLoop(Loop):
         generator = Generator(self.config, self.model, self.shown, names)
         settings = SampleConfig(steps=25)
         loaded = load_images(self.source, self.config.image_size, limit=PREVIEW_COUNT)
-        images = take_images(loaded, slice(None), self.modalities, self.device)
+        images = take_images(loaded, slice(None), self.modalities, self.device, self.source.side_names)
         y = images.labels if self.config.class_cond else None
         seeds = range(len(images.x_start))
-        rows = [generator.draw(seeds, settings, labels=y).x_start]
+        given = images.sides if self.model.variant == "X" else {}  # which form X always is
+        rows = [generator.draw(seeds, settings, given, labels=y).x_start]
         trained = self.modalities if self.config.mt_drop_prob < 1 else {}  # else no head is
         for name, modality in trained.items():
             streams = SampleStreams(torch.tensor(seeds), index=Stream.PREVIEW, device=self.device)
             x = modality.from_batch(images, streams)
             picture = modality.picture(x)
             rows += [images.x_start, *([] if picture is None else [picture])]
-            rows += [generator.draw(seeds, settings, {name: x}, labels=y).x_start]
+            rows += [generator.draw(seeds, settings, {**given, name: x}, labels=y).x_start]
         return make_grid(to_nhwc(torch.cat(rows)), columns=len(seeds))
+
+
+def find_absent(config: Config, modalities: Mapping[str, Modality], processes: Processes) -> None:
+    """Where --mt_absent was not given, it names the modalities that some of the images lack, as `prepare` found them."""
+    partly = [name for name, modality in modalities.items() if modality.partly]
+    undeclared = [name for name in partly if name not in absent_names(config)]
+    if not undeclared:
+        return
+    if "mt_absent" in config.typed:
+        raise UserError(
+            f"--mt_absent {config.mt_absent}: some of the images have no {undeclared[0]} either; name it too"
+        )
+    config[MTConfig].mt_absent = ",".join(partly)
+    if processes.is_main:
+        print(f"# mt_absent {config.mt_absent}: some of the images have none", flush=True)

@@ -1,16 +1,17 @@
-"""Translate the images of a split with a trained latent model, either way, or draw pairs from nothing.
+"""Draw from a trained latent model: everything from nothing, or what is left open with some of it given.
 
     python scripts/latent_sample.py --model_path RUN --given photo             # maps of photos: generated, and read off the head
-    python scripts/latent_sample.py --model_path RUN --given map               # photos of maps
-    python scripts/latent_sample.py --model_path RUN --num_samples 16          # pairs
+    python scripts/latent_sample.py --model_path RUN --given map,label=3       # photos of maps, of class 3
+    python scripts/latent_sample.py --model_path RUN --given masked=FILE       # what the user has, not the data
+    python scripts/latent_sample.py --model_path RUN --num_samples 16          # all sides
 
+A name alone is given what the images of the data have of it; NAME=VALUE is given the same for all samples, or a file with one each.
 --model_path may also be a .ckpt of latent-diffusion with the --config FILE that describes it.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,292 +19,336 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from guided_mt.commands.console import announce, run
-from guided_mt.data import load_images
-from guided_mt.data.images import from_uint8, make_grid, save_npz, save_png, to_nhwc
+from guided_mt.commands.sample import beside, join_given, read_absent
+from guided_mt.data import ImageSource, load_images
+from guided_mt.data.dataset import LoadedImages
+from guided_mt.data.images import from_uint8, make_grid, save_png, to_nhwc
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError, nearest
-from guided_mt.generation.drawing import start_warning
+from guided_mt.generation.batches import split_sides
 from guided_mt.generation.generate import parse_seeds, samples_folder
 from guided_mt.generation.sharded import content_hash, run_sharded
+from guided_mt.modalities import Images
 from guided_mt.runs import checkpoint, distributed
 from guided_mt.runs.config import Config, option, parse
 from guided_mt.runs.distributed import Processes
 
-from ..data import PairData, PairSource
+from ..data import StreamedData
 from ..model.generate import ROUTES, LatentGenerator, LatentSampleConfig
-from ..model.latent_diffusion import LatentMTDiffusion
-from ..runs.configuration import load_config
-from ..runs.ldm_checkpoint import load_ldm
 from ..runs.targets import instantiate
+from .loading import class_condition, load_model, read_saved
+from .translated import unique_stems, write_folder, write_truth
 
 GRID = 8  # columns of a picture grid
-DEFAULT_PAIRS = 16
-log = logging.getLogger("latent_mt")
-OF_PAIRS = ("route", "data_dir", "split", "timesteps", "draws")  # flags that say nothing without --given
+DEFAULT_COUNT = 16
+OF_DATA = ("route", "data_dir", "split", "timesteps", "draws")  # flags that say nothing without a name in --given
 
 
 @dataclass
 class TranslateConfig:
-    """What to translate"""
+    """What to draw"""
 
     config: str = option("", "YAML file of a foreign --model_path, such as latent-diffusion's beside a .ckpt")
-    given: str = option("", "the side that is given, as in photo; the other one is made. Empty: pairs from nothing")
+    given: str = option(
+        "", "what is given, as in photo or map,label=3 (repeatable); the rest is made. Empty: everything from nothing"
+    )
+    target: str = option("", "the side that is made as z_0; empty: the first that is not given and was trained so")
+    absent: str = option(
+        "", "modalities that the samples are to have none of, as the images that lacked them in training"
+    )
     route: str = option(
         "generate,read",
-        f"how the other side is made, of {', '.join(ROUTES)}: from noise, or off the head at little noise",
+        f"how another side is made of the data's, of {', '.join(ROUTES)}: from noise, or off the head at little noise",
     )
-    data_dir: str = option("", "the pairs: folder, .tar or .zip; empty: those of training")
-    split: str = option("", "which split of the pairs; empty: the validation split of training")
-    num_samples: int = option(-1, f"how many; -1: the whole split, or {DEFAULT_PAIRS} pairs from nothing", least=1)
+    data_dir: str = option("", "the data to take what is given from: folder, .tar or .zip; empty: those of training")
+    split: str = option("", "which split of the data; empty: the validation split of training")
+    num_samples: int = option(-1, f"how many; -1: the whole split, or {DEFAULT_COUNT} from nothing", least=1)
     timesteps: str = option("", "route read: timesteps to read at, as in 0,20; empty: four of little noise")
     draws: int = option(1, "route read: noise draws per timestep", least=1)
     timestep_respacing: str = option("", "timesteps to visit, as in guided_mt, or ldm50 for LDM's 50; overrides steps")
     class_id: int = option(-1, "the class, for a class-conditional latent diffusion model; -1: at random", least=0)
 
 
+@dataclass(frozen=True)
+class Given:
+    """--given as written: names that are taken from the data, and {name: text} of the others."""
+
+    names: tuple[str, ...]
+    values: dict[str, str]
+
+    def __iter__(self) -> Any:
+        return iter((*self.names, *self.values))
+
+    @property
+    def title(self) -> str:
+        """For file names."""
+        return "_".join(self)
+
+
 def main(argv: Sequence[str]) -> None:
-    config = parse(argv, (LatentSampleConfig, TranslateConfig), description=__doc__)
-    check_flags(config)
+    config = parse(join_given(argv), (LatentSampleConfig, TranslateConfig), description=__doc__)
+    given = read_words(config.given)
+    check_flags(config, given)
     weights = checkpoint.find_weights(config.model_path, config.ema)
     saved = read_saved(weights, config.config)
     out = Path(config.out) if config.out else samples_folder(weights)
     processes = distributed.setup(config.device)
     if announce(config, processes, f"weights {weights}", f"writing to {out}"):
         return
-    generator = LatentGenerator(load_model(saved, weights, processes.device, averaged=config.ema != "none"))
+    model = load_model(saved, weights, processes.device, averaged=config.ema != "none")
+    generator = LatentGenerator(model, classes=checkpoint.read_classes(weights.parent))
+    check_names(config, given, generator)
     signature = {**config.as_dict(), "weights": str(weights)}
-    if config.given:
-        translate(config, saved, generator, out, processes, signature)
+    if given.names:
+        of_data(config, given, saved, generator, out, processes, signature)
     else:
-        draw_pairs(config, generator, out, processes, signature)
+        of_values(config, given, generator, out, processes, signature)
     processes.close()
 
 
-def check_flags(config: Config) -> None:
+def read_words(text: str) -> Given:
+    """Raises UserError for a name that is given twice."""
+    names: list[str] = []
+    values: dict[str, str] = {}
+    for part in re.split(r",(?=[\w-]+=)", text) if text else []:
+        name, equals, value = part.partition("=")
+        # Behind a value a comma belongs to it; names alone stand before.
+        *alone, name = name.split(",") if equals else [*part.split(","), ""]
+        names += [word.strip() for word in alone if word.strip()]
+        if equals:
+            values[name] = value
+    for name in (*names, *values):
+        if (*names, *values).count(name) > 1:
+            raise UserError(f"--given {text}: names {name} twice")
+    return Given(tuple(names), values)
+
+
+def check_flags(config: Config, given: Given) -> None:
     """Raises UserError for flags that contradict each other."""
-    options = config[TranslateConfig]
     if Path(config.out).suffix == ".npz":
         raise UserError(f"--out {config.out}: names a folder here; the .npz files in it have names of their own")
-    alone = [name for name in OF_PAIRS if name in config.typed and not options.given]
+    alone = [name for name in OF_DATA if name in config.typed and not given.names]
     if alone:
         raise UserError(f"--{alone[0]} goes with --given, the side that is translated, as in --given photo")
-    if options.given and "class_id" in config.typed:
+    if config.given and "class_id" in config.typed:
         raise UserError("--class_id is of class-conditional models, which draw from nothing; leave out --given")
 
 
-def read_saved(weights: Path, file: str) -> dict[str, Any]:
-    """The configuration of the run that the weights lie in, or that of `file`. Raises UserError where there is none."""
-    beside = weights.parent / "config.yaml"
-    if not file and not beside.exists():
-        raise UserError(
-            f"{weights}: has no config.yaml beside it; give the YAML file that describes it by --config FILE"
-        )
-    return load_config(file or beside)
+def check_names(config: Config, given: Given, generator: LatentGenerator) -> None:
+    """Raises UserError for what the model doesn't know of."""
+    for name in given:
+        if not generator.modalities:
+            raise UserError(
+                f"'{name}' can't be given: this model knows of single images only (no mt_sides, no mt_tasks)"
+            )
+        if name not in generator.names:
+            known = " and ".join(generator.names)
+            raise UserError(
+                f"'{name}' is no side or modality of this model{nearest(name, generator.names)}; it has {known}"
+            )
+    if config.target:
+        generator.role_for(list(given), config.target)
 
 
-def load_model(
-    saved: Mapping[str, Any], weights: Path, device: torch.device, averaged: bool = True
-) -> LatentMTDiffusion:
-    """The trained model, ready to draw from. averaged: take the averages of a foreign file. Raises UserError."""
-    params = {**(saved["model"].get("params") or {}), "ckpt_path": None}
-    # The weights file holds the first stage too.
-    stage = params.get("first_stage_config") or {}
-    params["first_stage_config"] = {**stage, "params": {**(stage.get("params") or {}), "ckpt_path": None}}
-    model = instantiate({"target": saved["model"]["target"], "params": params}, "model")
-    if not isinstance(model, LatentMTDiffusion):
-        raise UserError(f"{weights}: is no latent diffusion model but {saved['model']['target']}")
-    found = load_ldm(model, weights, ema=averaged)
-    lacking = model.network.state_dict().keys() - found.model.keys() - (found.ema or {}).keys()
-    if lacking:
-        raise UserError(
-            f"{weights}: has no heads or condition inputs ({len(lacking)} entries, such as '{min(lacking)}'), as "
-            "latent-diffusion's own models have none: take mt_sides out of the YAML file, or give a run's own weights"
-        )
-    return model.to(device).to_fast_layout().eval().requires_grad_(False)
+def known_values(given: Given, generator: LatentGenerator, count: int) -> dict[str, Tensor]:
+    """{name: what was read [1 or N, ...]} of NAME=VALUE. Raises UserError for values that don't fit."""
+    found = {}
+    for name, text in given.values.items():
+        read = generator.modality_of(name).read(text, generator.config.image_size, generator.classes)
+        if 1 < len(read) < count:
+            raise UserError(f"--given {name}={text}: holds {len(read)} for {count} samples; lower --num_samples")
+        found[name] = read
+    return found
 
 
-# ---------------------------------------------------------------- from one side to the other
+def entered(generator: LatentGenerator, read: Mapping[str, Tensor], batch: list[int]) -> dict[str, Tensor]:
+    """{name: x [B, ...]} on the device, for some of the samples."""
+    rows = {name: x[batch] if len(x) > 1 else x.expand(len(batch), *x.shape[1:]) for name, x in read.items()}
+    return {name: generator.modality_of(name).enter(x.to(generator.device)) for name, x in rows.items()}
 
 
-def translate(
+def shown(generator: LatentGenerator, made: Mapping[str, Tensor], given: Given) -> dict[str, np.ndarray]:
+    """Arrays of what was made: uint8 images by side, and those of the other modalities."""
+    sides = generator.roles.sides
+    images = {name: to_nhwc(generator.latent.decode(made[name])) for name in sides if name not in given}
+    for name, x in made.items():
+        if name not in sides and name not in given:
+            images = beside(images, generator.modality_of(name).arrays(x), name)
+    return images
+
+
+# ---------------------------------------------------------------- with something of the data given
+
+
+def of_data(
     config: Config,
+    given: Given,
     saved: Mapping[str, Any],
     generator: LatentGenerator,
     out: Path,
     processes: Processes,
     signature: dict,
 ) -> None:
-    """Write NAME.npz, NAME/*.png and NAME.png for every route, and the truth beside them."""
-    name_given = config.given
-    source_side = generator.side(name_given)
-    target = generator.model.sides[1 - source_side]
-    routes = _routes(config, generator, source_side)
-    pairs, size = open_split(config, saved)
-    found = [side.name for side in pairs.sides]
-    if found != list(generator.model.sides):
-        raise UserError(
-            f"{pairs.path}: its sides are {' and '.join(found)}, but the model's are {' and '.join(generator.model.sides)}"
-        )
-    loaded = load_images(pairs, size, limit=config.num_samples if config.num_samples > 0 else None)
-    seeds = parse_seeds(config.seeds, len(loaded.images))
-    sides = loaded.images.chunk(2, dim=1)  # uint8 (N, 3, H, W) each
-    given, truth = sides[source_side], sides[1 - source_side]
-    stems = unique_stems(loaded.names, pairs.path)
+    """Write TARGET_of_GIVEN.npz, TARGET_of_GIVEN/*.png and TARGET_of_GIVEN.png for every route, and the truth beside them."""
+    sides = generator.roles.sides
+    open_sides = [side for side in sides if side not in given]
+    target = config.target or (open_sides[0] if open_sides else "")
+    source = given.names[0] if len(list(given)) == 1 and given.names[0] in sides else ""
+    routes = _routes(config, generator, target, source, list(given))
+    data, size = open_split(config, saved)
+    found = list(data.side_names or (sides[0],))
+    if generator.roles.slots and not generator.latent.takes(found):
+        raise UserError(f"{data.path}: its sides are {' and '.join(found)}, but the model's are {' and '.join(sides)}")
+    loaded = load_images(data, size, limit=config.num_samples if config.num_samples > 0 else None)
+    count = len(loaded.images)
+    seeds, read, absent = (
+        parse_seeds(config.seeds, count),
+        known_values(given, generator, count),
+        read_absent(config, generator),
+    )
+    for modality in generator.modalities.values():
+        if modality.name in given.names and modality.name not in generator.roles.slots:
+            modality.prepare(data)
+    stems = unique_stems(loaded.names, data.path)
+    pixels = dict(zip(sides, loaded.images.chunk(max(1, len(data.side_names)), dim=1), strict=False))
+    truth = {side: images.permute(0, 2, 3, 1).numpy() for side, images in pixels.items()}
+    hashes = {f"given {name}": content_hash(x.numpy()) for name, x in read.items()}
     for route in routes:
-        name = f"{target}_of_{name_given}" + ("" if route == "generate" else "_read")
+        name = f"{target}_of_{given.title}" + ("" if route == "generate" else "_read")
 
         def make(batch: list[int], route: str = route) -> dict[str, np.ndarray]:
             own = [seeds[i] for i in batch]
-            images = from_uint8(given[batch].to(processes.device))
-            latents = generator.model.encode_images(images)
-            if route == "generate":
-                z = generator.translate(
-                    source_side, latents, own, config[LatentSampleConfig], config.timestep_respacing
-                )
-            else:
-                z = generator.read(source_side, latents, own, config.timesteps, config.draws)
-            return {"arr_0": to_nhwc(generator.model.decode_latents(z))}
+            known = {**taken(generator, given, loaded, batch, own), **entered(generator, read, batch)}
+            if route == "read":
+                z = generator.read(target, source, known[source], own, config.timesteps, config.draws)
+                return {"arr_0": to_nhwc(generator.latent.decode(z))}
+            made = generator.made_from(
+                known, own, config[LatentSampleConfig], config.timestep_respacing, config.target, absent
+            )
+            arrays = shown(generator, made, given)
+            return {"arr_0": arrays.pop(target), **arrays}
 
-        settings = {**signature, "route": route, "images": content_hash(loaded.images.numpy())}
+        settings = {**signature, **hashes, "route": route, "images": content_hash(loaded.images.numpy())}
         arrays = run_sharded(out / f"{name}.npz", len(stems), config.batch_size, processes, settings, make)
         if arrays is not None:
-            made = arrays["arr_0"]
-            write_folder(out / name, stems, made)
-            rows = [x[:GRID].permute(0, 2, 3, 1).numpy() for x in (given, truth)] + [made[:GRID]]
-            save_png(make_grid(np.concatenate(rows), columns=min(GRID, len(made))), out / f"{name}.png")
-            print(f"{out / name}.npz: arr_0 uint8 {list(made.shape)}, and {out / name}/ with as many PNG files")
-            print(f"{out / name}.png: rows {name_given}, {target} (truth), {target} ({route})")
+            made = {target: arrays["arr_0"], **{side: arrays[side] for side in open_sides if side in arrays}}
+            rows = [truth[side] for side in sides if side in given] + [truth[side] for side in made]
+            titles = [side for side in sides if side in given] + [f"{side} (truth)" for side in made]
+            for side, images in made.items():
+                write_folder(out / name.replace(target, side, 1), stems, images)
+            picture = np.concatenate([images[:GRID] for images in (*rows, *made.values())])
+            save_png(make_grid(picture, columns=min(GRID, count)), out / f"{name}.png")
+            described = ", ".join(f"{key} {x.dtype} {list(x.shape)}" for key, x in arrays.items())
+            print(f"{out / name}.npz: {described}, and {out / name}/ with as many PNG files")
+            print(f"{out / name}.png: rows {', '.join([*titles, *(f'{side} ({route})' for side in made)])}")
     if processes.is_main:
-        write_truth(out, target, pairs, loaded.indices.tolist(), stems, truth.permute(0, 2, 3, 1).numpy(), size)
+        for side in open_sides:
+            write_truth(out, side, data, loaded.indices.tolist(), stems, truth[side], size)
 
 
-def _routes(config: Config, generator: LatentGenerator, source: int) -> list[str]:
-    """Those of --route that this model has. Raises UserError where it has none, or not all that were typed."""
+def taken(
+    generator: LatentGenerator, given: Given, loaded: LoadedImages, batch: list[int], seeds: Sequence[int]
+) -> dict[str, Tensor]:
+    """{name: x [B, ...]} of what the data's items have of the names that are given."""
+    model, sides = generator.latent, generator.roles.sides
+    pixels = from_uint8(loaded.images[batch].to(generator.device))
+    image, others = split_sides(pixels, sides if generator.roles.slots else ())
+    z = {name: model.encode(side) for name, side in {sides[0]: image, **others}.items() if name in given.names}
+    labels = None if loaded.labels is None else loaded.labels[batch].to(generator.device)
+    streams = SampleStreams(torch.as_tensor(seeds), index=Stream.INPUT, device=generator.device)
+    images = Images(pixels, labels, image=image)
+    names = [name for name in generator.modalities if name in given.names and name not in z]
+    return z | {name: generator.modalities[name].from_batch(images, streams) for name in names}
+
+
+def _routes(config: Config, generator: LatentGenerator, target: str, source: str, given: Sequence[str]) -> list[str]:
+    """Those of --route that this model has. source: the one side that is given alone, '' where more is.
+
+    Raises UserError where it has none, or not all that were typed.
+    """
     routes = [word.strip() for word in config.route.split(",") if word.strip()]
     for word in routes:
         if word not in ROUTES:
             raise UserError(f"--route: '{word}' is none of {', '.join(ROUTES)}{nearest(word, ROUTES)}")
     if not routes:
         raise UserError(f"--route '{config.route}': name {' or '.join(ROUTES)}, or both")
-    can = {"generate": generator.generates(source), "read": generator.reads(source)}
+    if not target or not source:
+        if "route" in config.typed and "read" in routes:
+            raise UserError("--route read: a head reads one side off another, which is all that is given")
+        generator.role_for(given, config.target)
+        return ["generate"]
+    can = {
+        "generate": generator.roles.role_of(target) in generator.roles.trained,
+        "read": generator.reads(target, source),
+    }
     possible = [route for route in routes if can[route]]
     if "route" in config.typed or not possible:
         for route in routes:
-            generator.check(route, source)
+            generator.check(route, target, source)
     return possible
 
 
-def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[PairSource, int]:
-    """(pairs of the split to translate, their size in pixels). Raises UserError."""
+def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[ImageSource, int]:
+    """(the data of the split, their size in pixels). Raises UserError."""
     data = saved.get("data") or {}
     params = {**(data.get("params") or {}), "latents": None, "limit": None}
     if config.data_dir:
         params["path"] = config.data_dir
     opened = instantiate({"target": data.get("target"), "params": params}, "data")
-    if not isinstance(opened, PairData):
-        raise UserError(f"--given {config.given}: the data of this run are single images, not pairs")
-    return opened.pixel_source(config.split or opened.splits[1] or opened.splits[0]), opened.image_size
+    if not isinstance(opened, StreamedData):
+        raise UserError(f"--given {config.given}: the data of this run can't be opened anew")
+    split = config.split or opened.splits[1] or opened.splits[0]
+    return opened.pixel_source(split), opened.image_size
 
 
-def unique_stems(names: Sequence[str], path: str) -> list[str]:
-    """File names without folder and suffix. Raises UserError where two are the same."""
-    stems = [Path(name).stem for name in names]
-    twice = next((stem for stem, count in Counter(stems).items() if count > 1), None)
-    if twice is not None:
-        raise UserError(
-            f"{path}: two images are called {twice}, so their results would overwrite each other; rename one"
-        )
-    return stems
+# ---------------------------------------------------------------- with nothing of the data given
 
 
-def write_folder(folder: Path, stems: Sequence[str], images: np.ndarray) -> None:
-    """Images uint8 [N, H, W, 3] or maps [N, H, W] as PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, image in zip(stems, images, strict=True):
-        Image.fromarray(image).save(folder / f"{stem}.png")
-
-
-def write_truth(
-    out: Path,
-    target: str,
-    pairs: PairSource,
-    indices: Sequence[int],
-    stems: Sequence[str],
-    images: np.ndarray,
-    size: int,
+def of_values(
+    config: Config, given: Given, generator: LatentGenerator, out: Path, processes: Processes, signature: dict
 ) -> None:
-    """The true target side: NAME_truth.npz (arr_0) for the evaluator, and for label maps their indices as PNG and classes.txt."""
-    save_npz(out / f"{target}_truth.npz", {"arr_0": images})
-    side = next(side for side in pairs.sides if side.name == target)
-    if side.palette is None:  # no label map
-        return
-    write_folder(out / f"{target}_truth", stems, np.stack([pairs.label_map(i, size) for i in indices]))
-    lines = [
-        f"{c.index} {c.name.replace(' ', '_')} {' '.join(map(str, c.colour))}"
-        for c in (*side.palette.classes, *side.palette.void)
-    ]
-    (out / "classes.txt").write_text("\n".join(["# index name R G B", *lines, ""]))
-    print(
-        f"{out / target}_truth/: the true classes; score with evaluations/segmentation.py --classes {out / 'classes.txt'}"
+    """Write samples of everything that is not given as .npz, `arr_0` the first side, and a picture grid."""
+    model, sides = generator.latent, generator.roles.sides
+    count = config.num_samples if config.num_samples > 0 else DEFAULT_COUNT
+    seeds, read, absent = (
+        parse_seeds(config.seeds, count),
+        known_values(given, generator, count),
+        read_absent(config, generator),
     )
-
-
-# ---------------------------------------------------------------- from nothing
-
-
-def draw_pairs(config: Config, generator: LatentGenerator, out: Path, processes: Processes, signature: dict) -> None:
-    """Write samples of both sides (or of single images) as .npz, `arr_0` the first side, and a picture grid."""
-    model = generator.model
-    count = config.num_samples if config.num_samples > 0 else DEFAULT_PAIRS
-    seeds = parse_seeds(config.seeds, count)
-    names = ["arr_0", *model.sides[1:]]
-    far = start_warning(model.diffusion, config[LatentSampleConfig], model.modality_names)
-    if far and processes.is_main:
-        log.warning("%s", far)
+    generator.role_for(list(given), config.target)
+    names = [side for side in sides if side not in given]
+    first = config.target or names[0]
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
-        conditions = class_condition(model, own, config.class_id)
-        latents = generator.pairs(own, config[LatentSampleConfig], config.timestep_respacing, conditions)
-        return {name: to_nhwc(model.decode_latents(z)) for name, z in zip(names, latents, strict=True)}
+        conditioned = LatentGenerator(model, class_condition(model, own, config.class_id), generator.classes)
+        made = (conditioned if model.conditioning_key or not generator.modalities else generator).made_from(
+            entered(generator, read, batch),
+            own,
+            config[LatentSampleConfig],
+            config.timestep_respacing,
+            config.target,
+            absent,
+        )
+        arrays = shown(generator, made, given)
+        return {"arr_0": arrays.pop(first), **arrays}
 
-    file = out / (f"pairs_{count}.npz" if model.sides else f"samples_{count}.npz")
-    arrays = run_sharded(file, count, config.batch_size, processes, signature, make)
+    kind = "pairs" if len(sides) == 2 and not given.values else "samples"
+    file = out / f"{kind}{f'_of_{given.title}' if given.values else ''}_{count}.npz"
+    hashes = {f"given {name}": content_hash(x.numpy()) for name, x in read.items()}
+    arrays = run_sharded(file, count, config.batch_size, processes, {**signature, **hashes}, make)
     if arrays is not None:
-        rows = [arrays[name][start : start + GRID] for start in range(0, min(count, 32), GRID) for name in names]
+        images = {first: arrays["arr_0"], **{side: arrays[side] for side in names if side in arrays}}
+        rows = [x[start : start + GRID] for start in range(0, min(count, 32), GRID) for x in images.values()]
         save_png(make_grid(np.concatenate(rows), columns=min(GRID, count)), file.with_suffix(".png"))
-        print(f"{file}: {', '.join(f'{name} uint8 {list(arrays[name].shape)}' for name in names)}")
+        print(f"{file}: {', '.join(f'{name} {x.dtype} {list(x.shape)}' for name, x in arrays.items())}")
         print(
             f"{file.with_suffix('.png')}: "
-            + (f"rows {' and '.join(model.sides)} in turn" if model.sides else "the first")
+            + (f"rows {' and '.join(images)} in turn" if len(images) > 1 else "the first")
         )
-
-
-def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: int) -> dict[str, Any]:
-    """LDM's condition for samples: a class, chosen or each sample's own. Raises UserError for other kinds of condition."""
-    if model.conditioning_key is None and (model.sides or model.network.num_classes is None):
-        if class_id >= 0:
-            raise UserError(f"--class_id {class_id}: this model knows of no classes; leave the flag out")
-        return {}
-    stage: Any = getattr(model, "cond_stage_model", None)
-    by_class = model.cond_stage_key == "class_label" and model.conditioning_key == "crossattn" and stage is not None
-    by_label = model.conditioning_key in (None, "adm") and model.network.num_classes is not None  # ADM's own way
-    if not by_class and not by_label:
-        raise UserError(
-            f"this model is conditioned on {model.cond_stage_key} ({model.conditioning_key}), which has no flag; in Python, pass "
-            "it as `conditions` of LatentGenerator.pairs"
-        )
-    count: int = stage.embedding.num_embeddings if by_class else model.network.num_classes or 0
-    if class_id >= count:
-        raise UserError(f"--class_id {class_id}: this model has classes 0 to {count - 1}")
-    own = SampleStreams(
-        torch.as_tensor(list(seeds)), index=Stream.LATENT_CLASS, device=model.scale_factor.device
-    ).integers(count)
-    classes = own if class_id < 0 else torch.full_like(own, class_id)
-    return {"c_crossattn": stage({stage.key: classes})} if by_class else {"y": classes}
 
 
 def console() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from guided_mt.errors import UserError
+from guided_mt.modalities.registry import TASKS
+from guided_mt.modalities.settings import row_of
 from guided_mt.runs.config import make_section
 from guided_mt.runs.resume import newest_checkpoint
 
@@ -103,6 +105,8 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
         refuse_other_settings(newest, fixed_settings(config))
     torch.manual_seed(settings.seed)  # the same initial weights on every process
     model = instantiate({key: config["model"][key] for key in ("target", "params") if key in config["model"]}, "model")
+    resolve_tasks(config, model)
+    folder.config_yaml = command.yaml
     module = wrap(model)
     module.base_rate = learning_rate_of(config["model"], images)
     if trainer.is_global_zero:
@@ -129,9 +133,19 @@ def learning_rate_of(model: dict[str, Any], images: int) -> float:
     return float(model.get("learning_rate", DEFAULT_RATE))
 
 
+def resolve_tasks(config: dict[str, Any], model: Any) -> None:
+    """Write what the model found out of its modalities into `mt_tasks`, so that the file says it without theirs."""
+    params = config["model"].get("params") or {}
+    for name, entry in (params.get("mt_tasks") or {}).items():
+        own = model.config.own[name]
+        found = {f.name: own[f.name] for f in fields(row_of(model.config, name).options)}
+        params["mt_tasks"][name] = {**(entry or {}), **found}
+
+
 def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     """{dotted key: value} that must not change within a run."""
-    free = ("ckpt_path", "monitor", "log_every_t")  # weights are in the checkpoint, wherever they came from
+    free = ["ckpt_path", "monitor", "log_every_t"]  # weights are in the checkpoint, wherever they came from
+    free += [option for task in TASKS.values() for option in task.file_options]
     flat = flatten(config["model"].get("params") or {}, "model.params.")
     fixed = {key: value for key, value in flat.items() if key.rpartition(".")[2] not in free}
     return fixed | {f"run.{key}": config["run"][key] for key in ("seed", "images_per_step")}
@@ -139,24 +153,32 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
     """Raises UserError where the data's sides or the size of their latents are not what the model is configured for."""
-    sides = [side.name for side in getattr(data.source, "sides", ())]
-    if model.sides and len(sides) != 2:
+    sides, named = list(data.source.side_names), list(model.sides)
+    if len(named) > max(1, len(sides)):
         raise UserError(
-            f"model.params.mt_sides {list(model.sides)} needs pairs of images (data.target latent_mt.data.PairData)"
+            f"model.params.mt_sides {named} needs data of as many images each, such as pairs (data.target latent_mt.data.PairData)"
         )
-    if sides and not model.sides:
-        raise UserError(f"the data are pairs of {' and '.join(sides)}: name them in model.params.mt_sides")
-    if sides and sides != list(model.sides):
-        raise UserError(f"model.params.mt_sides {list(model.sides)}, but the data's sides are {sides}")
+    if len(sides) > 1 and not named:
+        raise UserError(f"the data are images of {' and '.join(sides)} each: name them in model.params.mt_sides")
+    if len(sides) > 1 and not model.takes(sides):
+        raise UserError(f"model.params.mt_sides {named}, but the data's sides are {sides}")
+    needing = [name for name in model.modality_names if row_of(model.config, name).needs_labels]
+    if needing and data.source.labels is None:
+        raise UserError(f"model.params.mt_tasks.{needing[0]} needs classes, and {data.source.path} has none")
+    if needing and len(data.source.class_names) > model.modalities[needing[0]].num_classes:  # type: ignore[attr-defined]
+        count, known = len(data.source.class_names), model.modalities[needing[0]].num_classes  # type: ignore[attr-defined]
+        raise UserError(
+            f"model.params.mt_tasks.{needing[0]}.num_classes {known}: the data have {count} classes; raise it"
+        )
     if isinstance(data.source, LatentCache):
         data.source.check(first_stage_hash(model.first_stage_model))
         found = data.source.shape[-1]
     else:
         model.first_stage_model.check_size(data.image_size, data.image_size)
         found = data.image_size // model.first_stage_model.downsampling
-    if found != model.image_size:
+    if found != model.size:
         raise UserError(
-            f"images of {data.image_size} pixels give latents of {found}, but model.params.image_size is {model.image_size}"
+            f"images of {data.image_size} pixels give latents of {found}, but model.params.image_size is {model.size}"
         )
     divisor = model.network.size_divisor
     if found % divisor:

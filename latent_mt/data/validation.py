@@ -24,8 +24,9 @@ def val_batches(data: StreamedData, limit: int = VAL_IMAGES) -> Iterator[Batch]:
         yield Batch(loaded.images[part], labels, loaded.indices[part], loaded.indices[part], present=present)
 
 
-def val_sides(data: StreamedData, count: int) -> list[Tensor]:
-    """The first images of the validation split by side, float32 [B, 3, H, W] in [-1, 1] each."""
+def val_sides(data: StreamedData, count: int) -> tuple[list[Tensor], Tensor | None]:
+    """The first images of the validation split by side, float32 [B, 3, H, W] in [-1, 1] each, and their classes [B] if any."""
     source = data.pixel_source(data.splits[1] or data.splits[0])
-    images = from_uint8(load_images(source, data.image_size, limit=count).images)
-    return list(images.chunk(images.shape[1] // 3, dim=1))
+    loaded = load_images(source, data.image_size, limit=count)
+    images = from_uint8(loaded.images)
+    return list(images.chunk(images.shape[1] // 3, dim=1)), loaded.labels

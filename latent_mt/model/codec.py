@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from guided_mt.data import Batch
 from guided_mt.data.images import from_uint8
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
+from guided_mt.modalities import Images
+from guided_mt.modalities.settings import MTConfig
 
 from ..data.latent_cache import unpack
 from ..first_stage.first_stages import Autoencoder
@@ -20,13 +22,16 @@ from ..runs.targets import instantiate
 
 
 class LatentCodec(nn.Module):
-    """Images to scaled latents and back. sides: the names of the images of an item, () for one; channels: of a latent.
+    """Images to scaled latents and back: the `modalities.Space` of a latent model.
 
-    random_flip: whether `latents` mirrors half of the items. scale_known: whether scale_factor needs no measuring.
+    channels, size: of a latent; sides: the names of the images of an item, () for one. random_flip: whether `images` mirrors half
+    of the items. scale_known: whether scale_factor needs no measuring.
     """
 
     sides: tuple[str, ...]
     channels: int
+    size: int
+    limit = 5.0  # scaled latents have about unit variance
     first_stage_model: Autoencoder
     scale_factor: Tensor
     scale_known: bool
@@ -39,17 +44,27 @@ class LatentCodec(nn.Module):
             raise UserError(f"model.params.first_stage_config: {config['target']} is no first stage")
         self.first_stage_model.requires_grad_(False).eval()
 
+    def takes(self, names: Sequence[str]) -> bool:
+        """Whether these are the sides, in this order. The image itself may have another name where the model gives it none."""
+        unnamed = bool(self.sides) and self.sides[0] == MTConfig.mt_image
+        return list(names[1:]) == list(self.sides[1:]) and (unnamed or list(names) == list(self.sides))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a latent, (C, h, w)."""
+        return (self.channels, self.size, self.size)
+
     @property
     def device(self) -> torch.device:
         return self.scale_factor.device
 
-    def encode_images(self, images: Tensor, streams: SampleStreams | None = None) -> Tensor:
+    def encode(self, images: Tensor, streams: SampleStreams | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], scaled. streams: draw from the posterior; None: its mean."""
         with self._exact():
             mean, logvar = self.first_stage_model.encode_moments(images)
             return self.scale_factor * _posterior(mean, logvar, streams)
 
-    def decode_latents(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> images [B, 3, H, W] in [-1, 1]."""
         with self._exact():
             return self.first_stage_model.decode(z / self.scale_factor).clamp(-1, 1)
@@ -59,21 +74,27 @@ class LatentCodec(nn.Module):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             yield
 
-    def latents(self, batch: Batch, streams: SampleStreams) -> list[Tensor]:
-        """The batch's sides as scaled latents [B, C, h, w], mirrored alike; from pixels uint8 [B, 3 per side, H, W], or from a
-        cache float [B, sides x mirrorings x moments x C, h, w]."""
+    def images(self, batch: Batch, streams: SampleStreams) -> Images:
+        """The batch as modalities see it: its sides as scaled latents [B, C, h, w], mirrored alike; from pixels uint8
+        [B, 3 per side, H, W], or from a cache float [B, sides x mirrorings x moments x C, h, w]."""
         flip = (streams.uniform() < 0.5) & self.random_flip
         count = max(1, len(self.sides))
+        pixels = None
         if batch.images.dtype == torch.uint8:
-            images = from_uint8(batch.images)
-            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-            return [self.encode_images(side, streams) for side in images.chunk(count, dim=1)]
-        mirrored = flip.long()
-        rows = torch.arange(len(flip), device=flip.device)
-        mean, logvar = unpack(batch.images, count, self.channels)
-        means = mean[rows, :, mirrored].unbind(1)
-        logvars = [None] * count if logvar is None else logvar[rows, :, mirrored].unbind(1)
-        return [self.scale_factor * _posterior(m, v, streams) for m, v in zip(means, logvars, strict=True)]
+            whole = from_uint8(batch.images)
+            whole = torch.where(flip.view(-1, 1, 1, 1), whole.flip(-1), whole)
+            pixels, *_ = each = whole.chunk(count, dim=1)
+            latents = [self.encode(side, streams) for side in each]
+        else:
+            mirrored = flip.long()
+            rows = torch.arange(len(flip), device=flip.device)
+            mean, logvar = unpack(batch.images, count, self.channels)
+            means = mean[rows, :, mirrored].unbind(1)
+            logvars = [None] * count if logvar is None else logvar[rows, :, mirrored].unbind(1)
+            latents = [self.scale_factor * _posterior(m, v, streams) for m, v in zip(means, logvars, strict=True)]
+        sides = dict(zip(self.sides[1:], latents[1:], strict=True))
+        cached = pixels is None
+        return Images(latents[0], batch.labels, batch.loaded, sides, batch.present, pixels, cached)
 
 
 def _posterior(mean: Tensor, logvar: Tensor | None, streams: SampleStreams | None) -> Tensor:

@@ -1,9 +1,10 @@
-"""From a trained latent model to images: translation by generation, translation by reading the head, and pairs from nothing."""
+"""From a trained latent model to latents: guided_mt's `Generator` on the space of a first stage, and what its heads read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from torch import Tensor
 from guided_mt.data.images import make_grid, to_nhwc
 from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams, Stream
-from guided_mt.errors import UserError, nearest
+from guided_mt.errors import UserError
+from guided_mt.generation.build import build_modalities
 from guided_mt.generation.classification import head_estimates, read_timesteps
-from guided_mt.generation.drawing import draw, visited
+from guided_mt.generation.generate import Generator
+from guided_mt.modalities import Images
+from guided_mt.modalities.settings import loss_weights
 from guided_mt.runs.config import SampleConfig, SamplingOptions, option
 
 from ..data.validation import val_sides
 from .latent_diffusion import LatentMTDiffusion
-from .modalities import PAIRED
 
 ROUTES = ("generate", "read")
 PREVIEW_COUNT, PREVIEW_STEPS = 8, 20
@@ -34,178 +37,126 @@ class LatentSampleConfig(SampleConfig):
     clip_denoised: bool = option(False, "clip the predicted z_0 to [-1, 1]; for a first stage whose latents lie there")
 
 
-@dataclass
-class LatentGenerator:
-    """Draws from a model. In role 0 the first side is z_0 and the second the modality; in role 1 it is the other way round."""
+class LatentGenerator(Generator):
+    """Draws from a latent model, under its own `conditions` {y, c_concat, c_crossattn} where it is one of latent-diffusion's."""
 
-    model: LatentMTDiffusion
+    def __init__(
+        self, model: LatentMTDiffusion, conditions: Mapping[str, Any] | None = None, classes: list[str] | None = None
+    ):
+        self.latent = model
+        network: Callable[..., ModelOutput] = partial(model.model, **conditions) if conditions else model.model
+        modalities = build_modalities(model.config, model.network, model)
+        super().__init__(model.config, model.network, modalities, classes, model, model.diffusion, network)
 
     @property
     def device(self) -> torch.device:
-        return self.model.scale_factor.device
+        return self.latent.scale_factor.device
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of a latent, (C, h, w)."""
-        return (self.model.channels, self.model.image_size, self.model.image_size)
-
-    @property
-    def roles(self) -> tuple[int, ...]:
-        """Those that the model was trained in."""
-        if self.model.both_roles:
-            return (0, 1)
-        return (1,) if self.model.swap_prob == 1 else (0,)
-
-    def side(self, name: str) -> int:
-        """0 or 1. Raises UserError for a name that is no side of this model."""
-        sides = self.model.sides
-        if not sides:
-            raise UserError(f"'{name}' can't be given: this model knows of single images only (no mt_sides)")
-        if name not in sides:
-            raise UserError(f"'{name}' is no side of this model{nearest(name, sides)}; it has {' and '.join(sides)}")
-        return sides.index(name)
-
-    def generates(self, source: int) -> bool:
-        """Whether the model was trained to generate the other side from side `source`."""
-        return 1 - source in self.roles
-
-    def reads(self, source: int) -> bool:
-        """Whether the model has a head that was trained to read the other side off side `source`."""
-        return source in self.roles and self.model.network.variant != "X" and self._head_trained
-
-    @property
-    def _head_trained(self) -> bool:
-        always_given = self.model.network.variant == "any" and self.model.given_prob == 1
-        return self.model.loss_weight > 0 and not always_given
-
-    def check(self, route: str, source: int) -> None:
-        """Raises UserError where the model wasn't trained to make the other side of `source` by this one of ROUTES."""
-        generates, reads = self.generates(source), self.reads(source)
-        if {"generate": generates, "read": reads}[route]:
-            return
-        swap = f"(mt_swap_prob {self.model.swap_prob:g})"
-        if route == "generate":
-            made, given = self.model.sides[1 - source], self.model.sides[source]
-            instead = "read its head instead (--route read), or " if reads else ""
-            raise UserError(
-                f"this model was not trained to generate {made} from {given} {swap}; {instead}train with mt_swap_prob 0.5"
-            )
-        why = f"z_0 was never {self.model.sides[source]} in this model's training {swap}"
-        if self.model.network.variant == "X":
-            why = "the head of a form-X model was always given what it is to predict"
-        elif not self._head_trained:
-            settings = f"mt_loss_weight {self.model.loss_weight:g}, mt_given_prob {self.model.given_prob:g}"
-            why = f"this model's head was never trained ({settings})"
-        raise UserError(f"{why}; {'use --route generate' if generates else 'give the other side'}")
-
-    def network(self, role: int, conditions: Mapping[str, Any] | None = None) -> Callable:
-        """(z_t, t, modalities, ...) -> ModelOutput with z_0 in this role."""
-        model, both, conditions = self.model.model, self.model.both_roles, dict(conditions or {})
-        classes = conditions.pop("y", None)
-
-        def run(z_t: Tensor, t: Tensor, modalities: Mapping[str, Tensor], **options: Any) -> ModelOutput:
-            if both:
-                options["y"] = torch.full((len(z_t),), role, device=z_t.device)
-            elif classes is not None:
-                options["y"] = classes.repeat(len(z_t) // len(classes))  # guidance doubles the batch
-            return model(z_t, t, modalities, **options, **conditions)
-
-        return run
-
-    def translate(
-        self, source: int, latents: Tensor, seeds: Sequence[int], settings: SamplingOptions, respacing: str = ""
-    ) -> Tensor:
-        """The other side's latents [B, C, h, w], generated with those of side `source` given; one seed per sample.
-
-        Raises UserError where the model was not trained to generate that side.
-        """
-        self.check("generate", source)
-        return self._sample(1 - source, {PAIRED: latents}, seeds, settings, respacing)[0]
-
-    def pairs(
+    def made_from(
         self,
-        seeds: Sequence[int],
-        settings: SamplingOptions,
-        respacing: str = "",
-        conditions: Mapping[str, Any] | None = None,
-    ) -> list[Tensor]:
-        """Latents drawn from nothing: of both sides, or of the single image of a plain LDM under its `conditions`.
-
-        Raises UserError for form X, which is always given a side.
-        """
-        if self.model.sides and self.model.network.variant == "X":
-            raise UserError(
-                "this form-X model was always given one side; name it with --given, or train mt_variant any or U"
-            )
-        role = self.roles[0]
-        z, other = self._sample(role, {}, seeds, settings, respacing, conditions)
-        if other is None:
-            return [z]
-        return [z, other] if role == 0 else [other, z]
-
-    def _sample(
-        self,
-        role: int,
         known: Mapping[str, Tensor],
         seeds: Sequence[int],
         settings: SamplingOptions,
-        respacing: str,
-        conditions: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        modalities = self.model.modalities(role)
-        variant = self.model.network.variant
-        own_head = variant == "U" and settings.mt_condition == "own-head"
-        if known and own_head and not modalities[PAIRED].has_log_prob:
-            raise UserError("this model's head was never trained, so own-head conditioning has nothing to go by")
-        if settings.guidance_scale != 1 and self.model.drop_prob == 0:
-            raise UserError(
-                "--guidance_scale needs a model that also learned without its condition: train with mt_drop_prob 0.1"
-            )
-        in_frame = [name for name in modalities if variant == "U" or name not in known]
-        process = self.model.respaced(respacing) if respacing else visited(self.model.diffusion, settings, "", in_frame)
-        drawn = draw(
-            self.network(role, conditions),
-            process,
-            modalities,
-            self.shape,
-            seeds,
-            settings,
-            known=known,
-            gives=variant != "U",
-            device=self.device,
-        )
-        return drawn.x_start, drawn.modalities.get(PAIRED)
+        respacing: str = "",
+        target: str = "",
+        absent: Sequence[str] = (),
+    ) -> dict[str, Tensor]:
+        """{side or modality: value} of everything, drawn with those `known` given; see `Generator.draw`.
 
-    def read(self, source: int, latents: Tensor, seeds: Sequence[int], timesteps: str = "", draws: int = 1) -> Tensor:
-        """The other side's latents [B, C, h, w] as the head reads them off the latents of side `source`, which are z_0 at little
+        respacing: timesteps to visit, as `LatentMTDiffusion.respaced`. Raises UserError for what the model was not trained for.
+        """
+        process = self.latent.respaced(respacing) if respacing else None
+        drawn = self.draw(seeds, settings, known, target=target, absent=absent, process=process)
+        return {self.roles.sides[self.role_for(list(known), target)]: drawn.x_start, **drawn.modalities}
+
+    # ------------------------------------------------------------ what heads say at little noise
+
+    def reads(self, target: str, source: str) -> bool:
+        """Whether the model has a head that was trained to read the side `target` off the side `source`."""
+        return self._why_not(target, source) == ""
+
+    def _why_not(self, target: str, source: str) -> str:
+        """Why it has not; '' where it has."""
+        role, config = self.roles.role_of(source), self.config
+        name = self.slots(role).get(target, target)
+        if role not in self.roles.trained:
+            return f"z_0 was never {source} in this model's training ({self.roles.setting})"
+        if self.model.variant == "X":
+            return "the head of a form-X model was always given what it is to predict"
+        if loss_weights(config)[name] == 0 or (self.model.variant == "any" and config.mt_given_prob == 1):
+            settings = f"mt_loss_weight {loss_weights(config)[name]:g}, mt_given_prob {config.mt_given_prob:g}"
+            return f"this model's head was never trained ({settings})"
+        return ""
+
+    def check(self, route: str, target: str, source: str) -> None:
+        """Raises UserError where the model wasn't trained to make the side `target` of the side `source` by this one of ROUTES."""
+        why = self._why_not(target, source)
+        if route == "generate":
+            if self.roles.role_of(target) not in self.roles.trained:
+                instead = "read its head instead (--route read), or " if not why else ""
+                raise UserError(
+                    f"this model was not trained to generate {target} from {source} ({self.roles.setting}); "
+                    f"{instead}train with mt_swap_prob 0.5"
+                )
+        elif why:
+            raise UserError(
+                f"{why}; {'use --route generate' if self.roles.role_of(target) in self.roles.trained else 'give the other side'}"
+            )
+
+    def read(
+        self, target: str, source: str, latents: Tensor, seeds: Sequence[int], timesteps: str = "", draws: int = 1
+    ) -> Tensor:
+        """The latents [B, C, h, w] of the side `target` as the head reads them off those of `source`, which are z_0 at little
         noise, averaged over `timesteps` (see `classification.read_timesteps`) and noise `draws`.
 
         Raises UserError for a head that was always told or never trained, and where z_0 was never that side.
         """
-        self.check("read", source)
-        diffusion = self.model.respaced()
+        self.check("read", target, source)
+        role, diffusion = self.roles.role_of(source), self.process
         chosen = read_timesteps(timesteps, diffusion.num_timesteps, diffusion.aggregation)
         streams = SampleStreams(torch.as_tensor(seeds), index=Stream.INPUT, device=self.device)
-        return head_estimates(
-            self.network(source), diffusion, self.model.modalities(), latents, chosen, draws, streams, name=PAIRED
-        )
+        name = self.slots(role)[target]
+        network = self.network_in(role)
+        return head_estimates(network, diffusion, self.modalities, latents, chosen, draws, streams, name=name)
 
 
 def preview_grid(model: LatentMTDiffusion, data: Any) -> np.ndarray | None:
-    """uint8 [H, W, 3], one column per validation image: the sides, what is generated of each from the other, then pairs from
-    nothing; of a plain LDM samples alone."""
+    """uint8 [H, W, 3], one column per validation image: the sides, what is generated of each from the others, the images of each
+    other modality given alone, after its picture, then everything from nothing. Of a plain LDM samples alone."""
+    if model.conditioning_key is not None and not model.modality_names:
+        return None  # a plain LDM that can't be sampled without a condition
     generator, settings, seeds = LatentGenerator(model), LatentSampleConfig(steps=PREVIEW_STEPS), range(PREVIEW_COUNT)
     rows: list[Tensor] = []
-    if model.sides:
-        images = [side.to(generator.device) for side in val_sides(data, PREVIEW_COUNT)]
+    roles, form_x = generator.roles, model.network.variant == "X"
+    names = {name for name in model.modality_names if name not in roles.slots}
+    if model.modality_names:
+        images, labels = val_sides(data, PREVIEW_COUNT)
+        images = [side.to(generator.device) for side in images]
         seeds = range(len(images[0]))
         rows += images
-        for role in reversed(generator.roles):
-            source = 1 - role
-            z = generator.translate(source, model.encode_images(images[source]), seeds, settings)
-            rows.append(model.decode_latents(z))
-    if model.conditioning_key is None and not (model.sides and model.network.variant == "X"):
-        rows += [model.decode_latents(z) for z in generator.pairs(seeds, settings)]
-    if not rows:
-        return None  # a plain LDM that can't be sampled without a condition
-    return make_grid(to_nhwc(torch.cat(rows)), columns=len(seeds))
+        z = dict(zip(roles.sides, (model.encode(side) for side in images), strict=False))
+        batch = Images(next(iter(z.values())), None if labels is None else labels.to(generator.device), image=images[0])
+        for role in reversed(roles.trained) if roles.slots else ():
+            others = {side: value for side, value in z.items() if side != roles.sides[role]}
+            rows.append(model.decode(generator.draw(seeds, settings, others).x_start))
+        for name in sorted(names):
+            modality = generator.modalities[name]
+            if (modality.is_class and (labels is None or bool((labels < 0).any()))) or _needs_file(modality):
+                continue
+            streams = SampleStreams(torch.tensor(seeds), index=Stream.PREVIEW, device=generator.device)
+            x = modality.from_batch(batch, streams)
+            others = (
+                {side: value for side, value in z.items() if side != roles.sides[0]} if form_x and roles.slots else {}
+            )
+            picture = modality.picture(x)
+            rows += [] if picture is None else [picture]
+            rows.append(model.decode(generator.draw(seeds, settings, {name: x, **others}).x_start))
+    if model.conditioning_key is None and not (roles.slots and form_x):
+        made = generator.made_from({}, seeds, settings)
+        rows += [model.decode(made[side]) for side in roles.sides]
+    return make_grid(to_nhwc(torch.cat(rows)), columns=len(seeds)) if rows else None
+
+
+def _needs_file(modality: Any) -> bool:
+    """Whether its data lie beside the training images, so that others have none."""
+    return bool(getattr(modality, "file", ""))

@@ -1,7 +1,7 @@
-"""Latent-space MT-Diffusion: latent-diffusion's model and configuration keys, with a second image as a modality.
+"""Latent-space MT-Diffusion: latent-diffusion's model and configuration keys, with modalities beside the image.
 
-Both images of a pair are encoded by the same frozen first stage; from there on it is guided_mt: `multi_task_losses` in training,
-`sampling.sample` in generation. z_0 is the latent of one side, the modality `paired` that of the other.
+The images of an item are encoded by the same frozen first stage; from there on it is guided_mt: `multi_task_losses` in training,
+`sampling.sample` in generation. z_0 is the latent of one image; what its modalities are says `tasks`.
 """
 
 from __future__ import annotations
@@ -14,37 +14,42 @@ import torch
 from torch import Tensor
 
 from guided_mt.data import Batch
-from guided_mt.diffusion.aggregation import WEIGHTS, Aggregation
+from guided_mt.diffusion.aggregation import Aggregation
 from guided_mt.diffusion.process import GaussianDiffusion, LossType, ModelVarType
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.resample import UniformSampler
 from guided_mt.diffusion.targets import TARGETS
 from guided_mt.errors import UserError
+from guided_mt.generation.build import bind, build_modalities, complete, track_variances
 from guided_mt.generation.drawing import respaced
-from guided_mt.modalities import Images
-from guided_mt.networks.model import VARIANTS, MTModel
+from guided_mt.modalities import Modality
+from guided_mt.modalities.settings import loss_weights, roles_of, task_names, weights_names
+from guided_mt.networks.model import MTModel
 from guided_mt.runs import checkpoint
+from guided_mt.runs.config import ModelConfig
 from guided_mt.training.objective import Losses, multi_task_losses
 
 from ..runs.ldm_checkpoint import load_ldm
 from ..runs.targets import instantiate
 from .codec import LatentCodec
-from .modalities import PAIRED, SWAPPED, PairedLatent
-from .network import DiffusionWrapper, build_network, check_channels
+from .network import DiffusionWrapper, build_network, check_channels, unet_keywords
 from .schedules import check_betas, ddim_timesteps, make_beta_schedule
+from .tasks import TaskKeys, read_tasks
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 LOSSES = {"l1": LossType.L1, "l2": LossType.MSE}
 
 
 class LatentMTDiffusion(LatentCodec):
-    """LDM's `LatentDiffusion` (its keywords and state-dict names) as a multi-task model of image pairs.
+    """LDM's `LatentDiffusion` (its keywords and state-dict names) as a multi-task model.
 
-    mt_sides: names of the two images of a pair, or none for a plain LDM. mt_swap_prob: how often the second side is z_0 and the
-    first the modality; between 0 and 1 the network is told which by a class embedding, and one network translates both ways.
-    mt_variant, mt_weights, mt_loss_weight, mt_given_prob, mt_drop_prob: as in guided_mt (docs/method.md, section 3). The rest are
-    LDM's; those that only log or that no released model uses are accepted at their defaults. How it is trained is in
-    training.latent_diffusion. Raises UserError for settings that contradict each other.
+    mt_tasks: the modalities, see `tasks`. mt_sides: names of the images of an item in the order of the data, where there are
+    several: the first is the image, each other one a modality; two of them without mt_tasks are the short form of a pair.
+    mt_swap_prob: how often another side than the first is z_0 and the first the modality in its place, shared by them, or
+    {side: share}; between 0 and 1 the network is told which by a class embedding, and one network translates every way.
+    mt_variant, mt_weights, mt_loss_weight, mt_given_prob, mt_drop_prob, mt_context_dim: as in guided_mt (docs/method.md, section
+    3). The rest are LDM's; those that only log or that no released model uses are accepted at their defaults. How it is trained is
+    in training.latent_diffusion. Raises UserError for settings that contradict each other.
     """
 
     def __init__(
@@ -86,13 +91,15 @@ class LatentMTDiffusion(LatentCodec):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         *,
+        mt_tasks: Mapping[str, Any] | None = None,
         mt_sides: Sequence[str] = (),
         mt_variant: str = "any",
         mt_weights: str = "paper",
         mt_loss_weight: float = 0.1,
         mt_given_prob: float = 0.5,
         mt_drop_prob: float = 0.0,
-        mt_swap_prob: float = 0.0,
+        mt_swap_prob: float | Mapping[str, float] = 0.0,
+        mt_context_dim: int = -1,
     ):
         super().__init__()
         refused = {
@@ -110,22 +117,33 @@ class LatentMTDiffusion(LatentCodec):
             "loss_type": (loss_type, LOSSES),
             "parameterization": (parameterization, TARGETS),
             "conditioning_key": (conditioning_key, DiffusionWrapper.KEYS),
-            "mt_variant": (mt_variant, VARIANTS),
-            "mt_weights": (mt_weights, WEIGHTS),
         }
         for name, (value, known) in choices.items():
             if value not in known:
                 raise UserError(f"model.params.{name} '{value}' is none of {', '.join(map(str, known))}")
-        shares = {"mt_given_prob": mt_given_prob, "mt_drop_prob": mt_drop_prob, "mt_swap_prob": mt_swap_prob}
-        _check_numbers(mt_sides, shares, mt_loss_weight, scale_factor)
+        if not 0 < scale_factor < float("inf"):
+            raise UserError(f"model.params.scale_factor must be a number above 0, not {scale_factor}")
         if given_betas is None:
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         else:
             betas = check_betas(given_betas, "model.params.given_betas")
-        self.sides, self.swap_prob = tuple(mt_sides), mt_swap_prob if mt_sides else 0.0
-        self.both_roles = 0 < self.swap_prob < 1
-        self.loss_weight, self.given_prob, self.drop_prob = mt_loss_weight, mt_given_prob, mt_drop_prob
-        self.channels, self.image_size, self.l_simple_weight = channels, image_size, l_simple_weight
+        keys = TaskKeys(
+            mt_tasks,
+            mt_sides,
+            mt_variant,
+            mt_weights,
+            mt_loss_weight,
+            mt_given_prob,
+            mt_drop_prob,
+            mt_swap_prob,
+            mt_context_dim,
+        )
+        unet = unet_keywords(unet_config)
+        self.config = config = read_tasks(keys, num_channels=unet["model_channels"], precision=unet["precision"])
+        complete(config)
+        self.roles, self.modality_names = roles_of(config), task_names(config)
+        self.sides = self.roles.sides if self.roles.slots else ()
+        self.channels, self.size, self.l_simple_weight = channels, image_size, l_simple_weight
         self.cond_stage_key, self.first_stage_key = cond_stage_key, first_stage_key
         self.use_ema = use_ema
         self.scheduler_config = scheduler_config
@@ -133,15 +151,14 @@ class LatentMTDiffusion(LatentCodec):
         # LDM's order of defaults: no condition wins over everything else.
         key = conditioning_key or ("concat" if concat_mode else "crossattn")
         self.conditioning_key = None if cond_stage_config == UNCONDITIONAL else key
-        self.mt_weights = mt_weights
-        network = build_network(
-            unet_config,
-            channels,
-            paired=bool(self.sides),
-            both_roles=self.both_roles,
-            variant=mt_variant,
-            timesteps=len(betas),
+        self.diffusion = GaussianDiffusion(
+            betas=betas,
+            model_mean_type=parameterization,
+            model_var_type=ModelVarType.FIXED_SMALL,  # LDM's v_posterior = 0
+            loss_type=LOSSES[loss_type],
+            aggregation=Aggregation.from_weights(weights_names(config), betas),
         )
+        network = build_network(unet_config, config, self.diffusion, self)
         self.model = DiffusionWrapper(network, self.conditioning_key)
         self._add_first_stage(first_stage_config)
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
@@ -151,13 +168,14 @@ class LatentMTDiffusion(LatentCodec):
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         self.scale_known = not scale_by_std
 
-        self.diffusion = GaussianDiffusion(
-            betas=betas,
-            model_mean_type=parameterization,
-            model_var_type=ModelVarType.FIXED_SMALL,  # LDM's v_posterior = 0
-            loss_type=LOSSES[loss_type],
-            aggregation=Aggregation.from_weights(dict.fromkeys(self.modality_names, mt_weights), betas),
-        )
+        config[ModelConfig].image_size = (
+            image_size * self.first_stage_model.downsampling
+        )  # in pixels, as modalities ask
+        self.modalities: dict[str, Modality] = build_modalities(config, space=self)
+        track_variances(network, config, self.modalities)
+        self.bind()
+        if mt_drop_prob == 1:
+            network.freeze_context()
         if ckpt_path is not None:
             self.load_ldm(Path(ckpt_path), ignore_keys, only_unet=load_only_unet)
 
@@ -165,18 +183,9 @@ class LatentMTDiffusion(LatentCodec):
     def network(self) -> MTModel:
         return self.model.diffusion_model
 
-    @property
-    def modality_names(self) -> list[str]:
-        return [PAIRED] if self.sides else []
-
-    def modalities(self, role: int = 0) -> dict[str, PairedLatent]:
-        """{name: modality}, with the head's tracked variance in this role where it was trained."""
-        tracked: Any = self.network.head_variance
-        found = {}
-        for name in self.modality_names:
-            own = tracked[SWAPPED] if role == 1 and SWAPPED in tracked else tracked[name]
-            found[name] = PairedLatent(self.channels, own.value() if bool(own.error_count.any()) else None)
-        return found
+    def bind(self, role: int = 0) -> None:
+        """Let the modalities know of the network as it is by now, and of their heads' variances in `role`."""
+        bind(self.modalities, self.config, self.network, role)
 
     def respaced(self, timestep_respacing: str = "") -> GaussianDiffusion:
         """The process on fewer timesteps: as guided_mt's `timestep_respacing`, or "ldmN" for LDM's N DDIM steps.
@@ -199,38 +208,30 @@ class LatentMTDiffusion(LatentCodec):
 
     # ------------------------------------------------------------ losses
 
-    def losses(self, batch: Batch, streams: SampleStreams, t: Tensor | None = None) -> tuple[Losses, Tensor, Tensor]:
-        """(losses, timesteps [B], roles [B]) of a batch: Algorithm 2 on its latents. t: these timesteps instead of drawn ones."""
-        first, *others = self.latents(batch, streams)
-        kwargs = self._conditions(batch)
-        loaded = {}
-        swap = torch.zeros_like(batch.positions, dtype=torch.bool)
-        if others:
-            swap = streams.uniform() < self.swap_prob  # (B,)
-            chosen = swap.view(-1, 1, 1, 1)
-            first, other = torch.where(chosen, others[0], first), torch.where(chosen, first, others[0])
-            loaded[PAIRED] = other
-            if self.both_roles:
-                kwargs["y"] = swap.long()
+    def losses(self, batch: Batch, streams: SampleStreams, t: Tensor | None = None) -> tuple[Losses, Tensor]:
+        """(losses, timesteps [B]) of a batch: Algorithm 2 on its latents. t: these timesteps instead of drawn ones."""
+        images, kwargs, config = self.images(batch, streams), self._conditions(batch), self.config
+        role = self.roles.draw(streams) if self.roles.slots else None
         drawn, _ = UniformSampler(self.diffusion.num_timesteps)(streams.uniform())
         t = drawn if t is None else t
-        noise = streams.normal(*first.shape[1:])
-        modalities = {name: PairedLatent(self.channels) for name in self.modality_names}
+        noise = streams.normal(*images.x_start.shape[1:])
         losses = multi_task_losses(
             self.model,
             self.diffusion,
-            modalities,
-            Images(first, batch.labels, loaded),
+            self.modalities,
+            images,
             t,
             noise,
             streams,
             variant=self.network.variant,
-            loss_weight=self.loss_weight,
-            drop_prob=self.drop_prob,
-            given_prob=self.given_prob,
+            loss_weight=loss_weights(config),
+            drop_prob=config.mt_drop_prob,
+            given_prob=config.mt_given_prob,
             model_kwargs=kwargs,
+            roles=self.roles,
+            role=role,
         )
-        return losses, t, swap.long()
+        return losses, t
 
     def _conditions(self, batch: Batch) -> dict[str, Tensor]:
         """LDM's own condition of a training batch. Raises UserError for a `cond_stage_key` that the data don't have."""
@@ -255,16 +256,3 @@ class LatentMTDiffusion(LatentCodec):
         file = checkpoint.find_weights(path, flag="model.params.ckpt_path")
         found = load_ldm(self, file, ignore_keys, only_unet=only_unet, ema=ema)
         self.scale_known |= found.scale_factor is not None
-
-
-def _check_numbers(sides: Sequence[str], shares: Mapping[str, float], loss_weight: float, scale_factor: float) -> None:
-    """Raises UserError naming the key of model.params that is out of its range. shares: {key: value in 0..1}."""
-    if len(sides) not in (0, 2) or len(set(sides)) != len(sides):
-        raise UserError(f"model.params.mt_sides {list(sides)}: name the two sides of a pair, or none")
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"model.params.{name} must be between 0 and 1, not {value}")
-    if not loss_weight >= 0:
-        raise UserError(f"model.params.mt_loss_weight must be at least 0, not {loss_weight}")
-    if not 0 < scale_factor < float("inf"):
-        raise UserError(f"model.params.scale_factor must be a number above 0, not {scale_factor}")

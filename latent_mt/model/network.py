@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from guided_mt.diffusion.network import ModelOutput
+from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.errors import UserError
-from guided_mt.networks.heads import HeadVariance, ImageHead
+from guided_mt.generation.build import multi_task_options
+from guided_mt.modalities import Space
+from guided_mt.modalities.settings import roles_of
 from guided_mt.networks.model import MTModel
+from guided_mt.runs.config import Config
 
 from ..runs.targets import arguments
-from .modalities import PAIRED, SWAPPED
 from .unet import UNetModel, unet_options
 
 
@@ -59,37 +62,32 @@ def _first(*tensors: Tensor | None) -> Tensor:
     return next(x for x in tensors if x is not None)
 
 
-def build_network(
-    unet_config: Mapping[str, Any], channels: int, *, paired: bool, both_roles: bool, variant: str, timesteps: int
-) -> MTModel:
-    """The U-Net that `unet_config` describes, for latents of `channels` channels.
+def build_network(unet_config: Mapping[str, Any], config: Config, process: GaussianDiffusion, space: Space) -> MTModel:
+    """The U-Net that `unet_config` describes, with the heads and inputs of the modalities of `config`, for latents of `space`.
 
-    paired: with a head and, as the form `variant` asks, inputs for the modality PAIRED. both_roles: with a class that tells which
-    side is z_0. timesteps: T. Raises UserError for what is no U-Net and for classes where the role takes their place.
+    process: on all timesteps. Raises UserError for what is no U-Net and for classes where the role takes their place.
     """
-    cls, keywords = arguments(unet_config, "model.params.unet_config")
-    if cls is not UNetModel:
-        raise UserError(f"model.params.unet_config: {unet_config['target']} is no U-Net")
-    if both_roles:
-        if keywords.get("num_classes") is not None:
+    options, roles = unet_keywords(unet_config), roles_of(config)
+    if roles.told:
+        if options["num_classes"] is not None:
             raise UserError(
                 "model.params.unet_config.num_classes: taken by mt_swap_prob, which tells the role as a class"
             )
-        keywords["num_classes"] = 2
-    options = unet_options(**keywords)
-    network = MTModel(
-        heads={PAIRED: lambda unet: ImageHead(unet, channels)} if paired else {},
-        image_inputs={PAIRED: channels} if paired else {},
-        tracked=(PAIRED,) if paired else (),
-        variant=variant if paired else "U",
-        num_timesteps=timesteps,
-        conditioned=options["context_dim"] is not None,
-        **options,
-    )
-    if both_roles and variant == "U":
-        # Own head divides by the head's squared error, which is larger in the direction that leaves more open.
-        network.head_variance[SWAPPED] = HeadVariance(timesteps)
-    return network
+        options["num_classes"] = len(roles.sides)
+    parts = multi_task_options(config, process, space)
+    conditioned = options["context_dim"] is not None
+    if parts["token_inputs"] and not conditioned:
+        wanted = config.mt_context_dim
+        options["context_dim"] = wanted if wanted > 0 else 4 * options["model_channels"]
+    return MTModel(**parts, conditioned=conditioned, **options)
+
+
+def unet_keywords(unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of guided_mt's U-Net that `unet_config` means. Raises UserError for what is no U-Net."""
+    cls, keywords = arguments(unet_config, "model.params.unet_config")
+    if cls is not UNetModel:
+        raise UserError(f"model.params.unet_config: {unet_config['target']} is no U-Net")
+    return unet_options(**keywords)
 
 
 def check_channels(network: MTModel, embed_dim: int | None, channels: int, conditioning_key: str | None) -> None:

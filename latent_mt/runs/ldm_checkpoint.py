@@ -292,7 +292,7 @@ def load_ldm(
     found = read_ldm(path, network.state_dict(), ignore_keys)
     # Averages are of parameters alone; buffers, if any, come from the network itself.
     weights = {**found.model, **found.ema} if found.ema is not None and (ema or not found.model) else found.model
-    if module.both_roles and "label_emb.weight" not in weights:
+    if network.roles and "label_emb.weight" not in weights:
         # The class that tells the role is new as well, and begins by saying nothing.
         weights = {**weights, "label_emb.weight": torch.zeros_like(network.label_emb.weight)}
     _load_part(network, weights, f"{path}: U-Net", "unet_config", new=True)

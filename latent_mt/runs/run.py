@@ -77,6 +77,7 @@ class RunFolder(pl.Callback):
             columns=["step", "samples", *module.columns(), "images_per_second"],
             images_per_step=self.config.images_per_step,
             config_yaml=self.config_yaml,
+            classes=None if self.data.source.labels is None else self.data.source.class_names,
             preview_interval=self.config.sample_interval,
             advice="lower the learning rate, or use precision 32",
         )

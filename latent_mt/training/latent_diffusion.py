@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 
 from guided_mt.data import Batch
 from guided_mt.diffusion.random import SampleStreams
+from guided_mt.errors import UserError
+from guided_mt.generation.batches import load_beside
 from guided_mt.runs import checkpoint
 from guided_mt.training.averages import QUARTILES, Averages
 from guided_mt.training.optim import guard_step
 from guided_mt.training.record import Record
+from guided_mt.training.variances import learn_variances
 
 from ..data.validation import val_batches
 from ..model.generate import preview_grid
 from ..model.latent_diffusion import LatentMTDiffusion
-from ..model.modalities import SWAPPED
 from ..runs.targets import instantiate
 from ..runs.trained_module import TrainedModule
 
@@ -53,9 +56,15 @@ class LatentTraining(TrainedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.dropout and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.seed_dropout()
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for modality in self.model.modalities.values():
+                modality.before_step(self.steps_done, self.processes)
+        for name, beside in load_beside(self.model.modalities, batch.indices.numpy()).items():
+            batch.loaded[name] = beside.to(self.device, non_blocking=True)
         streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
-        losses, t, role = self.model.losses(batch, streams)
-        values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}, "role": role.float()}
+        losses, t = self.model.losses(batch, streams)
+        values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}}
+        values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | {"role": losses.role.float()}
         record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
         self._track(record.gathered(self.processes))
         return self.model.l_simple_weight * losses.loss.mean()
@@ -63,14 +72,13 @@ class LatentTraining(TrainedModule):
     @torch.no_grad()
     def _track(self, record: Record) -> None:
         self.averages.add(record)
-        tracked: Any = self.model.network.head_variance
-        for name in self.model.modality_names:
-            error, seen = record.values[name], record.counts(name)
-            if SWAPPED in tracked:
-                role = record.values["role"]
-                tracked[SWAPPED].update(record.timesteps, error, seen * role)
-                seen = seen * (1 - role)
-            tracked[name].update(record.timesteps, error, seen)
+        learn_variances(self.model.network, record, self.model.modality_names)
+
+    @property
+    def encoded(self) -> list[str]:
+        """The modalities whose encodings in the frame are the network's own, of which size and spread are measured."""
+        in_frame = self.model.modalities.items() if self.model.network.variant != "X" else ()
+        return [name for name, modality in in_frame if modality.has_spread]
 
     @property
     def dropout(self) -> bool:
@@ -107,9 +115,31 @@ class LatentTraining(TrainedModule):
         super().prepare(data, resumed)
         self.model.random_flip = data.random_flip
         self.model.first_stage_model.eval()
-        self.averages = Averages(["loss", *self.model.terms], self.model.diffusion.num_timesteps, self.device)
+        for modality in self.model.modalities.values():
+            modality.prepare(data.source)
+            beside_training = (
+                modality.load(np.zeros(0, dtype=np.int64)) is not None
+            )  # a file that says nothing of other images
+            if data.val_source is not None and not beside_training:
+                modality.prepare(data.val_source)
+        self._check_absent()
+        self.averages = Averages(
+            ["loss", *self.model.terms, *(f"rms_{name}" for name in self.encoded)],
+            self.model.diffusion.num_timesteps,
+            self.device,
+        )
         if not self.model.scale_known and not resumed:
             self._measure_scale(data)
+
+    def _check_absent(self) -> None:
+        """Raises UserError where some of the data lack a modality and the network can't be told so."""
+        network, modalities = self.model.network, self.model.modalities
+        for name in [name for name, modality in modalities.items() if modality.partly]:
+            if name not in network.indicated and name not in network.context_in:
+                raise UserError(
+                    f"model.params.mt_tasks.{name}: some of the data have none of it; write absent: true there, so that the "
+                    "network is told which"
+                )
 
     def _measure_scale(self, data: Any) -> None:
         """LDM's `scale_by_std`: 1 / the latents' standard deviation, here over several batches and before the first step."""
@@ -122,7 +152,8 @@ class LatentTraining(TrainedModule):
             for batch in stream:
                 batch = batch.to(self.device)
                 streams = SampleStreams(self.run.seed, batch.positions, device=self.device)
-                for z in self.model.latents(batch, streams):
+                images = self.model.images(batch, streams)
+                for z in (images.x_start, *images.sides.values()):
                     z = z.double()
                     sums += torch.stack([torch.ones_like(z).sum(), z.sum(), z.square().sum()])
         count, total, squares = sums.unbind()
@@ -133,24 +164,27 @@ class LatentTraining(TrainedModule):
         names = ["loss", *self.model.terms]
         quartiles = [f"{name}_q{q}" for name in names for q in range(QUARTILES)]
         val = [f"val_{name}" for name in names] if self.run.val_interval else []
-        return [*names, *val, "grad_norm", "lr", "skipped_steps", *quartiles]
+        encoded = [f"{what}_{name}" for what in ("rms", "spread") for name in self.encoded]
+        return [*names, *val, *encoded, "grad_norm", "lr", "skipped_steps", *quartiles]
 
     def report_row(self) -> dict[str, float]:
-        return {**self.averages.pop(), "lr": self.rate(self.steps_done - 1)}
+        modalities = self.model.modalities
+        spread = {f"spread_{name}": float(modalities[name].encoding_spread(self.device)) for name in self.encoded}
+        return {**self.averages.pop(), **spread, "lr": self.rate(self.steps_done - 1)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean losses of the averaged weights on the validation split, at evenly spaced timesteps and with fixed noise."""
         totals = torch.zeros(2, 1 + len(self.model.terms), device=self.device)
         flip, self.model.random_flip = self.model.random_flip, False
-        with self.with_averages():
+        with self.with_averages(), self._encoding_anew():
             for batch in val_batches(self.data):
-                batch = batch.to(self.device)
+                batch = self._without_files(batch.to(self.device))
                 for k in range(VAL_TIMESTEPS):
                     t = torch.full_like(
                         batch.positions, int((k + 0.5) * self.model.diffusion.num_timesteps / VAL_TIMESTEPS)
                     )
-                    losses, *_ = self.model.losses(batch, SampleStreams(batch.positions, 1 + k, device=self.device), t)
+                    losses, _ = self.model.losses(batch, SampleStreams(batch.positions, 1 + k, device=self.device), t)
                     values = torch.stack([losses.loss, *(losses.terms[name] for name in self.model.terms)])
                     kept = torch.stack(
                         [losses.predicted.get(n, torch.ones_like(losses.loss)) for n in ("loss", *self.model.terms)]
@@ -160,8 +194,26 @@ class LatentTraining(TrainedModule):
         means = (totals[0] / totals[1]).tolist()
         return {f"val_{name}": mean for name, mean in zip(["loss", *self.model.terms], means, strict=True)}
 
+    def _without_files(self, batch: Batch) -> Batch:
+        """The batch with those modalities absent whose files are beside the training images."""
+        streams = SampleStreams(batch.positions, device=self.device)
+        for name in load_beside(self.model.modalities, batch.indices.numpy()[:0]):
+            batch.loaded[name] = self.model.modalities[name].prior(self.model.shape, streams)
+            batch.present[name] = torch.zeros_like(batch.positions, dtype=torch.bool)
+        return batch
+
+    @contextlib.contextmanager
+    def _encoding_anew(self) -> Iterator[None]:
+        """Inside, modalities don't use encodings that were kept from the weights of training (`mt_encoder_refresh`)."""
+        kept = {name: modality.state_dict() for name, modality in self.model.modalities.items()}
+        for modality in self.model.modalities.values():
+            modality.load_state_dict({})
+        yield
+        for name, modality in self.model.modalities.items():
+            modality.load_state_dict(kept[name])
+
     def preview(self) -> np.ndarray | None:
-        with self.with_averages():
+        with self.with_averages(), self._encoding_anew():
             return preview_grid(self.model, self.data)
 
     # ------------------------------------------------------------ checkpoints
@@ -180,7 +232,10 @@ class LatentTraining(TrainedModule):
         self.load_averages(folder)
 
     def run_state(self) -> dict[str, Any]:
-        return {"averages": self.averages.state_dict()}
+        modalities = {name: modality.state_dict() for name, modality in self.model.modalities.items()}
+        return {"averages": self.averages.state_dict(), "modalities": modalities}
 
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
+        for name, saved in state.get("modalities", {}).items():
+            self.model.modalities[name].load_state_dict({key: x.to(self.device) for key, x in saved.items()})

@@ -69,12 +69,14 @@ class LabelledMixture:
 
     def network(self, diffusion: GaussianDiffusion, name: str = "label") -> Callable:
         """The best network of every form for the full process `diffusion`, called as `MTModel` is: a given label has left the
-        frame, one that isn't given stands in it (if `diffusion` has weights for it), and a `unconditional` sample has neither."""
+        frame, one that isn't given stands in it (if `diffusion` has weights for it), and a `unconditional` sample, or one whose
+        label is `absent`, has neither."""
         abars = torch.from_numpy(diffusion.alphas_cumprod)
         bs = torch.from_numpy(diffusion.aggregation.coefficients.get(name, np.zeros(diffusion.num_timesteps)))
 
-        def network(z_t, t, modalities, unconditional=None):
+        def network(z_t, t, modalities, unconditional=None, absent=None):
             alone = torch.zeros(len(z_t), dtype=torch.bool) if unconditional is None else unconditional
+            alone = alone | absent[name] if absent else alone
             framed = ~alone if name not in modalities else torch.zeros_like(alone)
             log_joint, eps = self.components(z_t, abars[t], bs[t] * framed)
             weights = log_joint.softmax(-1)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from guided_mt.data import open_source
 from guided_mt.networks.create import create_model
 from guided_mt.networks.unet import UNetModel
 
@@ -44,7 +45,19 @@ def task_flags(tasks: str, folder: Path) -> dict[str, Any]:
         found["representation_file"] = file = folder / "vectors.npz"
         if not file.exists():
             np.savez(file, representation=np.random.default_rng(0).normal(size=(DIGITS, 5)).astype(np.float32))
+    if "paired" in tasks:
+        found["paired_dir"] = negatives(folder)
     return found
+
+
+def negatives(folder: Path, left_out: int = 0) -> Path:
+    """An .npz of the negatives of builtin:digits, under the same names; without the last `left_out`."""
+    file = folder / f"negatives_{left_out}.npz"
+    if not file.exists():
+        source = open_source("builtin:digits")
+        images = np.stack([255 - source.read(i) for i in range(DIGITS - left_out)])
+        np.savez(file, arr_0=images, arr_1=source.labels[: DIGITS - left_out])
+    return file
 
 
 def words(**values: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,7 @@ def sample(
     guidance_scale: float = 1.0,
     cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     dynamic_threshold: float = 0.0,
+    absent: Collection[str] = (),
 ) -> Sample:
     """Draw z_0 of `shape` (B, C, H, W) and every unknown modality (Algorithm 1).
 
@@ -60,10 +61,12 @@ def sample(
     cond_fn: (y_t [B, C, H, W], the network's timesteps [B]) -> scaled gradient of log p(condition | y_t), as of a separate
     classifier: ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
     dynamic_threshold: clip z_0 to that percentile of each sample's values, if it is above 1, and scale back (Imagen); 0: off.
+    absent: modalities that the samples are to have none of, as images in training that lacked them: they stand in no frame, and the
+    model is told by `absent` {name: bool [B]}, see `MTModel`. Others are known or unknown.
     Raises ValueError for names, shapes and counts that don't fit.
     """
     known = dict(known or {})
-    _check(modalities, known, shape, sampler, conditioning, seeds)
+    _check(modalities, known, shape, sampler, conditioning, seeds, absent)
     device = torch.device(device) if device is not None else _device_of(model, known)
     known = {name: x.to(device) for name, x in known.items()}
     if seeds is None:
@@ -75,7 +78,7 @@ def sample(
             diffusion,
             modalities,
             known,
-            {name: m.prior(shape[1:], streams) for name, m in modalities.items() if name not in known},
+            {n: m.prior(shape[1:], streams) for n, m in modalities.items() if n not in known and n not in absent},
             conditioning=conditioning,
             conditioning_scale=conditioning_scale,
             guidance_scale=guidance_scale,
@@ -83,6 +86,7 @@ def sample(
             shifts_mean=rule.shifts_mean,
             clip_denoised=clip_denoised,
             dynamic_threshold=dynamic_threshold,
+            absent=absent,
         )
         y, first = start if start is not None else (streams.normal(*shape[1:]), diffusion.num_timesteps - 1)
         t = torch.full((shape[0],), first, device=device)
@@ -107,6 +111,7 @@ def _check(
     sampler: str,
     conditioning: str,
     seeds: Sequence[int] | Tensor | None,
+    absent: Collection[str],
 ) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler '{sampler}'; choose from {', '.join(SAMPLERS)}")
@@ -117,5 +122,9 @@ def _check(
             raise ValueError(f"unknown modality '{name}' in known; this model has: {', '.join(modalities) or 'none'}")
         if len(x) != shape[0]:
             raise ValueError(f"known['{name}'] has {len(x)} samples, but shape asks for {shape[0]}")
+    for name in absent:
+        if name not in modalities or name in known:
+            why = "both known and absent" if name in known else "no modality of this model"
+            raise ValueError(f"absent modality '{name}' is {why}")
     if seeds is not None and len(seeds) != shape[0]:
         raise ValueError(f"{len(seeds)} seeds for {shape[0]} samples: give one per sample")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,7 +79,9 @@ class Denoiser:
         shifts_mean: bool = False,
         clip_denoised: bool = True,
         dynamic_threshold: float = 0.0,
+        absent: Collection[str] = (),
     ):
+        self.absent = tuple(absent)
         self.network, self.diffusion, self.modalities = network, diffusion, modalities
         self.given = dict(known) if conditioning == "network" else {}
         in_frame = {name: x for name, x in known.items() if name not in self.given}
@@ -153,6 +155,8 @@ class Denoiser:
                 state, model_t = torch.cat([z, bare]), model_t.repeat(2)
                 given = {name: torch.cat([x, x]) for name, x in given.items()}
                 options["unconditional"] = torch.arange(2 * count, device=z.device) >= count
+            if self.absent:
+                options["absent"] = dict.fromkeys(self.absent, torch.ones_like(model_t, dtype=torch.bool))
             result = self.network(state, model_t, given, **options)
             predictions = {name: prediction[:count] for name, prediction in result.predictions.items()}
             gradient = None

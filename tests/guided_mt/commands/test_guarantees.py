@@ -48,8 +48,8 @@ E_HEAD = {
 }
 ROWS: dict[str, dict[str, Any]] = {
     **{name: {"mt_task": name, "mt_variant": "any"} for name in TASKS},
-    "all, any": {"mt_task": ",".join(TASKS), "mt_variant": "any"},
-    "all, U": {"mt_task": ",".join(TASKS), "mt_variant": "U"},
+    "all, any": {"mt_task": ",".join(TASKS), "mt_variant": "any", "mt_swap_prob": 0.5},
+    "all, U": {"mt_task": ",".join(TASKS), "mt_variant": "U", "mt_swap_prob": 0.5},
     "all, X": {"mt_task": ",".join(TASKS), "mt_variant": "X", "mt_drop_prob": 0},
     "head E": {"mt_task": "label", "mt_variant": "U", **E_HEAD},
 }

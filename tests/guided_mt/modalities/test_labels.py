@@ -355,7 +355,7 @@ def test_form_any_shows_or_frames_each_modality_of_each_sample():
         outside = model.given[name].view(-1, 1, 1, 1)
         frame = frame + torch.where(outside, 0.0, diffusion.aggregation.shift({name: encoding}, t))
     close(model.z_t, y_t + frame)
-    assert set(model.data) == {"image", "label"} and losses.multi_task.all()
+    assert set(model.data) == {"image", "label"} and all(taught.all() for taught in losses.taught.values())
     combinations = 2 * model.given["image"].long() + model.given["label"].long()
     assert combinations.unique().tolist() == [0, 1, 2, 3]
 
@@ -364,7 +364,7 @@ def test_form_any_shows_or_frames_each_modality_of_each_sample():
 def test_given_prob_is_how_often_a_modality_is_given(given_prob):
     """Independently of each other; samples trained as unconditional generation are given nothing."""
     losses, model, *_ = recorded(count=4000, variant="any", given_prob=given_prob, drop_prob=0.25)
-    kept = losses.multi_task.bool()
+    kept = losses.taught["label"].bool()
     given = {name: shown[kept].double() for name, shown in model.given.items()}
     spread = 4 * math.sqrt(given_prob * (1 - given_prob) / int(kept.sum()))
     for shown in given.values():
@@ -583,7 +583,7 @@ def test_conflict_on_the_shared_network():
     losses = multi_task_losses(model, build_diffusion(config), modalities, images, t, x_start.flip(0), streams)
     shared = [p for name, p in model.named_parameters() if not checkpoint.is_own(name)]
     objectives = {"denoising": losses.denoising.mean()}
-    objectives |= {name: (0.1 * losses.multi_task * losses.terms[name]).mean() for name in modalities}
+    objectives |= {name: (0.1 * losses.taught[name] * losses.terms[name]).mean() for name in modalities}
     objectives |= {"whole": losses.loss.mean(), "copy": losses.loss.mean()}
     found = {key: float(x) for key, x in task_conflict(objectives, shared, Processes()).items()}
     assert found["grad_cos_whole_copy"] == pytest.approx(1, abs=1e-4)

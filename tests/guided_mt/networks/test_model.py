@@ -48,7 +48,8 @@ def inputs(config, batch: int = 3):
     rng = torch.Generator().manual_seed(1)
     x_start = torch.randn(batch, 3, 8, 8, generator=rng).clamp(-1, 1)
     streams = SampleStreams(torch.arange(batch))
-    images = Images(x_start, torch.arange(batch), {"representation": torch.randn(batch, 5, generator=rng)})
+    beside = {"representation": torch.randn(batch, 5, generator=rng)}
+    images = Images(x_start, torch.arange(batch), beside, {"paired": -x_start})
     data = {name: m.from_batch(images, streams) for name, m in build_modalities(config).items()}
     return x_start, torch.tensor([0, 400, 999][:batch]), data
 

@@ -13,7 +13,8 @@ from guided_mt.commands import sample, train
 from guided_mt.commands.console import with_saved_config
 from guided_mt.errors import UserError
 from guided_mt.generation.build import build_diffusion, build_model, model_sections, run_sections
-from guided_mt.modalities.registry import TASKS, task_names
+from guided_mt.modalities.registry import TASKS
+from guided_mt.modalities.settings import task_names
 from guided_mt.runs.checkpoint import find_weights
 from guided_mt.runs.config import Config, SampleConfig, load_preset, parse, preset_names
 from guided_mt.runs.loop_config import TrainConfig

@@ -145,9 +145,10 @@ def test_dropped_samples_are_plain_generation(variant):
     dropped, model, *_ = objective(variant, drop_prob=1.0)
     plain, *_ = objective(variant, task=False)
     torch.testing.assert_close(dropped.loss, plain.loss)
-    assert not dropped.multi_task.any() and model.unconditional is True
+    assert not any(taught.any() for taught in dropped.taught.values()) and model.unconditional is True
     half, model, *_ = objective(variant, drop_prob=0.5)
-    assert 0 < half.multi_task.sum() < 16 and torch.equal(model.unconditional, half.multi_task == 0)
+    taught = half.taught["masked"]
+    assert 0 < taught.sum() < 16 and torch.equal(model.unconditional, taught == 0)
 
 
 def test_loss_weight_zero_is_the_conditional_twin():

@@ -184,15 +184,15 @@ def test_a_result_depends_on_its_seed_alone(run, tmp_path):
 
 def test_a_stopped_sampling_goes_on(run, tmp_path, monkeypatch):
     whole = draw(run, tmp_path / "whole", "--given", "photo", "--route", "generate")
-    translate, calls = LatentGenerator.translate, []
+    made_from, calls = LatentGenerator.made_from, []
 
     def mortal(self, *arguments):
         calls.append(len(arguments[1]))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return translate(self, *arguments)
+        return made_from(self, *arguments)
 
-    monkeypatch.setattr(LatentGenerator, "translate", mortal)
+    monkeypatch.setattr(LatentGenerator, "made_from", mortal)
     words = ["--given", "photo", "--route", "generate", "--batch_size", 1]
     with pytest.raises(KeyboardInterrupt):
         draw(run, tmp_path / "parts", *words)
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_latent_diffusion(tmp_path):
     paired.model.params.mt_sides = ["day", "night"]
     (tmp_path / "paired.yaml").write_text(OmegaConf.to_yaml(paired))
     text = complaint(*known, tmp_path / "paired.yaml", "--given", "day")
-    assert "has no heads or condition inputs" in text and "take mt_sides out" in text
+    assert "has no heads or condition inputs" in text and "take mt_sides and mt_tasks out" in text
 
 
 def test_classes(tmp_path):
@@ -319,7 +319,7 @@ def test_classes(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 BAD = [
-    (["--given", "foto"], r"'foto' is no side of this model .did you mean photo\?.; it has photo and map"),
+    (["--given", "foto"], r"'foto' is no side or modality of this model .did you mean photo\?.; it has photo and map"),
     (
         ["--given", "photo", "--route", "generat"],
         r"--route: 'generat' is none of generate, read .did you mean generate",
@@ -338,7 +338,10 @@ BAD = [
     (["--stepps", "3"], r"unknown flag --stepps .did you mean steps"),
     (["--steps", "many"], r"--steps takes a whole number"),
     (["--timestep_respacing", "ldm40"], r"ldm40: choose 1\.\.39 steps"),
-    (["--guidance_scale", "2"], r"--guidance_scale needs a model that also learned without its condition"),
+    (
+        ["--given", "photo", "--guidance_scale", "2"],
+        r"--guidance_scale needs a model that also learned without its condition",
+    ),
     (["--ema", "0.5"], r"has no averaged weights '0\.5'"),
     (["--out", "pairs.npz"], r"--out pairs\.npz: names a folder here"),
     (["--device", "gpu"], r"--device 'gpu': write cpu, cuda"),

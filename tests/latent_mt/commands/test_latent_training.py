@@ -96,7 +96,8 @@ def test_scale_by_std_gives_unit_latents(pairs, tmp_path):
     assert float(module.scale_factor) != 1.0
     values = []
     for batch in data.stream(seed=0, total_steps=8):
-        values += module.latents(batch, SampleStreams(0, batch.positions))
+        images = module.images(batch, SampleStreams(0, batch.positions))
+        values += [images.x_start, *images.sides.values()]
     assert torch.cat(values).std().item() == pytest.approx(1, rel=0.05)
 
 

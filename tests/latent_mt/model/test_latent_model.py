@@ -33,8 +33,8 @@ from latent_mt.data import PairData
 from latent_mt.first_stage.latents import write_cache
 from latent_mt.model.generate import LatentGenerator, LatentSampleConfig
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
-from latent_mt.model.modalities import PAIRED, SWAPPED
 from latent_mt.model.network import DiffusionWrapper
+from latent_mt.model.tasks import PAIRED
 from latent_mt.runs.ldm_checkpoint import LDMCheckpoint, load_ldm, schedule_buffers, write_ldm
 from latent_mt.runs.targets import instantiate
 
@@ -68,7 +68,7 @@ class Oracle(nn.Module):
 
     def __init__(self, model: LatentMTDiffusion, data: JointGaussian):
         super().__init__()
-        self.diffusion_model, self.only = model.network, LatentGenerator(model).roles[0]
+        self.diffusion_model, self.only = model.network, model.roles.trained[0]
         self.sides = [data, JointGaussian(data.cov_x, data.cov_z, data.cross.T)]
         self.framed = [side.network_u(model.diffusion, PAIRED) for side in self.sides]
         self.given = [side.network_x(model.diffusion, PAIRED) for side in self.sides]
@@ -96,7 +96,7 @@ def oracle(variant: str, weights: str, data: JointGaussian, swap: float = 0.5) -
     process = model.diffusion
     tables = process.alphas_cumprod, process.aggregation.coefficients[PAIRED]
     exact = Oracle(model, data)
-    for tracked, role in zip(model.network.head_variance.values(), LatentGenerator(model).roles, strict=False):
+    for tracked, role in zip(model.network.head_variance.values(), model.roles.trained, strict=False):
         values = [np.trace(exact.sides[role].head_covariance(abar, b)) / D for abar, b in zip(*tables, strict=True)]
         tracked.error_sum.copy_(torch.tensor(values))
         tracked.error_count.fill_(1)
@@ -109,9 +109,10 @@ STEPS = {"ddpm": 100, "ddim": 60, "dpm++": 60}
 
 def conditional_of(generator: LatentGenerator, role: int, **settings) -> tuple[float, float]:
     """Errors of mean and covariance of what is drawn in `role` given the other side, less what as many exact draws would have."""
-    asked = generator.model.model.sides[role]
+    asked = generator.latent.model.sides[role]
     x = torch.from_numpy(asked.draw_x(N, np.random.default_rng(0))).float().view(N, *SHAPE)
-    drawn = generator.translate(1 - role, x, range(N), LatentSampleConfig(**settings))
+    known = {generator.roles.sides[1 - role]: x}
+    drawn = generator.draw(range(N), LatentSampleConfig(**settings), known).x_start
     of_mean, of_cov = conditional_error(asked, drawn, x)
     cov = asked.given_x()[1]
     return of_mean - np.trace(cov) * D / N, of_cov - finite_sample_error(cov, N)
@@ -124,8 +125,8 @@ def test_translation_draws_from_the_exact_conditional(variant, weights, sampler)
     """Both roles of one model. Form U by its own head, which is exact for isotropic data; X and any are given the other side."""
     data = JointGaussian.make(D, seed=2, isotropic=variant == "U")
     generator = oracle(variant, weights, data)
-    assert generator.roles == (0, 1)
-    for role in generator.roles:
+    assert generator.roles.trained == (0, 1)
+    for role in generator.roles.trained:
         of_mean, of_cov = conditional_of(generator, role, sampler=sampler, steps=STEPS[sampler])
         assert of_mean < 0.02 and of_cov < 0.04
 
@@ -142,10 +143,11 @@ def test_pairs_from_nothing(variant, weights, sampler):
     data = JointGaussian.make(D, seed=1)
     for swap in (0.0, 1.0):
         generator = oracle(variant, weights, data, swap)
-        (role,) = generator.roles
-        sides = generator.pairs(range(N), LatentSampleConfig(sampler=sampler, steps=STEPS[sampler]))
+        (role,) = generator.roles.trained
+        made = generator.made_from({}, range(N), LatentSampleConfig(sampler=sampler, steps=STEPS[sampler]))
+        sides = [made[name] for name in generator.roles.sides]
         z, x = sides[role], sides[1 - role]
-        asked = generator.model.model.sides[role]
+        asked = generator.latent.model.sides[role]
         error = frechet(covariance(z), asked.cov_z) - finite_sample_error(asked.cov_z, N)
         if weights == "paper" and sampler != "ddpm":
             assert error > 0.2 * np.trace(asked.cov_z)
@@ -159,7 +161,7 @@ def test_each_role_has_the_variance_of_its_head():
     """Form U both ways, where one direction leaves more open than the other: own head needs each role's own variance."""
     eye = np.eye(D)
     generator = oracle("U", "bridge", JointGaussian(1.4 * eye, 0.6 * eye, 0.8 * eye))
-    for role in generator.roles:
+    for role in generator.roles.trained:
         of_mean, of_cov = conditional_of(generator, role, sampler="dpm++", steps=40)
         assert of_mean < 0.03 and of_cov < 0.03
 
@@ -167,7 +169,9 @@ def test_each_role_has_the_variance_of_its_head():
 def test_training_tracks_each_role(tmp_path):
     train(write_config(tmp_path / "a.yaml", write_pairs(tmp_path / "pairs"), tmp_path / "run", mt_variant="U"))
     weights = newest_weights(tmp_path / "run")
-    tracked = [weights[f"model.diffusion_model.head_variance.{n}.error_count"].sum() for n in (PAIRED, SWAPPED)]
+    tracked = [
+        weights[f"model.diffusion_model.head_variance.{n}.error_count"].sum() for n in (PAIRED, f"{PAIRED}_swapped")
+    ]
     assert min(tracked) > 3 and sum(tracked) == pytest.approx(16, rel=0.1)  # 4 steps of 4 pairs; older ones fade
 
 
@@ -196,6 +200,12 @@ def streams(batch: Batch) -> SampleStreams:
     return SampleStreams(7, batch.positions)
 
 
+def latents_of(model: LatentMTDiffusion, batch: Batch) -> list[torch.Tensor]:
+    """By side."""
+    images = model.images(batch, streams(batch))
+    return [images.x_start, *images.sides.values()]
+
+
 @pytest.mark.parametrize("loss_type", ["l2", "l1"])
 @pytest.mark.parametrize("parameterization", ["eps", "x0"])
 def test_without_sides_it_is_guided_mts_diffusion(loss_type, parameterization):
@@ -204,7 +214,7 @@ def test_without_sides_it_is_guided_mts_diffusion(loss_type, parameterization):
     params = {"first_stage_config": IDENTITY, "unet_config": unet(**{**PIXEL_UNET, "image_size": 8}), "channels": 3}
     model = build(mt_sides=[], image_size=8, **params, **settings)
     batch = pixels(sides=1, size=8)
-    losses, t, _ = model.losses(batch, streams(batch))
+    losses, t = model.losses(batch, streams(batch))
     shared = SharedUNet(image_size=8, in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, num_heads=2,
                         attention_resolutions=(2,), channel_mult=(1, 1))  # fmt: skip
     shared.load_state_dict(model.network.state_dict())
@@ -223,9 +233,9 @@ def test_without_sides_it_is_guided_mts_diffusion(loss_type, parameterization):
 
 def test_mirroring_is_of_both_sides_and_before_encoding():
     model, batch = build(), pixels()
-    plain = model.latents(batch, streams(batch))
+    plain = latents_of(model, batch)
     model.random_flip = True
-    found = model.latents(batch, streams(batch))
+    found = latents_of(model, batch)
     flip = streams(batch).uniform() < 0.5
     assert 0 < flip.sum() < len(flip)
     images = from_uint8(batch.images)
@@ -240,9 +250,9 @@ def test_mirroring_is_of_both_sides_and_before_encoding():
 @pytest.mark.parametrize("swap", [0.0, 0.5, 1.0])
 def test_swapping_exchanges_the_sides_and_says_so_by_the_class(swap):
     model, batch = build(mt_variant="X", mt_swap_prob=swap), pixels()
-    first, second = model.latents(batch, streams(batch))
+    first, second = latents_of(model, batch)
     model.model = recorder = Recorder(model)
-    losses, t, _ = model.losses(batch, streams(batch))
+    losses, t = model.losses(batch, streams(batch))
     z_t, modalities, options = recorder.seen[0]
     swapped = modalities[PAIRED].flatten(1).eq(first.flatten(1)).all(1)
     assert torch.equal(modalities[PAIRED], torch.where(swapped.view(-1, 1, 1, 1), first, second))
@@ -280,7 +290,7 @@ def test_a_cache_gives_the_batches_of_the_images(tmp_path, precision, near):
     for expected, found in zip(images.stream(seed=3, total_steps=2), cached.stream(seed=3, total_steps=2), strict=True):
         assert torch.equal(expected.positions, found.positions) and torch.equal(expected.indices, found.indices)
         assert found.images.dtype != torch.uint8
-        for a, b in zip(model.latents(expected, streams(expected)), model.latents(found, streams(found)), strict=True):
+        for a, b in zip(latents_of(model, expected), latents_of(model, found), strict=True):
             torch.testing.assert_close(a, b, rtol=near, atol=near)
         a, b = (model.losses(batch, streams(batch))[0] for batch in (expected, found))
         torch.testing.assert_close(a.loss, b.loss, rtol=near, atol=near)
@@ -448,4 +458,4 @@ def test_the_first_stage_of_an_ldm_is_a_ckpt_path_too(tmp_path):
         {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": model_params(first_stage_config=stage)}, "m"
     )
     images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
-    assert torch.equal(model.encode_images(images), ldm.encode_images(images))
+    assert torch.equal(model.encode(images), ldm.encode(images))

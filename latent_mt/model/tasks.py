@@ -1,0 +1,180 @@
+"""The modalities of a latent model: `mt_tasks` of a YAML file, and the short form of a pair, as the configuration of guided_mt.
+
+    mt_tasks:
+      map:    {task: paired, weights: bridge, loss_weight: 0.1}
+      label:  {num_classes: 10, mt_label_head: M}
+      masked: {mask_max_patches: 10}
+
+A key is the modality's name; `task` is its row of guided_mt's TASKS, the name unless given. The rest are `weights`, `loss_weight`,
+`swap_prob` and `absent` of this modality alone (else mt_weights, mt_loss_weight, ... hold), and its row's options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from guided_mt.diffusion.aggregation import WEIGHTS
+from guided_mt.errors import UserError, nearest
+from guided_mt.modalities.names import check_name
+from guided_mt.modalities.registry import TASKS
+from guided_mt.modalities.settings import MTConfig
+from guided_mt.networks.model import VARIANTS
+from guided_mt.runs.config import Config, ModelConfig, make_section
+
+PAIRED = "paired"  # the one modality of a model of pairs
+_OWN = ("task", "weights", "loss_weight", "swap_prob", "absent")
+_WHERE = "model.params"
+
+
+@dataclass(frozen=True)
+class TaskKeys:
+    """The keys of `model.params` that say what is modelled with the image; see LatentMTDiffusion."""
+
+    mt_tasks: Mapping[str, Any] | None = None
+    mt_sides: Sequence[str] = ()
+    mt_variant: str = "any"
+    mt_weights: str = "paper"
+    mt_loss_weight: float = 0.1
+    mt_given_prob: float = 0.5
+    mt_drop_prob: float = 0.0
+    mt_swap_prob: float | Mapping[str, float] = 0.0
+    mt_context_dim: int = -1
+
+    def check(self) -> None:
+        """Raises UserError naming the key that is no such value."""
+        for key, known in (("mt_variant", VARIANTS), ("mt_weights", WEIGHTS)):
+            value = getattr(self, key)
+            if value not in known:
+                raise UserError(f"{_WHERE}.{key} '{value}' is none of {', '.join(known)}")
+        for key in ("mt_given_prob", "mt_drop_prob", "mt_swap_prob"):
+            value = getattr(self, key)
+            if not isinstance(value, Mapping):
+                _check_number(value, f"{_WHERE}.{key}", most=1)
+        _check_number(self.mt_loss_weight, f"{_WHERE}.mt_loss_weight")
+        sides = list(self.mt_sides)
+        if len(sides) == 1 or len(set(sides)) != len(sides):
+            raise UserError(f"{_WHERE}.mt_sides {sides}: name the sides of an item, each once, or none")
+
+
+def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
+    """The configuration of guided_mt that the keys mean, for a network of this width and precision. Raises UserError."""
+    keys.check()
+    entries = _entries(keys)
+    own, words = {}, {key: {} for key in ("task", "weights", "loss_weight", "swap_prob")}  # type: dict[str, Any], dict[str, Any]
+    absent = []
+    for name, entry in entries.items():
+        where, row = f"{_WHERE}.mt_tasks.{name}", entry.get("task", name)
+        check_name(name)
+        if row not in TASKS:
+            raise UserError(f"{where}.task: unknown '{row}'{nearest(str(row), TASKS)}; choose from {', '.join(TASKS)}")
+        own[name] = _own_options(entry, row, where)
+        words["task"][name] = row
+        for key, known in (("weights", keys.mt_weights), ("loss_weight", keys.mt_loss_weight)):
+            words[key][name] = entry.get(key, known)
+        if words["weights"][name] not in WEIGHTS:
+            raise UserError(f"{where}.weights '{words['weights'][name]}' is none of {', '.join(WEIGHTS)}")
+        _check_number(words["loss_weight"][name], f"{where}.loss_weight")
+        if not isinstance(entry.get("absent", False), bool):
+            raise UserError(f"{where}.absent takes true or false, not '{entry['absent']}'")
+        absent += [name] if entry.get("absent") else []
+    words["swap_prob"] = _shares(keys, entries)
+    multi = MTConfig(
+        mt_task=",".join(f"{name}:{row}" for name, row in words["task"].items()) or "none",
+        mt_variant=keys.mt_variant if entries else "U",
+        mt_weights=_text(words["weights"]) or MTConfig.mt_weights,
+        mt_loss_weight=_text(words["loss_weight"]) or MTConfig.mt_loss_weight,
+        mt_swap_prob=_text(words["swap_prob"]) or "0",
+        mt_image=keys.mt_sides[0] if keys.mt_sides else MTConfig.mt_image,
+        mt_absent=",".join(absent),
+        mt_given_prob=keys.mt_given_prob,
+        mt_drop_prob=keys.mt_drop_prob,
+        mt_context_dim=keys.mt_context_dim,
+    )
+    sections = [ModelConfig(num_channels=num_channels, precision=precision), multi]
+    sections += [options() for options in dict.fromkeys(TASKS[row].options for row in words["task"].values())]
+    return Config(sections, own=own)
+
+
+def _entries(keys: TaskKeys) -> dict[str, dict[str, Any]]:
+    """{modality: what the file says of it}: the sides in the order of the data, then the others in that of the file."""
+    written: dict[str, dict[str, Any]] = {}
+    for name, entry in (keys.mt_tasks or {}).items():
+        if entry is not None and not isinstance(entry, Mapping):
+            raise UserError(f"{_WHERE}.mt_tasks.{name}: write {{key: value}} pairs, not '{entry}'")
+        written[str(name)] = dict(entry or {})
+    if len(keys.mt_sides) == 2 and not written:
+        return {PAIRED: {"paired_side": keys.mt_sides[1]}}
+    for name in set(written).intersection(keys.mt_sides[1:]):
+        written[name].setdefault("task", PAIRED)
+    paired = {entry.get("paired_side") or n: n for n, entry in written.items() if entry.get("task", n) == PAIRED}
+    if not keys.mt_sides:
+        return {n: written[n] for n in [*paired.values(), *(n for n in written if n not in paired.values())]}
+    for side in paired:
+        if side not in keys.mt_sides[1:]:
+            raise UserError(
+                f"{_WHERE}.mt_tasks.{paired[side]}: '{side}' is none of the sides {', '.join(keys.mt_sides[1:])} "
+                f"beside {keys.mt_sides[0]}{nearest(side, keys.mt_sides)}"
+            )
+    sides = {
+        paired.get(side, side): written.pop(paired.get(side, side), {"task": PAIRED}) for side in keys.mt_sides[1:]
+    }
+    for name, entry in sides.items():
+        if entry.get("task", name) != PAIRED:
+            raise UserError(
+                f"{_WHERE}.mt_tasks.{name}: is a side of mt_sides, so its task is {PAIRED}, not {entry['task']}"
+            )
+    return sides | written
+
+
+def _own_options(entry: Mapping[str, Any], row: str, where: str) -> dict[str, Any]:
+    """{option: value} of a modality alone: all options of its row, and those of the run that the file gives."""
+    task = TASKS[row]
+    fields = [field.name for field in dataclasses.fields(task.options)]
+    for key in entry:
+        known = [*_OWN, *fields, *task.run_options]
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), known)}; it may have {', '.join(known)}")
+    found = vars(make_section(task.options, {key: entry[key] for key in entry if key in fields}, where))
+    for key in task.run_options:
+        if key in entry:
+            section = next(s for s in (ModelConfig, MTConfig) if key in s.__dataclass_fields__)
+            found[key] = getattr(make_section(section, {key: entry[key]}, where), key)
+    if "num_classes" in task.run_options and "num_classes" not in found:
+        raise UserError(f"{where}: has no num_classes, the number of the data's classes")
+    return dict(found)
+
+
+def _shares(keys: TaskKeys, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """{modality: how often its image is z_0} of the sides."""
+    slots = [name for name, entry in entries.items() if entry.get("task", name) == PAIRED]
+    given = keys.mt_swap_prob
+    if isinstance(given, Mapping):
+        names = {entries[name].get("paired_side") or name: name for name in slots}
+        for side in given:
+            if side not in names:
+                raise UserError(f"{_WHERE}.mt_swap_prob: '{side}' is none of {', '.join(names) or 'no side'}")
+        shares = {name: given.get(side, 0.0) for side, name in names.items()}
+    else:
+        shares = {name: given / len(slots) for name in slots}
+    shares |= {name: entries[name]["swap_prob"] for name in slots if "swap_prob" in entries[name]}
+    for name, share in shares.items():
+        _check_number(share, f"{_WHERE}.mt_swap_prob of {name}", most=1)
+    if sum(shares.values()) > 1 + 1e-9:
+        raise UserError(f"{_WHERE}.mt_swap_prob: the sides' shares {_text(shares)} are more than 1 together")
+    return shares
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return ",".join(
+        f"{name}={value!r}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+def _check_number(value: Any, where: str, most: float = float("inf")) -> None:
+    """Raises UserError for what is no number from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        wanted = f"between 0 and {most:g}" if most < float("inf") else "at least 0"
+        raise UserError(f"{where} must be {wanted}, not {value}")
