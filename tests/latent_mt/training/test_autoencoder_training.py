@@ -201,7 +201,7 @@ def test_perceptual_term(tmp_path, monkeypatch):
 
 def test_figures():
     sides = (SimpleNamespace(name="photo", palette=None), SimpleNamespace(name="map", palette=PALETTE))
-    pairs = SimpleNamespace(sides=sides)
+    pairs = SimpleNamespace(sides=sides, side_names=("photo", "map"))
     assert figure_names(pairs) == [
         "val_psnr_photo",
         "val_ssim_photo",
@@ -221,8 +221,9 @@ def test_figures():
     scored = (labels.int().sum(1) > 0).sum()
     right = ((labels == changed).all(1) & (labels.int().sum(1) > 0)).sum()
     assert off[4].tolist() == [right, scored]
-    assert figure_names(SimpleNamespace()) == ["val_psnr", "val_ssim"]
-    assert measure(photo, photo, SimpleNamespace()).shape == (2, 2)
+    single = SimpleNamespace(side_names=())
+    assert figure_names(single) == ["val_psnr", "val_ssim"]
+    assert measure(photo, photo, single).shape == (2, 2)
 
 
 # ---------------------------------------------------------------- a step
