@@ -45,7 +45,7 @@ class Roles:
 
     def draw(self, streams: SampleStreams) -> Tensor:
         """Each sample's role in training, int64 [B]."""
-        u = streams.uniform()
+        u = streams.uniform().contiguous()
         if u.device not in self._bounds:  # copied once, so that a training step never waits for the host
             self._bounds[u.device] = torch.tensor(self.shares, device=u.device).cumsum(0)
         index = torch.bucketize(u, self._bounds[u.device], right=True)  # of the first bound above u

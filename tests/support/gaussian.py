@@ -5,7 +5,7 @@ z_t = a z_0 + b x + s eps with a = sqrt(abar_t), b = alpha-tilde_t, s = sqrt(1 -
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,3 +94,71 @@ def frechet(p: np.ndarray, q: np.ndarray) -> float:
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     middle = np.linalg.eigvalsh(root @ q @ root)
     return float(np.trace(p) + np.trace(q) - 2 * np.sqrt(np.maximum(middle, 0)).sum())
+
+
+@dataclass
+class SeveralGaussians:
+    """Zero-mean sides in R^d, jointly Gaussian: covariance [K d, K d] of all of them one after another."""
+
+    cov: np.ndarray
+    d: int
+
+    @classmethod
+    def make(cls, sides: int, d: int, seed: int) -> SeveralGaussians:
+        rng, size = np.random.default_rng(seed), sides * d
+        root = rng.normal(size=(size, size)) / np.sqrt(size)
+        return cls(0.5 * root @ root.T + 0.03 * np.eye(size), d)
+
+    def draw(self, n: int, seed: int) -> list[np.ndarray]:
+        """n draws [n, d] of each side."""
+        rows = np.random.default_rng(seed).normal(size=(n, len(self.cov))) @ np.linalg.cholesky(self.cov).T
+        return np.split(rows, len(self.cov) // self.d, axis=1)
+
+    def block(self, a: Sequence[int], b: Sequence[int]) -> np.ndarray:
+        """The covariance of the sides `a` with the sides `b`."""
+        rows, columns = (
+            np.concatenate([np.arange(k * self.d, (k + 1) * self.d) for k in each] or [[]]) for each in (a, b)
+        )
+        return self.cov[np.ix_(rows.astype(int), columns.astype(int))]
+
+    def given(self, side: int, known: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(B, P) with side | known ~ N(B known, P)."""
+        if not known:
+            return np.zeros((self.d, 0)), self.block([side], [side])
+        gain = self.block([side], known) @ np.linalg.inv(self.block(known, known))
+        return gain, self.block([side], [side]) - gain @ self.block(known, [side])
+
+    def network(self, diffusion: GaussianDiffusion, slots: Sequence[dict[str, int]]) -> Callable:
+        """The best network of form any, called as `MTModel` is with a role as its class; slots[role]: {modality: its side}.
+
+        It sees z_t = a z_0 + sum_open b_i x_i + s eps and the given x_i, all jointly Gaussian, so that all it says is linear.
+        """
+        abars = diffusion.alphas_cumprod
+
+        def regressions(role: int, known: tuple[str, ...], step: int) -> dict[str, np.ndarray]:
+            sides, a, s = slots[role], np.sqrt(abars[step]), np.sqrt(1 - abars[step])
+            factors = {role: a}
+            for name, side in sides.items():
+                if name not in known:
+                    factors[side] = diffusion.aggregation.coefficients[name][step]
+            mixed, given = list(factors), [sides[name] for name in known]
+            mix = np.kron(np.array([list(factors.values())]), np.eye(self.d))  # z_t - s eps of the sides in it
+            of_z = mix @ self.block(mixed, mixed) @ mix.T + s * s * np.eye(self.d)
+            both = mix @ self.block(mixed, given)
+            inverse = np.linalg.inv(np.block([[of_z, both], [both.T, self.block(given, given)]]))
+            with_eps = np.concatenate([s * np.eye(self.d), np.zeros((self.d, self.d * len(given)))], axis=1)
+            found = {"eps": with_eps @ inverse}
+            for name, side in sides.items():
+                found[name] = (
+                    np.concatenate([self.block([side], mixed) @ mix.T, self.block([side], given)], axis=1) @ inverse
+                )
+            return found
+
+        def network(z_t, t, modalities, y):
+            known = tuple(name for name in slots[0] if name in modalities)
+            seen = torch.cat([z_t.flatten(1), *(modalities[name].flatten(1) for name in known)], dim=1).double()
+            found = regressions(int(y[0]), known, int(t[0]))
+            says = {name: (seen @ torch.from_numpy(matrix).T).view(z_t.shape).float() for name, matrix in found.items()}
+            return ModelOutput(says.pop("eps"), says)
+
+        return network
