@@ -1,4 +1,4 @@
-"""What a training step of latent_mt costs with a second image as a modality, against the same U-Net without one.
+"""What a training step of latent_mt costs with modalities beside the image, against the same U-Net without any.
 
     python benchmarks/latent_step.py [--latent_size 32 --model_channels 64 --batch 8 --rounds 9 --device cuda --cpu_time]
 
@@ -51,6 +51,13 @@ def rows() -> list[Row]:
         "form any": {"mt_sides": SIDES, "mt_variant": "any"},
         "form U, both roles": {"mt_sides": SIDES, "mt_variant": "U", "mt_swap_prob": 0.5},
         "form X": {"mt_sides": SIDES, "mt_variant": "X"},
+        "two sides, form any": {"mt_sides": [*SIDES, "edges"], "mt_variant": "any", "mt_swap_prob": 0.6},
+        "two sides and a label, form any": {
+            "mt_sides": [*SIDES, "edges"],
+            "mt_variant": "any",
+            "mt_swap_prob": 0.6,
+            "mt_tasks": {"label": {"num_classes": 10, "mt_encoder_refresh": 100}},
+        },
     }
     precisions = {"fp32": "32-true", "bf16": "bf16-mixed"}
     return [Row(f"{kind}, {p}", params, precisions[p]) for p in precisions for kind, params in kinds.items()]
@@ -93,13 +100,17 @@ class Step:
         self.module = LatentTraining(model)
         self.trainer = SimpleNamespace(precision=row.precision, accumulate_grad_batches=1, precision_plugin=None)
         self.module.trainer = self.trainer
-        self.module.prepare(SimpleNamespace(random_flip=True), resumed=False)
+        numbers = torch.arange(args.batch)
+        source = SimpleNamespace(
+            path="", side_names=tuple(row.params.get("mt_sides", ())), present={}, labels=(numbers % 10).numpy()
+        )
+        self.module.prepare(SimpleNamespace(random_flip=True, source=source, val_source=None), resumed=False)
         self.optimizer = self.module.configure_optimizers()
         self.module.train()
         # Sides x mirrorings x (mean, log variance) x C
         cached = torch.randn(args.batch, sides * 2 * 2 * channels, size, size, device=self.device)
-        numbers = torch.arange(args.batch)
-        self.batch = Batch(cached, None, numbers.to(self.device), numbers)
+        labels = (numbers % 10).to(self.device)
+        self.batch = Batch(cached, labels, numbers.to(self.device), numbers)
 
     def run(self) -> list[float]:
         """Seconds of each stage."""

@@ -1,4 +1,4 @@
-"""Which image of a sample is z_0, where it holds several: the others are modalities (docs/method.md, section 10.8)."""
+"""Which image of a sample is z_0, where it holds several: the others are modalities (docs/method.md, section 3.3)."""
 
 from __future__ import annotations
 
