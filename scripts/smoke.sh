@@ -42,6 +42,10 @@ run figure6.py --joint "$work/E" --data_dir builtin:digits --val_data_dir builti
 both=(--mt_task masked,label --mt_variant any --mt_drop_prob 0.2 --data_dir builtin:digits --log_dir "$work/both" "${tiny[@]}")
 run image_train.py "${both[@]}" --total_steps 2 --mt_conflict_interval 1 --mt_encoder_refresh 2
 run image_sample.py --model_path "$work/both" --num_samples 2 --steps 3 --given label=3 --guidance_scale 2
+run prepare_images.py builtin:digits "$work/others.zip" --size 8 --limit 30
+run image_train.py --mt_task paired --paired_dir "$work/others.zip" --mt_swap_prob 0.5 --data_dir "$work/digits.zip" \
+  --log_dir "$work/paired" "${tiny[@]}" --total_steps 2
+run image_sample.py --model_path "$work/paired" --num_samples 2 --steps 3 --given image="$work/digits.zip"
 run export_adm.py --model_path "$work/X" --out "$work/adm.pt"
 run image_train.py --mt_task masked --mt_variant X --resume_checkpoint "$work/adm.pt" --data_dir "$work/digits.zip" \
   --log_dir "$work/from_adm" "${tiny[@]}" --total_steps 2
@@ -64,7 +68,7 @@ for split, count in (("train", 6), ("val", 2)):
     folder.mkdir(parents=True)
     for k in range(count):
         day = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(np.concatenate([day, day // 4], axis=1)).save(folder / f"{k}.png")
+        Image.fromarray(np.concatenate([day, day // 4], axis=1)).save(folder / f"{'ab'[k % 2]}_{k}.png")
 END
 data=(data.params.path="$work/pairs" data.params.image_size=16 data.params.batch_size=2 run.save_interval=2 run.log_interval=1
       lightning.trainer.accelerator=cpu)
@@ -84,6 +88,14 @@ grep -q '^4,' "$work/latent/progress.csv"
 run latent_sample.py --model_path "$work/latent" --given day --steps 2
 run latent_sample.py --model_path "$work/latent" --num_samples 2 --steps 2
 run export_ldm.py --model_path "$work/latent" --out "$work/ldm.ckpt"
+several=(--config $configs/daynight_mt.yaml "${latent[@]}" $first.ckpt_path="$work/autoencoder" data.params.latents=null
+         'model.params.mt_sides=[day,night,edges]' 'model.params.mt_tasks={label: {num_classes: 2}, masked: {}}'
+         'data.params.computed={edges: edges}' data.params.labels=prefix run.log_dir="$work/several")
+run latent_train.py "${several[@]}" run.total_steps=2 run.sample_interval=2
+run latent_train.py "${several[@]}" run.total_steps=4
+run latent_sample.py --model_path "$work/several" --given edges,label=1 --target night --steps 2
+run latent_restore.py --model_path "$work/several" --data_dir "$work/pairs/val" --num_samples 2 --steps 2 --mask half
+run latent_classify.py --model_path "$work/several" --data_dir "$work/pairs/val" --draws 1
 # which also translates the other way
 run table4.py --preset daynight --autoencoder "$work/autoencoder" --latents "$work/latents" --run "$work/table4" --seeds 0 \
   --sample_steps 2 run.total_steps=2 "${latent[@]}"
