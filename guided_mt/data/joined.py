@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from .arrays import NpzSource
 from .sources import ImageSource, check_classes
 
 logger = logging.getLogger("guided_mt")
@@ -17,9 +18,9 @@ logger = logging.getLogger("guided_mt")
 class Joined(ImageSource):
     """The images of each source in turn; a name is the one within its own source, so it may come twice.
 
-    class_names: the names whose places are the class ids; None: the sorted names of all sources. Where some sources have
-    classes, the items of the others have the id -1. Raises UserError where items differ in type or in their sides,
-    UnknownClassError for a class that is not in class_names.
+    class_names: the names whose places are the class ids; None: the sorted names of all sources, after the numbers of .npz
+    files, which stay what they are. Where some sources have classes, the items of the others have the id -1.
+    Raises UserError where items differ in type or in their sides, UnknownClassError for a class that is not in class_names.
     """
 
     def __init__(self, path: str, sources: Sequence[ImageSource], class_names: Sequence[str] | None = None):
@@ -68,18 +69,30 @@ def _join_labels(
     path: str, sources: Sequence[ImageSource], class_names: Sequence[str] | None
 ) -> tuple[np.ndarray | None, list[str]]:
     """(int64 ids [N] or None, class names). Says how many items have none where others have one."""
-    found = {name for source in sources for name in source.class_names}
     if all(source.labels is None for source in sources):
         return None, []
-    known = sorted(found) if class_names is None else list(class_names)
-    check_classes(path, found, known)
-    rank = {name: i for i, name in enumerate(known)}
-    parts = []
-    for source in sources:
-        ids = np.array([*(rank[name] for name in source.class_names), -1], dtype=np.int64)  # the id -1 finds the last
-        parts.append(np.full(len(source), -1) if source.labels is None else ids[source.labels])
-    labels = np.concatenate(parts)
+    known = _all_names(sources) if class_names is None else list(class_names)
+    labels = np.concatenate([_ids(path, source, known) for source in sources])
     lacking = int((labels < 0).sum())
     if lacking:
         logger.info("%s: %d of %d items have no class", path, lacking, len(labels))
     return labels, known
+
+
+def _all_names(sources: Sequence[ImageSource]) -> list[str]:
+    """The numbers of the .npz with the most classes, so that each id stays its own place, then all other names sorted."""
+    numbers = max((source.class_names for source in sources if isinstance(source, NpzSource)), key=len, default=[])
+    named = {name for source in sources if not isinstance(source, NpzSource) for name in source.class_names}
+    return [*numbers, *sorted(named - set(numbers))]
+
+
+def _ids(path: str, source: ImageSource, known: Sequence[str]) -> np.ndarray:
+    """int64 [n], -1 where there is no class. Raises UnknownClassError."""
+    if source.labels is None:
+        return np.full(len(source), -1)
+    if isinstance(source, NpzSource):
+        return source.labels
+    check_classes(path, source.class_names, known)
+    rank = {name: i for i, name in enumerate(known)}
+    ids = np.array([*(rank[name] for name in source.class_names), -1], dtype=np.int64)  # the id -1 finds the last
+    return ids[source.labels]

@@ -11,6 +11,7 @@ wins over those before it, and a row by an old name takes the old one's place.
 
 from __future__ import annotations
 
+import os.path  # whose questions bear names that are too long, unlike those of Path
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def open_source(
 
 
 def _split(text: str) -> list[str]:
-    if "," not in text or Path(text).expanduser().exists():
+    if "," not in text or os.path.exists(Path(text).expanduser()):
         return [text]
     # the comma of a cloud address is its own, unless another address follows
     return _COMMA_BEFORE_SCHEME.split(text) if _SCHEME.match(text) else text.split(",")
@@ -69,11 +70,11 @@ def _split(text: str) -> list[str]:
 
 def _open_one(text: str, class_names: Sequence[str] | None, suffixes: tuple[str, ...]) -> ImageSource:
     local = Path(text).expanduser()
-    place = local if local.is_dir() else next((p for p in (local, *local.parents) if p.is_file()), local)
+    place = local if os.path.isdir(local) else next((p for p in (local, *local.parents) if os.path.isfile(p)), local)
     for kind in reversed(SOURCES.values()):
         if kind.accepts(text, place):
             return kind.open(text, place, class_names, suffixes)
-    if not place.exists():
+    if not os.path.exists(place):
         raise UserError(f"{text}: no such file or folder{_suggest(local)}")
     _refuse_compressed(place)
     if place.suffix.lower() in IMAGE_SUFFIXES:
@@ -85,7 +86,7 @@ def _open_one(text: str, class_names: Sequence[str] | None, suffixes: tuple[str,
 
 
 def _file_named(suffix: str) -> Callable[[str, Path], bool]:
-    return lambda text, path: path.suffix.lower() == suffix and path.is_file()
+    return lambda text, path: path.suffix.lower() == suffix and os.path.isfile(path)
 
 
 def _open_tar(text: str, file: Path, class_names: Sequence[str] | None, suffixes: tuple[str, ...]) -> ImageSource:
@@ -103,7 +104,7 @@ def _open_npz(text: str, file: Path, class_names: Sequence[str] | None, suffixes
 
 
 SOURCES: dict[str, SourceKind] = {  # asked from the last to the first
-    "folder": SourceKind(lambda text, path: path.is_dir(), FolderSource),
+    "folder": SourceKind(lambda text, path: os.path.isdir(path), FolderSource),
     "tar": SourceKind(_file_named(".tar"), _open_tar),
     "zip": SourceKind(_file_named(".zip"), _open_zip),
     "npz": SourceKind(_file_named(".npz"), _open_npz),
@@ -137,7 +138,7 @@ def _refuse_compressed(file: Path) -> None:
 
 def _suggest(missing: Path) -> str:
     """The nearest name beside the first part of the path that does not exist."""
-    while not missing.parent.is_dir():
+    while not os.path.isdir(missing.parent):
         missing = missing.parent
     try:
         return nearest(missing.name, [p.name for p in missing.parent.iterdir()])

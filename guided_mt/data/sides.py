@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .open import open_source
-from .sources import ImageSource
+from .sources import ArraySource, ImageSource
 from .transforms import crop_window, random_short_side, resize_short_side, same_aspect, sizes_to, to_rgb
 
 logger = logging.getLogger("guided_mt")
@@ -24,8 +24,9 @@ class Sides(ImageSource):
     """Items of `main` with their partners in `others`, {side: source}: uint8 [3 * sides, s, s], all cropped alike.
 
     A partner is the file of the same path without its suffix: a/x.png of a/x.jpg. Where no path is the same, the folders
-    above all files of a source don't count; where that is not enough, no folder does. An item without a partner is grey
-    there, and False in `present`. Classes and names of items are those of `main`; main_name is its name as a side.
+    above all files of a source don't count; where that is not enough, no folder does. Two arrays match by number.
+    An item without a partner is grey there, and False in `present`. Classes and names of items are those of `main`;
+    main_name is its name as a side.
     Raises UserError where no file matches, two match one item, or a source has items of another kind.
     """
 
@@ -44,9 +45,7 @@ class Sides(ImageSource):
         self.side_names = (main_name, *others)
         self.is_array = all(source.is_array for source in (main, *others.values()))
         names = [main.name(k) for k in range(len(main))]
-        self.partners = {
-            side: _match(main.path, names, source) for side, source in others.items()
-        }  # int64 [N], -1: none
+        self.partners = {side: _match(main, names, source) for side, source in others.items()}  # int64 [N], -1: none
         found = {side: partners >= 0 for side, partners in self.partners.items()}
         self.present = {side: present for side, present in found.items() if not present.all()}
         for side, source in others.items():
@@ -131,9 +130,12 @@ def _stems(names: Sequence[str]) -> list[str]:
 _RULES: tuple[Callable[[Sequence[str]], list[str]], ...] = (_paths, _paths_below_common_folder, _stems)
 
 
-def _match(main_path: str, names: Sequence[str], other: ImageSource) -> np.ndarray:
+def _match(main: ImageSource, names: Sequence[str], other: ImageSource) -> np.ndarray:
     """int64 [N]: the number in `other` of each item's partner, -1 where it has none; by the first rule that finds any."""
-    other_names = [other.name(k) for k in range(len(other))]
+    if isinstance(main, ArraySource) and isinstance(other, ArraySource):
+        numbers = np.arange(len(main))  # their names are made up, of the class too
+        return np.where(numbers < len(other), numbers, -1)
+    main_path, other_names = main.path, [other.name(k) for k in range(len(other))]
     for rule in _RULES:
         keys, other_keys = rule(names), rule(other_names)
         matched = set(keys) & set(other_keys)

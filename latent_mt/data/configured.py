@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_mt.data import ImageSource, ImageStream, open_sides, open_source
+from guided_mt.data import ImageSource, ImageStream, Sides, open_source
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
 
@@ -50,9 +50,15 @@ class StreamedData:
         self.image_size, self.batch_size, self.limit = image_size, batch_size, limit
         self.random_crop, self.random_flip, self.num_workers = random_crop, random_flip, num_workers
         self.latents = latents
+        self._pixels: dict[str, ImageSource] = {}  # by split, those opened so far
 
     def pixel_source(self, split: str) -> ImageSource:
-        """The images of a split, whether or not their latents are cached. Raises UserError."""
+        """The images of a split, whether or not their latents are cached; opened once. Raises UserError."""
+        if split not in self._pixels:
+            self._pixels[split] = self._open_pixels(split)
+        return self._pixels[split]
+
+    def _open_pixels(self, split: str) -> ImageSource:
         raise NotImplementedError
 
     @property
@@ -161,7 +167,7 @@ class PairData(StreamedData):
     def splits(self) -> tuple[str, str | None]:
         return self.split, self.val_split or None
 
-    def pixel_source(self, split: str) -> PairSource:
+    def _open_pixels(self, split: str) -> PairSource:
         pairs = self._pairs(split, self.limit)
         source = Computed(pairs, self.computed) if self.computed else pairs
         if self.labels is not None:
@@ -222,7 +228,7 @@ class ImageData(StreamedData):
 
     val_path: None for no validation. limit: of each. latents: a folder that encode_latents.py wrote, with train and val.
     paired: {side: path}, further images of each item, files of the same names as those of `path`; items may lack some.
-    The side of `path` is then called image. val_paired: the same of val_path.
+    side: the name of the images of `path` among these sides. val_paired: the same of val_path.
     """
 
     def __init__(
@@ -238,11 +244,14 @@ class ImageData(StreamedData):
         latents: str | None = None,
         paired: Mapping[str, str] | None = None,
         val_paired: Mapping[str, str] | None = None,
+        side: str = "image",
     ):
         super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents)
-        self.path, self.val_path = path, val_path
+        self.path, self.val_path, self.side = path, val_path, side
         self.paired = _mapping("paired", paired, "depth: depth.zip")
         self.val_paired = _mapping("val_paired", val_paired, "depth: val-depth.zip")
+        if not isinstance(side, str) or not side or side in self.paired:
+            raise UserError(f"data.params.side {side!r}: must be a name that no side of data.params.paired has")
         if val_path and list(self.paired) != list(self.val_paired):
             raise UserError(
                 f"data.params.val_paired has the sides {_listed(self.val_paired)}, but paired {_listed(self.paired)}; "
@@ -253,15 +262,21 @@ class ImageData(StreamedData):
     def splits(self) -> tuple[str, str | None]:
         return "train", "val" if self.val_path else None
 
-    def pixel_source(self, split: str) -> ImageSource:
+    def _open_pixels(self, split: str) -> ImageSource:
         paths = {"train": self.path} | ({"val": self.val_path} if self.val_path else {})
         if split not in paths:
             raise UserError(f"split {split}{nearest(split, paths)}: ImageData has train (path) and val (val_path)")
         # Validation classes get the ids of training, as the network knows them.
-        names = open_source(self.path).class_names or None if split == "val" else None
+        source = open_source(paths[split], self._images.class_names or None) if split == "val" else self._images
         paired = self.val_paired if split == "val" else self.paired
-        source = open_sides(paths[split], paired, names) if paired else open_source(paths[split], names)
+        if paired:
+            source = Sides(source, {side: open_source(path) for side, path in paired.items()}, self.side)
         return source if self.limit is None else Subset(source, np.arange(min(self.limit, len(source))))
+
+    @cached_property
+    def _images(self) -> ImageSource:
+        """Those of training, whole and alone."""
+        return open_source(self.path)
 
     def _check_cache(self, cache: LatentCache) -> None:
         if cache.direction != "AtoB" or (cache.side_names and not self.paired):
@@ -269,7 +284,7 @@ class ImageData(StreamedData):
                 f"{cache.path}: holds latents of pairs, not of single images; take latent_mt.data.PairData, "
                 f"or name the other sides in data.params.paired"
             )
-        wanted = ("image", *self.paired) if self.paired else ()
+        wanted = (self.side, *self.paired) if self.paired else ()
         if cache.side_names != wanted:
             raise UserError(
                 f"{cache.path}: its sides are {_listed(cache.side_names)}, but data.params.paired gives {_listed(wanted)}; "

@@ -121,6 +121,33 @@ def test_arrays_and_digits_together(tmp_path):
     assert len(source.class_names) == 10
 
 
+def test_ids_of_npz_files_stay_in_several(tmp_path):
+    for name, ids in (("many", np.arange(12)), ("few", np.arange(3))):
+        np.savez(tmp_path / f"{name}.npz", np.zeros((len(ids), 8, 8, 3), np.uint8), ids)
+    own = write("folder", {"1_own/x.png": png(np.zeros((8, 8, 3), np.uint8))}, tmp_path)
+    path = f"{own},{tmp_path / 'few.npz'},{tmp_path / 'many.npz'}"
+    source = open_source(path)
+    assert source.class_names == [*(f"{k:02d}" for k in range(12)), "1_own"]
+    assert source.labels.tolist() == [12, 0, 1, 2, *range(12)]
+    for part, count in ((path, 16), (tmp_path / "few.npz", 3), (own, 1)):  # as training goes on, or validates
+        again = open_source(part, source.class_names)
+        assert again.class_names == source.class_names and len(again) == count
+        assert set(again.labels) <= set(source.labels)
+    assert np.array_equal(open_source(path, source.class_names).labels, source.labels)
+    assert open_source(own, source.class_names).labels.tolist() == [12]
+
+
+def test_more_names_than_a_file_may_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"{'long' * 10}_{k}.npz" for k in range(20)]
+    for k, name in enumerate(names):
+        np.savez(name, np.full((1, 8, 8, 3), k, np.uint8))
+    assert load_images(open_source(",".join(names)), 8).images[:, 0, 0, 0].tolist() == list(range(20))
+    for text in ("x" * 300, f"{'x' * 300}/train"):
+        with pytest.raises(UserError, match=r"xxx.*: no such file or folder"):
+            open_source(text)
+
+
 def test_ids_of_an_npz_may_be_minus_one(tmp_path):
     images = np.zeros((3, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "none.npz", images, np.full(3, -1))

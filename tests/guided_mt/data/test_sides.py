@@ -200,6 +200,21 @@ def test_arrays_as_sides(tmp_path):
     assert np.array_equal(load_images(source, 8).images.numpy(), expected)
 
 
+def test_arrays_match_by_number_whatever_their_classes(tmp_path):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "photos.npz", images, np.array([0, -1, 1, 0]))
+    for name, arrays in (
+        ("plain", (images,)),
+        ("other", (images, np.array([0, 0, 0, 1]))),
+        ("short", (images[:3], np.array([1, -1, 1]))),
+        ("long", (np.repeat(images, 2, axis=0),)),
+    ):
+        np.savez(tmp_path / f"{name}.npz", *arrays)
+        source = open_sides(tmp_path / "photos.npz", {"map": tmp_path / f"{name}.npz"})
+        assert source.partners["map"].tolist() == ([0, 1, 2, -1] if name == "short" else [0, 1, 2, 3])
+        assert source.labels.tolist() == [0, -1, 1, 0] and bool(source.present) == (name == "short")
+
+
 # ---------------------------------------------------------------- bad input
 
 

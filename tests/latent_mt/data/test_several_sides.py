@@ -218,7 +218,8 @@ def test_paired_images(tmp_path):
     lacking = [data.source.name(k) for k in np.flatnonzero(~data.source.present["depth"])]
     assert lacking == ["a/4.jpg", "b/1.jpg"] and not data.val_source.present
     assert sides_of(data.source) == (Side("image"), Side("depth"))
-    assert [side.shape for side in val_sides(data, 2)] == [(2, 3, 8, 8)] * 2
+    sides, labels = val_sides(data, 2)
+    assert [side.shape for side in sides] == [(2, 3, 8, 8)] * 2 and labels.tolist() == [0, 0]
     assert [batch.images.shape[1] for batch in val_batches(data)] == [6, 6]
     assert figure_names(data.source) == ["val_psnr_image", "val_ssim_image", "val_psnr_depth", "val_ssim_depth"]
     images = load_images(data.source, 16).images
@@ -230,6 +231,39 @@ def test_paired_images(tmp_path):
     assert batch.present["depth"].tolist() == [True, True] and len(list(ordered_batches(alone.source, 8, 2))) == 2
     last = list(ordered_batches(alone.source, 8, 2))[-1]
     assert last.present["depth"].tolist() == [False]
+
+
+def test_the_main_side_has_a_name_of_its_own(tmp_path):
+    paths = photos_and_depth(tmp_path)
+    settings = {"paired": {"depth": paths["train-depth"]}, "side": "photo", "num_workers": 0}
+    data = ImageData(paths["train"], 8, 2, **settings)
+    assert data.source.side_names == ("photo", "depth")
+    write_cache(data.pixel_source("train"), Fake(), 8, tmp_path / "out" / "train", num_workers=0)
+    cached = ImageData(paths["train"], 8, 2, **settings, latents=str(tmp_path / "out")).open()
+    assert cached.source.side_names == ("photo", "depth")
+    with pytest.raises(UserError, match=r"are photo and depth, but data\.params\.paired gives image and depth"):
+        ImageData(paths["train"], 8, 2, paired=settings["paired"], latents=str(tmp_path / "out")).open()
+    assert ImageData(paths["train"], 8, 2, side="photo").source.side_names == ()  # items of one image have no sides
+    for side in ("depth", "", None):
+        with pytest.raises(UserError, match=rf"data\.params\.side {side!r}: must be a name that no side of data"):
+            ImageData(paths["train"], 8, 2, **(settings | {"side": side}))
+
+
+def test_what_the_data_lack_is_said_once(tmp_path, caplog):
+    paths = photos_and_depth(tmp_path)
+    plain = write("folder", {"x.png": png(np.zeros((8, 8, 3), np.uint8))}, tmp_path, "plain")
+    data = ImageData(f"{paths['train']},{plain}", 8, 2, val_path=paths["val"], num_workers=0)
+    pairs = pair_data(write("tar", drives_files(), tmp_path), labels="prefix", val_split="val")
+    paired = ImageData(paths["train"], 8, 2, paired={"depth": paths["train-depth"]})
+    with caplog.at_level(logging.INFO):
+        for opened in (data, pairs, paired):
+            for _ in range(3):  # as each preview does it
+                val_sides(opened.open(), 2)
+    assert [message.partition(": ")[2][:30] for message in caplog.messages] == [
+        "1 of 7 items have no class",
+        "1 of 3 items have no class (Se",
+        "2 of 6 items have no depth in ",
+    ]
 
 
 def test_several_folders_of_images(tmp_path):
@@ -245,8 +279,8 @@ def test_what_is_refused_of_paired_images(tmp_path):
         ImageData(paths["train"], 8, 2, val_path=paths["val"], paired={"depth": "x"})
     with pytest.raises(UserError, match=r"data\.params\.paired 'x\.zip': must be names with a value each"):
         ImageData(paths["train"], 8, 2, paired="x.zip")
-    with pytest.raises(UserError, match="a side named image, as the main one is"):
-        ImageData(paths["train"], 8, 2, paired={"image": paths["val"]}).open()
+    with pytest.raises(UserError, match=r"side 'image': must be a name that no side of data\.params\.paired has"):
+        ImageData(paths["train"], 8, 2, paired={"image": paths["val"]})
 
 
 # ---------------------------------------------------------------- caches
@@ -264,7 +298,8 @@ def test_a_cache_of_three_sides(tmp_path, monkeypatch):
     assert cache.beside == {"line": "edges"} and not cache.present
     data = pair_data(path, **settings, latents=str(tmp_path / "out")).open()
     assert data.source.labels.tolist() == [0, 0, 0, 1, 1, 1] and data.val_source.labels.tolist() == [0, 1, -1]
-    assert [side.shape for side in val_sides(data, 2)] == [(2, 3, 8, 8)] * 3
+    sides, labels = val_sides(data, 2)
+    assert [side.shape for side in sides] == [(2, 3, 8, 8)] * 3 and labels.tolist() == [0, 1]
     mean, logvar = data.source.unpack(load_images(data.source, 8).images)
     assert mean.shape == logvar.shape == (6, 3, 2, 2, 4, 4)
     expected = encode_items(Fake(), load_images(pixels.source, 8).images, 3)
