@@ -16,6 +16,7 @@ from tiny import (
     finish,
     flags,
     mpiexec,
+    negatives,
     progress,
     start_python,
     step_folder,
@@ -68,6 +69,8 @@ def folder(tmp_path_factory) -> Path:
 
     def drawing(kind: str, row: str, **values) -> list[str]:
         settings = {"model_path": folder / "whole" / row, "out": folder / kind / f"{row}.npz", "num_samples": COUNT}
+        if row == "all, X":  # which is always given the other image
+            settings["given"] = f"paired={negatives(folder)}"
         return words(**{**settings, "steps": 2, "label_draw": "label" in row, "device": "cpu", **values})
 
     for row in ROWS:
