@@ -100,5 +100,5 @@ def read_vectors(file: str, name: str, size: int | None, where: str, absent: boo
         bad &= ~missing
     if bad.any():
         also = "; a vector that is missing is a row of NaN" if absent else ""
-        raise UserError(f"{where}: row {int(bad.argmax())} has values that are not finite{also}")
+        raise UserError(f"{where}: has values that are not finite, first in row {int(bad.argmax())}{also}")
     return found

@@ -193,7 +193,7 @@ def test_vectors_that_are_missing(tmp_path):
     vectors[3, 1] = np.nan
     np.savez(tmp_path / "v.npz", v=vectors)
     with pytest.raises(
-        UserError, match=r"row 3 has values that are not finite; a vector that is missing is a row of NaN"
+        UserError, match=r"not finite, first in row 3; a vector that is missing is a row of NaN"
     ):
         modality.prepare(source)
 
