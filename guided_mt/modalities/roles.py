@@ -48,7 +48,7 @@ class Roles:
         u = streams.uniform().contiguous()
         if u.device not in self._bounds:  # copied once, so that a training step never waits for the host
             self._bounds[u.device] = torch.tensor(self.shares, device=u.device).cumsum(0)
-        index = torch.bucketize(u, self._bounds[u.device], right=True)  # of the first bound above u
+        index = torch.bucketize(u.contiguous(), self._bounds[u.device], right=True)  # of the first bound above u
         return torch.where(index < len(self.shares), index + 1, 0)
 
     def possible(self, role: Tensor, present: Mapping[str, Tensor]) -> Tensor:

@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from guided_mt.errors import UserError
 from guided_mt.modalities.registry import TASKS
 from guided_mt.modalities.settings import row_of
+from guided_mt.runs import resume
+from guided_mt.runs.checkpoint import read_config
 from guided_mt.runs.config import make_section
 from guided_mt.runs.resume import newest_checkpoint
 
@@ -20,7 +22,7 @@ from ..data import LatentCache
 from ..first_stage.latents import first_stage_hash
 from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs.configuration import load_config, replaced
-from ..runs.run import RunFolder, fit, flatten, make_trainer, refuse_other_settings
+from ..runs.run import RunFolder, fit, flatten, make_trainer
 from ..runs.run_config import RunConfig
 from ..runs.targets import instantiate, parameters, resolve
 from ..runs.trained_module import TrainedModule
@@ -99,14 +101,13 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
             f"processes x {trainer.accumulate_grad_batches} accumulated batches are {images}: change one of them"
         )
     config["run"]["images_per_step"] = settings.images_per_step = images
-    folder.config_yaml = command.yaml
-    newest = newest_checkpoint(command.folder)
-    if newest is not None:
-        refuse_other_settings(newest, fixed_settings(config))
     torch.manual_seed(settings.seed)  # the same initial weights on every process
     model = instantiate({key: config["model"][key] for key in ("target", "params") if key in config["model"]}, "model")
     resolve_tasks(config, model)
     folder.config_yaml = command.yaml
+    newest = newest_checkpoint(command.folder)
+    if newest is not None:
+        check_resumed(newest, config)
     module = wrap(model)
     module.base_rate = learning_rate_of(config["model"], images)
     if trainer.is_global_zero:
@@ -148,7 +149,18 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     free += [option for task in TASKS.values() for option in task.file_options]
     flat = flatten(config["model"].get("params") or {}, "model.params.")
     fixed = {key: value for key, value in flat.items() if key.rpartition(".")[2] not in free}
-    return fixed | {f"run.{key}": config["run"][key] for key in ("seed", "images_per_step")}
+    return fixed | {f"run.{key}": config["run"].get(key) for key in ("seed", "images_per_step")}
+
+
+def check_resumed(newest: Path, config: dict[str, Any]) -> None:
+    """UserError where the run in `newest` was trained with other settings than those of a resolved configuration. What
+    later versions added has its default in older runs."""
+    saved = {"model": {}, "run": {}, **(read_config(newest / "model.safetensors") or {})}
+    there, here = fixed_settings({**saved, "model": with_defaults(saved["model"])}), fixed_settings(config)
+    keys = [*here, *(key for key in there if key not in here)]
+    resume.refuse_other_settings(
+        newest, {k: there.get(k) for k in keys}, {k: here.get(k) for k in keys}, "take another run.log_dir"
+    )
 
 
 def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:

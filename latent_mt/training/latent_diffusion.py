@@ -27,7 +27,7 @@ from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs.targets import instantiate
 from ..runs.trained_module import TrainedModule
 
-SCALE_BATCHES = 8  # on which `scale_by_std` measures
+SCALE_BATCHES = 8  # of all processes, on which `scale_by_std` measures
 VAL_TIMESTEPS = 8  # evenly spaced, per validation image
 
 
@@ -144,9 +144,8 @@ class LatentTraining(TrainedModule):
     def _measure_scale(self, data: Any) -> None:
         """LDM's `scale_by_std`: 1 / the latents' standard deviation, here over several batches and before the first step."""
         self.model.scale_factor.fill_(1.0)
-        stream = data.stream(
-            seed=self.run.seed, rank=0, world_size=1, start_step=0, total_steps=SCALE_BATCHES, accumulate=1
-        )
+        batches = SCALE_BATCHES * self.run.images_per_step // data.batch_size  # of one process, which sees them all
+        stream = data.stream(seed=self.run.seed, rank=0, world_size=1, start_step=0, total_steps=batches, accumulate=1)
         sums = torch.zeros(3, device=self.device, dtype=torch.float64)
         with stream:
             for batch in stream:

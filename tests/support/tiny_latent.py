@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,10 @@ CLASSES = "# index name R G B\n0 Sky 128 128 128\n1 Road 128 64 128\n2 Car 64 0 
 MAPS = {"mt_sides": ["photo", "map"]}
 
 
-def write_labelled_pairs(folder: Path, train: int = 4, val: int = 3, size: int = SIZE) -> Path:
-    """CamVid's layout: noise as photos, and maps of three classes with a void corner."""
+def write_labelled_pairs(
+    folder: Path, train: int = 4, val: int = 3, size: int = SIZE, drives: Sequence[str] = ()
+) -> Path:
+    """CamVid's layout: noise as photos, and maps of three classes with a void corner. drives: prefixes of the names, in turn."""
     rng = np.random.default_rng(1)
     for split, count in (("train", train), ("val", val)):
         for kind in ("images", "labels"):
@@ -128,8 +131,9 @@ def write_labelled_pairs(folder: Path, train: int = 4, val: int = 3, size: int =
             classes = rng.integers(0, 3, (size, size), dtype=np.uint8)
             classes[:3, :3] = 9
             photo = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(photo).save(folder / split / "images" / f"{k:03d}.png")
-            Image.fromarray(classes).save(folder / split / "labels" / f"{k:03d}.png")
+            name = f"{drives[k % len(drives)]}_{k:03d}.png" if drives else f"{k:03d}.png"
+            Image.fromarray(photo).save(folder / split / "images" / name)
+            Image.fromarray(classes).save(folder / split / "labels" / name)
     (folder / "classes.txt").write_text(CLASSES)
     return folder
 
