@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     seeds = parse_seeds(config.seeds, config.num_samples)
     generator = Generator.load(config, processes.device)
     given, absent = read_given(config, generator), read_absent(config, generator)
-    generator.role_for(list(given), config.target)
+    generator.role_for(list(given), config.target, absent)
     settings = config[SampleConfig]
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:

@@ -118,27 +118,29 @@ class Generator:
         """{what the user calls it: modality} in this role: a modality by its name, a side by that of the image."""
         return {self.roles.names(role).get(name, name): name for name in self.modalities}
 
-    def role_for(self, known: Collection[str], target: str = "") -> int:
-        """The role to draw in, with the sides and modalities `known`: that in which `target` is z_0, or the first of training in
-        which z_0 is not known. Raises UserError where there is none."""
+    def role_for(self, known: Collection[str], target: str = "", absent: Collection[str] = ()) -> int:
+        """The role to draw in, with the sides and modalities `known` and without those `absent`: that in which `target` is z_0,
+        or the first of training in which z_0 is neither. Raises UserError where there is none."""
         sides, trained = self.roles.sides, self.roles.trained
-        if target:
-            if target not in sides:
-                raise UserError(
-                    f"'{target}' is no image of this model{nearest(target, sides)}; it has {', '.join(sides)}"
-                )
-            wanted = [self.roles.role_of(target)]
-        else:
-            wanted = [role for role in range(len(sides)) if sides[role] not in known]
-        possible = [role for role in wanted if role in trained and sides[role] not in known]
-        if possible:
-            return possible[0]
-        made = target or ", ".join(sides[role] for role in wanted) or "no image"
+        if target and target not in sides:
+            raise UserError(f"'{target}' is no image of this model{nearest(target, sides)}; it has {', '.join(sides)}")
+        for name in absent:
+            if name in known or name == target:
+                raise UserError(f"'{name}' is to be absent, so it can't be {'given' if name in known else 'drawn'}")
         if target in known:
             raise UserError(f"'{target}' is given, so it can't be drawn")
+        wanted = [role for role, side in enumerate(sides) if side not in known and side not in absent]
+        if not wanted:
+            taken = "given" if not absent else "given or absent"
+            raise UserError(f"nothing is left to draw: {', '.join(sides)} are all {taken}; leave one of them out")
+        wanted = [self.roles.role_of(target)] if target else wanted
+        possible = [role for role in wanted if role in trained]
+        if possible:
+            return possible[0]
         raise UserError(
-            f"this model was not trained to generate {made} from {', '.join(known) or 'nothing'}: z_0 was always "
-            f"{', '.join(sides[role] for role in trained)} ({self.roles.setting})"
+            f"this model was not trained to generate {', '.join(sides[role] for role in wanted)} from "
+            f"{', '.join(known) or 'nothing'}: z_0 was always {', '.join(sides[role] for role in trained)} "
+            f"({self.roles.setting})"
         )
 
     def _take_role(self, role: int) -> None:
@@ -174,7 +176,7 @@ class Generator:
         what the samples have none of. process: on the timesteps to visit, instead of those that the settings say. Raises UserError
         for what this model was not trained for.
         """
-        role = self.role_for(list(known or {}), target)
+        role = self.role_for(list(known or {}), target, absent)
         self._take_role(role)
         slots = self.slots(role)
         known = {slots.get(name, name): x for name, x in (known or {}).items()}

@@ -150,7 +150,7 @@ def check_names(config: Config, given: Given, generator: LatentGenerator) -> Non
                 f"'{name}' is no side or modality of this model{nearest(name, generator.names)}; it has {known}"
             )
     if config.target:
-        generator.role_for(list(given), config.target)
+        generator.role_for(list(given), config.target, read_absent(config, generator))
 
 
 def known_values(given: Given, generator: LatentGenerator, count: int) -> dict[str, Tensor]:
@@ -193,22 +193,18 @@ def of_data(
     signature: dict,
 ) -> None:
     """Write TARGET_of_GIVEN.npz, TARGET_of_GIVEN/*.png and TARGET_of_GIVEN.png for every route, and the truth beside them."""
-    sides = generator.roles.sides
-    open_sides = [side for side in sides if side not in given]
+    sides, absent = generator.roles.sides, read_absent(config, generator)
+    open_sides = [side for side in sides if side not in given and side not in absent]
     target = config.target or (open_sides[0] if open_sides else "")
     source = given.names[0] if len(list(given)) == 1 and given.names[0] in sides else ""
-    routes = _routes(config, generator, target, source, list(given))
+    routes = _routes(config, generator, target, source, list(given), absent)
     data, size = open_split(config, saved)
     found = list(data.side_names or (sides[0],))
     if generator.roles.slots and not generator.latent.takes(found):
         raise UserError(f"{data.path}: its sides are {' and '.join(found)}, but the model's are {' and '.join(sides)}")
     loaded = load_images(data, size, limit=config.num_samples if config.num_samples > 0 else None)
     count = len(loaded.images)
-    seeds, read, absent = (
-        parse_seeds(config.seeds, count),
-        known_values(given, generator, count),
-        read_absent(config, generator),
-    )
+    seeds, read = parse_seeds(config.seeds, count), known_values(given, generator, count)
     for modality in generator.modalities.values():
         if modality.name in given.names and modality.name not in generator.roles.slots:
             modality.prepare(data)
@@ -264,7 +260,14 @@ def taken(
     return z | {name: generator.modalities[name].from_batch(images, streams) for name in names}
 
 
-def _routes(config: Config, generator: LatentGenerator, target: str, source: str, given: Sequence[str]) -> list[str]:
+def _routes(
+    config: Config,
+    generator: LatentGenerator,
+    target: str,
+    source: str,
+    given: Sequence[str],
+    absent: Sequence[str],
+) -> list[str]:
     """Those of --route that this model has. source: the one side that is given alone, '' where more is.
 
     Raises UserError where it has none, or not all that were typed.
@@ -278,7 +281,7 @@ def _routes(config: Config, generator: LatentGenerator, target: str, source: str
     if not target or not source:
         if "route" in config.typed and "read" in routes:
             raise UserError("--route read: a head reads one side off another, which is all that is given")
-        generator.role_for(given, config.target)
+        generator.role_for(given, config.target, absent)
         return ["generate"]
     can = {
         "generate": generator.roles.role_of(target) in generator.roles.trained,
@@ -318,8 +321,8 @@ def of_values(
         known_values(given, generator, count),
         read_absent(config, generator),
     )
-    generator.role_for(list(given), config.target)
-    names = [side for side in sides if side not in given]
+    generator.role_for(list(given), config.target, absent)
+    names = [side for side in sides if side not in given and side not in absent]
     first = config.target or names[0]
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:

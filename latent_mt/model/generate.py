@@ -67,7 +67,7 @@ class LatentGenerator(Generator):
         """
         process = self.latent.respaced(respacing) if respacing else None
         drawn = self.draw(seeds, settings, known, target=target, absent=absent, process=process)
-        return {self.roles.sides[self.role_for(list(known), target)]: drawn.x_start, **drawn.modalities}
+        return {self.roles.sides[self.role_for(list(known), target, absent)]: drawn.x_start, **drawn.modalities}
 
     # ------------------------------------------------------------ what heads say at little noise
 

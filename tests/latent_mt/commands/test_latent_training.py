@@ -229,7 +229,7 @@ def test_golden_loss_trace(name, tmp_path):
             "model.params.mt_sides=[photo,map]",
             r"mt_sides \['photo', 'map'\], but the data's sides are \['day', 'night'\]",
         ),
-        ("model.params.mt_sides=[day]", "name the two sides"),
+        ("model.params.mt_sides=[day]", "name the sides of an item, each once, or none"),
         ("model.params.mt_swap_prob=2", "mt_swap_prob must be between 0 and 1"),
         ("model.params.mt_variant=Y", "mt_variant 'Y' is none of U, X, any"),
         ("model.params.loss_type=l3", "loss_type 'l3' is none of l1, l2"),
