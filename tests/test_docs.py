@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny import MODEL, PROCESS, ROOT, TRAINING, progress, step_folder, words
+from tiny_latent import SIZE, write_config, write_images
 
 from guided_mt import create_gaussian_diffusion
 from guided_mt.commands import sample
@@ -19,12 +21,20 @@ from guided_mt.diffusion import sampling
 from guided_mt.diffusion.sampling import SAMPLERS
 from guided_mt.errors import UserError
 from guided_mt.modalities.registry import TASKS
+from latent_mt.commands import latent_sample
 
 PAGE = (ROOT / "docs" / "new_modality.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+LATENT = "## In latent space\n"  # the section's heading
+
+
+def blocks(language: str, latent: bool = False) -> list[str]:
+    """The page's code in this language, outside the section on latent space or inside it."""
+    before, _, rest = PAGE.partition(LATENT)
+    inside, heading, after = rest.partition("\n## ")
+    text = inside if latent else before + heading + after
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -103,6 +113,49 @@ def test_the_original_scripts_say_that_they_dont_know_it(mean_colour, tmp_path):
     del TASKS["colour"]
     with pytest.raises(UserError, match=r"config.yaml: was trained with the modality 'colour'.*docs/new_modality.md"):
         sample.main(words(model_path=run, num_samples=1))
+
+
+def test_the_new_modality_in_latent_space(tmp_path, monkeypatch, capsys):
+    """As printed, each command a program of its own that imports the row; trained, resumed, and drawn from with a colour given."""
+    (yaml,), (code,), (commands,) = (blocks(language, latent=True) for language in ("yaml", "python", "sh"))
+    (tmp_path / "mean_colour.py").write_text(blocks("python")[0])
+    (tmp_path / "latent_colour.py").write_text(code)
+    images, run = write_images(tmp_path / "images"), tmp_path / "runs/colour"
+    file = write_config(tmp_path / "tiny.yaml", images, run, mt_sides=[], mt_swap_prob=0.0, mt_variant="U")
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), OmegaConf.create(yaml)), tmp_path / "colour.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(TASKS, "colour", None)  # remembered as absent
+    few = ["--steps", "2", "--out", str(tmp_path / "out")]
+
+    def program(argv: list[str]) -> None:
+        TASKS.pop("colour", None)
+        monkeypatch.delitem(sys.modules, "mean_colour", raising=False)
+        monkeypatch.setattr(sys, "argv", ["latent_colour.py", *argv])
+        runpy.run_path("latent_colour.py", run_name="__main__")
+
+    training, drawing = (shlex.split(line.removeprefix("python latent_colour.py ")) for line in commands.splitlines())
+    for steps in (2, 3):  # the second time it resumes
+        program([*training, f"run.total_steps={steps}"])
+    assert [row["step"] for row in progress(run)] == ["1", "2", "3"]
+    assert all(np.isfinite(float(row["colour"])) for row in progress(run))
+    saved = OmegaConf.load(run / "config.yaml").model.params.mt_tasks.colour
+    assert saved == {"weights": "bridge", "loss_weight": 0.05, "colour_gain": 2.0}
+
+    program([*drawing, *few])
+    given = arrays(tmp_path / "out/samples_of_colour_16.npz")
+    program([*drawing[: drawing.index("--given")], *few])
+    unknown = arrays(tmp_path / "out/samples_16.npz")
+    assert given["arr_0"].shape == (16, SIZE, SIZE, 3) and "colour" not in given
+    assert unknown["colour"].shape == (16, 3) and (given["arr_0"] != unknown["arr_0"]).any()
+
+    with pytest.raises(SystemExit) as stopped:
+        program([*drawing[: drawing.index("--given")], "--given", "colour=red"])
+    assert stopped.value.code == 2
+    assert "error: --given colour=red: write RED/GREEN/BLUE" in capsys.readouterr().err
+    del TASKS["colour"]
+    with pytest.raises(UserError, match=r"mt_tasks\.colour\.task: unknown 'colour'"):
+        latent_sample.main(["--model_path", str(run)])
 
 
 def test_what_the_page_links_to_exists():

@@ -173,7 +173,9 @@ def entered(generator: LatentGenerator, read: Mapping[str, Tensor], batch: list[
 def shown(generator: LatentGenerator, made: Mapping[str, Tensor], given: Given) -> dict[str, np.ndarray]:
     """Arrays of what was made: uint8 images by side, and those of the other modalities."""
     sides = generator.roles.sides
-    images = {name: to_nhwc(generator.latent.decode(made[name])) for name in sides if name not in given}
+    images = {
+        name: to_nhwc(generator.latent.decode(made[name])) for name in sides if name in made and name not in given
+    }
     for name, x in made.items():
         if name not in sides and name not in given:
             images = beside(images, generator.modality_of(name).arrays(x), name)

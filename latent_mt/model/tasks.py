@@ -55,8 +55,14 @@ class TaskKeys:
                 _check_number(value, f"{_WHERE}.{key}", most=1)
         _check_number(self.mt_loss_weight, f"{_WHERE}.mt_loss_weight")
         sides = list(self.mt_sides)
-        if len(sides) == 1 or len(set(sides)) != len(sides):
+        if len(sides) == 1 or not all(isinstance(side, str) for side in sides) or len(set(sides)) != len(sides):
             raise UserError(f"{_WHERE}.mt_sides {sides}: name the sides of an item, each once, or none")
+        if self.mt_tasks is not None and not isinstance(self.mt_tasks, Mapping):
+            raise UserError(
+                f"{_WHERE}.mt_tasks: write the modalities as NAME: {{key: value}}, as in masked: {{}}, not '{self.mt_tasks}'"
+            )
+        if self.mt_context_dim != -1 and self.mt_context_dim < 1:
+            raise UserError(f"{_WHERE}.mt_context_dim must be at least 1, or -1, not {self.mt_context_dim}")
 
 
 def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
@@ -68,14 +74,19 @@ def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
     for name, entry in entries.items():
         where, row = f"{_WHERE}.mt_tasks.{name}", entry.get("task", name)
         check_name(name)
-        if row not in TASKS:
+        if name in keys.mt_sides[:1]:
+            raise UserError(f"{where}: the images themselves are called {name} (mt_sides); choose another name")
+        if not isinstance(row, str) or row not in TASKS:
             raise UserError(f"{where}.task: unknown '{row}'{nearest(str(row), TASKS)}; choose from {', '.join(TASKS)}")
         own[name] = _own_options(entry, row, where)
         words["task"][name] = row
         for key, known in (("weights", keys.mt_weights), ("loss_weight", keys.mt_loss_weight)):
             words[key][name] = entry.get(key, known)
-        if words["weights"][name] not in WEIGHTS:
-            raise UserError(f"{where}.weights '{words['weights'][name]}' is none of {', '.join(WEIGHTS)}")
+        weights = words["weights"][name]
+        if not isinstance(weights, str) or weights not in WEIGHTS:
+            raise UserError(
+                f"{where}.weights '{weights}' is none of {', '.join(WEIGHTS)}{nearest(str(weights), WEIGHTS)}"
+            )
         _check_number(words["loss_weight"][name], f"{where}.loss_weight")
         if not isinstance(entry.get("absent", False), bool):
             raise UserError(f"{where}.absent takes true or false, not '{entry['absent']}'")
@@ -109,7 +120,11 @@ def _entries(keys: TaskKeys) -> dict[str, dict[str, Any]]:
         return {PAIRED: {"paired_side": keys.mt_sides[1]}}
     for name in set(written).intersection(keys.mt_sides[1:]):
         written[name].setdefault("task", PAIRED)
-    paired = {entry.get("paired_side") or n: n for n, entry in written.items() if entry.get("task", n) == PAIRED}
+    paired: dict[str, str] = {}
+    for name, entry in written.items():
+        side = entry.get("paired_side") or name
+        if entry.get("task", name) == PAIRED and paired.setdefault(side, name) != name:
+            raise UserError(f"{_WHERE}.mt_tasks.{name}: the side '{side}' is that of {paired[side]}; leave one out")
     if not keys.mt_sides:
         return {n: written[n] for n in [*paired.values(), *(n for n in written if n not in paired.values())]}
     for side in paired:
@@ -142,6 +157,11 @@ def _own_options(entry: Mapping[str, Any], row: str, where: str) -> dict[str, An
         if key in entry:
             section = next(s for s in (ModelConfig, MTConfig) if key in s.__dataclass_fields__)
             found[key] = getattr(make_section(section, {key: entry[key]}, where), key)
+    if not task.is_side and "swap_prob" in entry:
+        raise UserError(f"{where}.swap_prob: only a side can be z_0 in the image's place; leave it out")
+    if task.is_side and any(found[key] for key in task.file_options):
+        key = next(key for key in task.file_options if found[key])
+        raise UserError(f"{where}.{key}: sides come with the data here (data.params.paired); leave it out")
     if "num_classes" in task.run_options and "num_classes" not in found:
         raise UserError(f"{where}: has no num_classes, the number of the data's classes")
     return dict(found)
@@ -174,7 +194,8 @@ def _text(values: Mapping[str, Any]) -> str:
 
 
 def _check_number(value: Any, where: str, most: float = float("inf")) -> None:
-    """Raises UserError for what is no number from 0 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+    """Raises UserError for what is no finite number from 0 to `most`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= most or value == float("inf"):
         wanted = f"between 0 and {most:g}" if most < float("inf") else "at least 0"
         raise UserError(f"{where} must be {wanted}, not {value}")

@@ -1,4 +1,4 @@
-"""One latent model of three sides, a label and a masked image: everything that can be given, every side as z_0, and who is told what."""
+"""One latent model of three sides, a label and a masked image: every subset given, every side as z_0, what the network is told."""
 
 from __future__ import annotations
 
@@ -168,7 +168,9 @@ def test_absent_ones_are_told_and_not_made(variant):
     assert make(generator, ["edges"], "photo", absent=["map"]).keys() == {*SIDES, "label"} - {"map"}
     assert "'map' is to be absent, so it can't be drawn" in complaint(generator, [], "map", absent=["map"])
     assert "'map' is to be absent, so it can't be given" in complaint(generator, ["map"], absent=["map"])
-    assert "photo, map, edges are all given or absent; leave one" in complaint(generator, ["photo", "edges"], absent=["map"])
+    assert "photo, map, edges are all given or absent; leave one" in complaint(
+        generator, ["photo", "edges"], absent=["map"]
+    )
 
 
 # ---------------------------------------------------------------- checkpoints
