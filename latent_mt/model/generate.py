@@ -79,10 +79,10 @@ class LatentGenerator(Generator):
         """Why it has not; '' where it has."""
         role, config = self.roles.role_of(source), self.config
         name = self.slots(role).get(target, target)
-        if role not in self.roles.trained:
-            return f"z_0 was never {source} in this model's training ({self.roles.setting})"
         if self.model.variant == "X":
             return "the head of a form-X model was always given what it is to predict"
+        if role not in self.roles.trained:
+            return f"z_0 was never {source} in this model's training ({self.roles.setting})"
         if loss_weights(config)[name] == 0 or (self.model.variant == "any" and config.mt_given_prob == 1):
             settings = f"mt_loss_weight {loss_weights(config)[name]:g}, mt_given_prob {config.mt_given_prob:g}"
             return f"this model's head was never trained ({settings})"

@@ -76,7 +76,7 @@ def test_without_a_target_the_first_open_side_is_drawn(generator):
     assert (
         generator.role_for([]) == 0 and generator.role_for(["photo"]) == 1 and generator.role_for(["photo", "map"]) == 2
     )
-    with pytest.raises(UserError, match=r"not trained to generate no image from photo, map, edges"):
+    with pytest.raises(UserError, match=r"nothing is left to draw: photo, map, edges are all given"):
         generator.role_for(SIDES)
     with pytest.raises(UserError, match=r"'map' is given, so it can't be drawn"):
         generator.role_for(["map"], "map")
