@@ -192,9 +192,7 @@ def test_vectors_that_are_missing(tmp_path):
     assert modality.from_batch(images, SampleStreams(torch.arange(4))).isfinite().all()
     vectors[3, 1] = np.nan
     np.savez(tmp_path / "v.npz", v=vectors)
-    with pytest.raises(
-        UserError, match=r"not finite, first in row 3; a vector that is missing is a row of NaN"
-    ):
+    with pytest.raises(UserError, match=r"not finite, first in row 3; a vector that is missing is a row of NaN"):
         modality.prepare(source)
 
 
