@@ -94,6 +94,7 @@ several=(--config $configs/daynight_mt.yaml "${latent[@]}" $first.ckpt_path="$wo
 run latent_train.py "${several[@]}" run.total_steps=2 run.sample_interval=2
 run latent_train.py "${several[@]}" run.total_steps=4
 run latent_sample.py --model_path "$work/several" --given edges,label=1 --target night --steps 2
+run subsets.py --model_path "$work/several" --num_samples 2 --steps 2
 run latent_restore.py --model_path "$work/several" --data_dir "$work/pairs/val" --num_samples 2 --steps 2 --mask half
 run latent_classify.py --model_path "$work/several" --data_dir "$work/pairs/val" --draws 1
 # which also translates the other way

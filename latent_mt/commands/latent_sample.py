@@ -304,7 +304,7 @@ def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[ImageSource, i
         params["path"] = config.data_dir
     opened = instantiate({"target": data.get("target"), "params": params}, "data")
     if not isinstance(opened, StreamedData):
-        raise UserError(f"--given {config.given}: the data of this run can't be opened anew")
+        raise UserError(f"{data.get('target')}: the data of this run can't be opened anew")
     split = config.split or opened.splits[1] or opened.splits[0]
     return opened.pixel_source(split), opened.image_size
 
