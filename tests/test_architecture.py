@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbones import check_backbone
 from gaussian import JointGaussian, frechet
 from small_inception import pixels, use_small_backend
 from tiny import MODEL, PROCESS, ROOT, TRAINING, column, progress, step_folder, words
+from tiny_latent import MAPS, write_config, write_labelled_pairs
 
 from evaluations.scores.comparison import METRICS
 from guided_mt.commands import sample as sample_command
@@ -29,7 +31,9 @@ from guided_mt.diffusion.targets import TARGETS
 from guided_mt.diffusion.weighting import TIMESTEP_WEIGHTS
 from guided_mt.errors import UserError
 from guided_mt.modalities import ImageModality
-from guided_mt.networks.model import BACKBONES
+from guided_mt.networks.model import BACKBONES, VARIANTS
+from latent_mt.commands import latent_sample
+from latent_mt.data import ImageData
 
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "architecture.md").read_text()
@@ -222,45 +226,29 @@ def test_the_backbone_trains_with_heads_and_draws(program, tmp_path):
     start(["sample", *words(model_path=tmp_path / "u", num_samples=2, steps=3, device="cpu", out=tmp_path / "u.npz")])
 
 
-def test_the_backbone_sees_what_it_is_given(program):
-    """Classes, an image-like condition, and context tokens but for those that the mask leaves out."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_backbone_sees_what_it_is_given(variant, program):
     load("dit.py")
-    model = BACKBONES["dit"](
-        heads={}, image_inputs={"masked": 3}, token_inputs={"label": lambda width: torch.nn.Linear(4, width)},
-        variant="any", context_dim=16, image_size=8, num_channels=32, num_res_blocks=1, num_heads=4, class_cond=True,
-        num_classes=7, learn_sigma=True,
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([1, 2])
-    condition, context, mask = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16), torch.tensor([[True, True, False]] * 2)
+    check_backbone("dit", variant)
 
-    def output(y=y, condition=condition, context=context, mask=mask, t=t):
-        return model.output(model.features(x, t, y, context, condition, mask))
 
-    seen = output()
-    assert seen.shape == (2, 6, 8, 8)
-    changed = {"y": 1 + y, "condition": -condition, "context": -context, "mask": None, "t": t + 100}
-    for name, value in changed.items():
-        assert not torch.allclose(output(**{name: value}), seen), name
-    hidden = context.clone()
-    hidden[:, 2] = 9
-    torch.testing.assert_close(output(context=hidden), seen)
-    assert {id(parameter) for parameter in model.context_parameters()} <= {id(p) for p in model.parameters()}
+def write_idx(folder: Path) -> tuple[Path, np.ndarray]:
+    """30 images of 8x8 as MNIST's files have them, and their pixels."""
+    images, digits = pixels(30, 0)[..., 0], np.arange(30, dtype=np.uint8) % 10
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(np.array([2051, 30, 8, 8], ">i4").tobytes() + images.tobytes())
+    (folder / "train-labels-idx1-ubyte").write_bytes(np.array([2049, 30], ">i4").tobytes() + digits.tobytes())
+    return file, images
 
 
 def test_the_data_source_is_read_and_trained_on(program, tmp_path):
     load("idx.py")
-    images, digits = pixels(30, 0)[..., 0], np.arange(30, dtype=np.uint8) % 10
-    file = tmp_path / "train-images-idx3-ubyte"
-    file.write_bytes(np.array([2051, 30, 8, 8], ">i4").tobytes() + images.tobytes())
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(np.array([2049, 30], ">i4").tobytes() + digits.tobytes())
+    file, images = write_idx(tmp_path)
     source = open_source(file)
     assert len(source) == 30 and source.class_names == [str(digit) for digit in range(10)]
     np.testing.assert_array_equal(source.read(4), np.repeat(images[4][..., None], 3, axis=2))
     backwards = open_source(file, class_names=[str(digit) for digit in reversed(range(10))])
-    np.testing.assert_array_equal(backwards.labels, 9 - digits)
+    np.testing.assert_array_equal(backwards.labels, 9 - np.arange(30) % 10)
     with pytest.raises(UserError, match="class '9' is not one of the 9 saved classes"):
         open_source(file, class_names=[str(digit) for digit in range(9)])
     assert open_source("builtin:digits").path == "builtin:digits"
@@ -282,11 +270,47 @@ def test_the_metric_is_in_the_evaluators_output(program, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "Density: " in printed and "Coverage: " in printed and "k 3" in printed
     assert 0 <= found["scores"]["coverage"] <= 1
+    start(["reference.npz", "samples.npz"])
+    assert "Recall: " in (printed := capsys.readouterr().out) and "Coverage" not in printed
     start(["reference.npz", "reference.npz", "--metrics", "coverage", "--json", "same.json"])
     assert json.loads(Path("same.json").read_text())["scores"]["coverage"] == 1
     with pytest.raises(SystemExit) as stopped:
         start(["reference.npz", "samples.npz", "--metrics", "coverage", "--k", "60"])
     assert stopped.value.code == 2 and "need at least 61 images" in capsys.readouterr().err
+
+
+def test_the_rows_train_and_draw_latent_models(program, tmp_path, monkeypatch):
+    for name in ("midpoint.py", "narrow_bridge.py", "velocity.py"):
+        (tmp_path / name).write_text(block(name, "python"))
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    start, run = program("latents.py"), tmp_path / "run"
+    pairs = write_labelled_pairs(tmp_path / "pairs")
+    config = write_config(tmp_path / "tiny.yaml", pairs, run, **MAPS)
+    training, sampling = block("latents.py", "sh").splitlines()
+    assert training.startswith("python latents.py train ") and sampling.startswith("python latents.py sample ")
+    for steps in (2, 4):  # the second time it resumes
+        argv = [str(config) if word.endswith(".yaml") else word for word in shlex.split(training)[2:]]
+        start([*argv, "data.params.sides=[photo,map]", f"run.total_steps={steps}"])
+    assert [row["step"] for row in progress(run)] == ["1", "2", "3", "4"] and np.isfinite(column(run, "loss")).all()
+    trained = (run / "config.yaml").read_text()
+    assert "mt_weights: narrow-bridge" in trained and "parameterization: velocity" in trained
+    argv = [str(run) if word == "runs/camvid_mt" else word for word in shlex.split(sampling)[2:]]
+    start([*argv, *words(steps=4, device="cpu")])
+    assert len(list((run / "samples" / "map_of_photo").glob("*.png"))) == 3
+    for name in ("midpoint", "narrow_bridge", "velocity"):
+        monkeypatch.delitem(sys.modules, name)
+
+    del TARGETS["velocity"]
+    with pytest.raises(UserError, match="parameterization 'velocity' is none of"):
+        latent_sample.main(words(model_path=run, given="photo", device="cpu"))
+
+
+def test_a_row_of_sources_is_read_for_latent_models(program, tmp_path):
+    load("idx.py")
+    file, _ = write_idx(tmp_path)
+    source = ImageData(path=str(file), image_size=8, batch_size=2).pixel_source("train")
+    assert len(source) == 30 and len(source.class_names) == 10
 
 
 def test_help_lists_the_row(program, capsys):

@@ -135,11 +135,11 @@ def check_statistics(reference: ImageSet, samples: ImageSet, args: argparse.Name
 
 
 def check_counts(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
-    """Raises EvaluationError for fewer images than precision and recall need."""
+    """Raises EvaluationError for fewer images than the k-th neighbour of each needs."""
     counts, k = [images.count for images in (reference, samples) if images.count], args.k
     if min(counts) <= k:
         raise EvaluationError(
-            f"precision and recall with k = {k} need at least {k + 1} images on both sides, found {min(counts)}"
+            f"--k {k}: scores of neighbours need at least {k + 1} images on both sides, found {min(counts)}"
         )
 
 
