@@ -85,7 +85,11 @@ def true_images(config: Config, generator: LatentGenerator, weights: Path) -> tu
     if len(sides) < 2 or not generator.latent.takes(source.side_names):
         raise UserError(f"{source.path}: needs the sides {', '.join(sides)}, and a model that has several")
     loaded = load_images(source, size)
-    numbers = np.linspace(0, len(loaded.images) - 1, config.num_samples).round().astype(int).tolist()
+    whole = [row for row in range(len(loaded.images)) if all(bool(mask[row]) for mask in loaded.present.values())]
+    if len(whole) < config.num_samples:
+        raise UserError(f"{source.path}: {len(whole)} items have all sides; lower --num_samples {config.num_samples}")
+    spread = np.linspace(0, len(whole) - 1, config.num_samples).round().astype(int)
+    numbers = [whole[k] for k in spread]
     pixels = from_uint8(loaded.images[numbers].to(generator.device))
     first, others = split_sides(pixels, sides)
     labels = None if loaded.labels is None else loaded.labels[numbers].to(generator.device)

@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
         save_npz(out, {name: rows[:, i].numpy() for i, name in enumerate(names)})
         for i, name in enumerate(names):
             values = rows[:, i].double()
+            values = values[~values.isnan()]  # of an image that lacks the modality
             error = float(values.std() / np.sqrt(len(values))) if len(values) > 1 else float("nan")
             print(f"{name:24s} {values.mean():10.4f} +- {error:.4f}")
         print(f"{out}: one value per image, {count} images, {diffusion.num_timesteps} timesteps")
@@ -80,7 +81,7 @@ def bound_terms(
     config: Config, generator: Generator, diffusion: GaussianDiffusion, images: Images, streams: SampleStreams
 ) -> dict[str, torch.Tensor]:
     """Theorem 1 per image [B]: L0_prior, L1_denoising, L3_decoder and their sum in bits per dimension; L2 per modality, the mean
-    over timesteps of KL_i in the unit of its loss (mean squared error or nats)."""
+    over timesteps of KL_i in the unit of its loss (mean squared error or nats), NaN for an image that lacks it."""
     modalities, gives, x_start = generator.modalities, generator.gives, images.x_start
     data = {}
     for name, modality in modalities.items():
@@ -89,21 +90,28 @@ def bound_terms(
             data[name] = modality.enter(images.pixels * keep)
         else:
             data[name] = modality.from_batch(images, streams)
+    found = {name: modality.present(images) for name, modality in modalities.items()}
+    present = {name: mask for name, mask in found.items() if mask is not None}
     kl = {name: torch.zeros(len(x_start), device=x_start.device) for name in modalities}
 
     def on_predictions(predictions: Mapping[str, torch.Tensor], t: torch.Tensor) -> None:
         for name, modality in modalities.items():
             kl[name] += modality.loss(predictions[name], data[name]) / diffusion.num_timesteps
 
+    def encoded(name: str) -> torch.Tensor:
+        encoding = modalities[name].encode(data[name])
+        return encoding * present[name].view(-1, 1, 1, 1) if name in present else encoding
+
     terms = diffusion.calc_bpd_loop(
         generator.network_in(0, images.labels if config.class_cond else None),
         x_start,
         config.clip_denoised,
-        {"modalities": data if gives else {}},
-        encodings={} if gives else {name: m.encode(data[name]) for name, m in modalities.items()},
+        {"modalities": data if gives else {}, **({"absent": {n: ~x for n, x in present.items()}} if present else {})},
+        encodings={} if gives else {name: encoded(name) for name in modalities},
         noise_fn=lambda step: streams.normal(*x_start.shape[1:]),
         on_predictions=on_predictions,
     )
+    kl |= {name: torch.where(mask, kl[name], torch.nan) for name, mask in present.items()}
     vb = terms["vb"]
     result = {"total_bpd": terms["total_bpd"], "L0_prior_bpd": terms["prior_bpd"], "L3_decoder_bpd": vb[:, 0]}
     return result | {"L1_denoising_bpd": vb[:, 1:].sum(dim=1)} | {f"L2_{name}": values for name, values in kl.items()}

@@ -195,6 +195,12 @@ class LoadedImages(NamedTuple):
     indices: torch.Tensor
     present: Mapping[str, torch.Tensor] = MappingProxyType({})  # as `present_of`
 
+    def take(self, rows: Sequence[int]) -> LoadedImages:
+        """Some of them."""
+        labels = None if self.labels is None else self.labels[rows]
+        present = {name: mask[rows] for name, mask in self.present.items()}
+        return LoadedImages(self.images[rows], labels, [self.names[i] for i in rows], self.indices[rows], present)
+
 
 def load_images(source: ImageSource, image_size: int, limit: int | None = None, offset: int = 0) -> LoadedImages:
     """Images number offset to offset + limit (None: to the end), centre-cropped, in order, for evaluation.

@@ -18,7 +18,6 @@ from ..diffusion.respacing import create_gaussian_diffusion
 from ..diffusion.schedules import get_named_beta_schedule
 from ..errors import UserError, nearest
 from ..modalities import Modality, Pixels, Space
-from ..modalities.names import check_name
 from ..modalities.registry import TASKS
 from ..modalities.roles import variance_name
 from ..modalities.row_config import RowConfig, split_names
@@ -142,6 +141,8 @@ def check_tasks(config: Config) -> None:
     """Raises UserError for modalities and flags that contradict each other."""
     names = task_names(config)
     loss_weights(config), weights_names(config), absent_names(config)
+    if config.mt_swap_prob not in ("", "0") and not roles_of(config).slots:
+        raise UserError(f"--mt_swap_prob {config.mt_swap_prob}: there is no paired image (--mt_task paired) to be z_0")
     predicted = [name for name in names if row_of(config, name).needs_labels]
     if config.class_cond and predicted:
         raise UserError(
@@ -155,11 +156,11 @@ def check_tasks(config: Config) -> None:
 
 def complete(config: Config) -> None:
     """Fill in what the flags leave open. Raises UserError for files that can't be read."""
-    task_names(config)
-    named = split_names(config.mt_task).items()
-    config[MTConfig].mt_task = ",".join(name if name == row else f"{name}:{row}" for name, row in named) or "none"
+    names, rows = task_names(config), split_names(config.mt_task)
+    words = [name if name == rows[name] else f"{name}:{rows[name]}" for name in names]
+    config[MTConfig].mt_task = ",".join(words) or "none"
     config[MTConfig].mt_variant = variant_of(config)
-    for name in task_names(config):
+    for name in names:
         fill_in = row_of(config, name).complete
         if fill_in is not None:
             fill_in(row_config(config, name))
@@ -242,7 +243,6 @@ def build_modalities(config: Config, model: MTModel | None = None, space: Space 
     made = {}
     for name in task_names(config):
         made[name] = modality = row_of(config, name).modality(row_config(config, name, space), None)
-        check_name(name)
         modality.name = name  # that of a row of one's own may be fixed
         modality.use_space(space)
     if model is not None:

@@ -19,6 +19,7 @@ from ..diffusion.random import SampleStreams, Stream
 from ..diffusion.sampling import Sample
 from ..errors import UserError, nearest
 from ..modalities import ImageModality, Modality, Pixels, Space
+from ..modalities.registry import mask_patch
 from ..modalities.settings import roles_of, weights_names
 from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
@@ -87,9 +88,9 @@ class Generator:
 
     @property
     def mask_patch(self) -> int:
-        """The side of a masked patch in pixels, as in training."""
+        """The side of a masked patch in pixels, as in training; for a model without masked images what `--mask_patch` says."""
         masks = [modality.patch for modality in self.modalities.values() if modality.is_mask]  # type: ignore[attr-defined]
-        return masks[0] if masks else max(1, self.config.image_size // 4)
+        return masks[0] if masks else mask_patch(getattr(self.config, "mask_patch", -1), self.config.image_size)
 
     @property
     def gives(self) -> bool:

@@ -79,6 +79,11 @@ class Modality:
     def use_variance(self, variance: Tensor) -> None:
         """Called with the tracked squared error of its head v_t [T], where it `tracks_variance`."""
 
+    @property
+    def loads(self) -> bool:
+        """Whether its data lie beside the training images (`load`), so that other images have none."""
+        return type(self).load is not Modality.load
+
     def prepare(self, images: ImageSource) -> None:
         """Called before training with the images, and with those of validation where there are some.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,7 +75,8 @@ class Task:
     modality(config, variance): variance is that of its head, None until it is known (`Modality.use_variance`).
     head(config, backbone, process): the process is the one on all timesteps. tokens(config, width): the module that
     turns x into tokens, for a modality without pixels; without it x is an element of Z and enters as an image. needs_labels:
-    whether the images must have classes. is_side: whether x is another image of the same thing, which can be z_0 as well.
+    whether the images must have classes. is_side: whether x is another image of the same thing, which can be z_0 as well; its
+    options are those of PairedConfig, and perhaps more.
     complete(config): fills in what its flags leave open. sees_plain_noise(config): whether form X, when it is given this modality,
     is at times trained with nothing in its place, a zero image, so that it is a model of plain noisy images too. run_options:
     options of the run that say something of this modality alone. file_options: flags that name files, which may have moved when a
@@ -95,15 +95,15 @@ class Task:
     file_options: tuple[str, ...] = ()
 
 
-def mask_patch(config: Any) -> int:
+def mask_patch(given: int, image_size: int) -> int:
     """The side of a masked patch in pixels: a quarter of the image (16 at the paper's 64) unless given."""
-    return config.mask_patch if config.mask_patch > 0 else max(1, config.image_size // 4)
+    return given if given > 0 else max(1, image_size // 4)
 
 
 def _masked_image(config: RowConfig, variance: Tensor | None) -> Modality:
     return MaskedImage(
         config.name,
-        patch=mask_patch(config),
+        patch=mask_patch(config.mask_patch, config.image_size),
         max_patches=config.mask_max_patches,
         full_prob=config.mask_full_prob,
         variance=variance,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -24,7 +24,6 @@ class Roles:
     sides: tuple[str, ...] = ("image",)
     slots: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
-    _bounds: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
@@ -45,11 +44,12 @@ class Roles:
 
     def draw(self, streams: SampleStreams) -> Tensor:
         """Each sample's role in training, int64 [B]."""
-        u = streams.uniform().contiguous()
-        if u.device not in self._bounds:  # copied once, so that a training step never waits for the host
-            self._bounds[u.device] = torch.tensor(self.shares, device=u.device).cumsum(0)
-        index = torch.bucketize(u.contiguous(), self._bounds[u.device], right=True)  # of the first bound above u
-        return torch.where(index < len(self.shares), index + 1, 0)
+        u, below = streams.uniform(), 0.0
+        role = torch.zeros_like(u, dtype=torch.int64)
+        for k, share in enumerate(self.shares, 1):  # of sides, not of samples
+            role = torch.where((u >= below) & (u < below + share), k, role)
+            below += share
+        return role
 
     def possible(self, role: Tensor, present: Mapping[str, Tensor]) -> Tensor:
         """`role` [B], 0 where the side that it makes z_0 is not `present` {modality: bool [B]}."""

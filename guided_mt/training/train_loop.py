@@ -212,9 +212,12 @@ class TrainLoop(Loop):
         images = take_images(loaded, slice(None), self.modalities, self.device, self.source.side_names)
         y = images.labels if self.config.class_cond else None
         seeds = range(len(images.x_start))
+        whole = {name: _all_have(modality.present(images)) for name, modality in self.modalities.items()}
         given = images.sides if self.model.variant == "X" else {}  # which form X always is
+        if given and not all(whole[name] for name in self.roles.slots):
+            return make_grid(to_nhwc(torch.cat([images.x_start, *given.values()])), columns=len(seeds))
         rows = [generator.draw(seeds, settings, given, labels=y).x_start]
-        trained = self.modalities if self.config.mt_drop_prob < 1 else {}  # else no head is
+        trained = {name: m for name, m in self.modalities.items() if whole[name] and self.config.mt_drop_prob < 1}
         for name, modality in trained.items():
             streams = SampleStreams(torch.tensor(seeds), index=Stream.PREVIEW, device=self.device)
             x = modality.from_batch(images, streams)
@@ -222,6 +225,10 @@ class TrainLoop(Loop):
             rows += [images.x_start, *([] if picture is None else [picture])]
             rows += [generator.draw(seeds, settings, {**given, name: x}, labels=y).x_start]
         return make_grid(to_nhwc(torch.cat(rows)), columns=len(seeds))
+
+
+def _all_have(present: Tensor | None) -> bool:
+    return present is None or bool(present.all())
 
 
 def find_absent(config: Config, modalities: Mapping[str, Modality], processes: Processes) -> None:

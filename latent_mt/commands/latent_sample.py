@@ -28,7 +28,7 @@ from guided_mt.data.dataset import LoadedImages
 from guided_mt.data.images import from_uint8, make_grid, save_png, to_nhwc
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError, nearest
-from guided_mt.generation.batches import split_sides
+from guided_mt.generation.batches import load_beside, split_sides
 from guided_mt.generation.generate import parse_seeds, samples_folder
 from guided_mt.generation.sharded import content_hash, run_sharded
 from guided_mt.modalities import Images
@@ -204,12 +204,13 @@ def of_data(
     found = list(data.side_names or (sides[0],))
     if generator.roles.slots and not generator.latent.takes(found):
         raise UserError(f"{data.path}: its sides are {' and '.join(found)}, but the model's are {' and '.join(sides)}")
-    loaded = load_images(data, size, limit=config.num_samples if config.num_samples > 0 else None)
-    count = len(loaded.images)
-    seeds, read = parse_seeds(config.seeds, count), known_values(given, generator, count)
     for modality in generator.modalities.values():
         if modality.name in given.names and modality.name not in generator.roles.slots:
             modality.prepare(data)
+    loaded = load_images(data, size, limit=config.num_samples if config.num_samples > 0 else None)
+    loaded = having(given, generator, loaded, data.path)
+    count = len(loaded.images)
+    seeds, read = parse_seeds(config.seeds, count), known_values(given, generator, count)
     stems = unique_stems(loaded.names, data.path)
     pixels = dict(zip(sides, loaded.images.chunk(max(1, len(data.side_names)), dim=1), strict=False))
     truth = {side: images.permute(0, 2, 3, 1).numpy() for side, images in pixels.items()}
@@ -243,8 +244,26 @@ def of_data(
             print(f"{out / name}.npz: {described}, and {out / name}/ with as many PNG files")
             print(f"{out / name}.png: rows {', '.join([*titles, *(f'{side} ({route})' for side in made)])}")
     if processes.is_main:
-        for side in open_sides:
+        for side in [side for side in open_sides if bool(loaded.present.get(side, torch.ones(1)).all())]:
             write_truth(out, side, data, loaded.indices.tolist(), stems, truth[side], size)
+
+
+def having(given: Given, generator: LatentGenerator, loaded: LoadedImages, path: str) -> LoadedImages:
+    """Those items that have all that is to be given of them. Raises UserError where none has."""
+    roles, labels = generator.roles, loaded.labels
+    masks = [loaded.present[name] for name in given.names if name in loaded.present]
+    others = {n: m for n, m in generator.modalities.items() if n in given.names and n not in roles.slots}
+    beside = load_beside(others, loaded.indices.numpy())
+    images = Images(loaded.images, labels, beside, present=dict(loaded.present))
+    masks += [mask for modality in others.values() if (mask := modality.present(images)) is not None]
+    rows = [row for row in range(len(loaded.images)) if all(bool(mask[row]) for mask in masks)]
+    if not rows:
+        raise UserError(
+            f"{path}: no item has {', '.join(given.names)}; leave out what is missing, or take another --split"
+        )
+    if len(rows) < len(loaded.images):
+        print(f"# {len(loaded.images) - len(rows)} items are left out, which lack some of {', '.join(given.names)}")
+    return loaded.take(rows)
 
 
 def taken(
@@ -257,9 +276,10 @@ def taken(
     z = {name: model.encode(side) for name, side in {sides[0]: image, **others}.items() if name in given.names}
     labels = None if loaded.labels is None else loaded.labels[batch].to(generator.device)
     streams = SampleStreams(torch.as_tensor(seeds), index=Stream.INPUT, device=generator.device)
-    images = Images(pixels, labels, image=image)
-    names = [name for name in generator.modalities if name in given.names and name not in z]
-    return z | {name: generator.modalities[name].from_batch(images, streams) for name in names}
+    left = {n: m for n, m in generator.modalities.items() if n in given.names and n not in z}
+    beside = load_beside(left, loaded.indices[batch].numpy())
+    images = Images(pixels, labels, {name: x.to(generator.device) for name, x in beside.items()}, image=image)
+    return z | {name: modality.from_batch(images, streams) for name, modality in left.items()}
 
 
 def _routes(
@@ -329,8 +349,9 @@ def of_values(
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
-        conditioned = LatentGenerator(model, class_condition(model, own, config.class_id), generator.classes)
-        made = (conditioned if model.conditioning_key or not generator.modalities else generator).made_from(
+        conditions = class_condition(model, own, config.class_id)
+        drawer = LatentGenerator(model, conditions, generator.classes) if conditions else generator
+        made = drawer.made_from(
             entered(generator, read, batch),
             own,
             config[LatentSampleConfig],

@@ -17,8 +17,13 @@ from ..data import PairSource
 
 
 def unique_stems(names: Sequence[str], path: str) -> list[str]:
-    """File names without folder and suffix. Raises UserError where two are the same."""
+    """File names without folder and suffix, or after their folders where two would be the same: CLASS_NAME of CLASS/NAME.jpg.
+
+    Raises UserError where two are the same even then.
+    """
     stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):
+        stems = [str(Path(name).with_suffix("")).replace("/", "_") for name in names]
     twice = next((stem for stem, count in Counter(stems).items() if count > 1), None)
     if twice is not None:
         raise UserError(

@@ -141,7 +141,7 @@ def preview_grid(model: LatentMTDiffusion, data: Any) -> np.ndarray | None:
             rows.append(model.decode(generator.draw(seeds, settings, others).x_start))
         for name in sorted(names):
             modality = generator.modalities[name]
-            if (modality.is_class and (labels is None or bool((labels < 0).any()))) or _needs_file(modality):
+            if modality.loads or (modality.is_class and (labels is None or bool((labels < 0).any()))):
                 continue
             streams = SampleStreams(torch.tensor(seeds), index=Stream.PREVIEW, device=generator.device)
             x = modality.from_batch(batch, streams)
@@ -155,8 +155,3 @@ def preview_grid(model: LatentMTDiffusion, data: Any) -> np.ndarray | None:
         made = generator.made_from({}, seeds, settings)
         rows += [model.decode(made[side]) for side in roles.sides]
     return make_grid(to_nhwc(torch.cat(rows)), columns=len(seeds)) if rows else None
-
-
-def _needs_file(modality: Any) -> bool:
-    """Whether its data lie beside the training images, so that others have none."""
-    return bool(getattr(modality, "file", ""))

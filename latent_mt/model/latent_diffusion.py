@@ -141,7 +141,7 @@ class LatentMTDiffusion(LatentCodec):
         unet = unet_keywords(unet_config)
         self.config = config = read_tasks(keys, num_channels=unet["model_channels"], precision=unet["precision"])
         complete(config)
-        self.roles, self.modality_names = roles_of(config), task_names(config)
+        self.roles, self.modality_names, self.loss_weight = roles_of(config), task_names(config), loss_weights(config)
         self.sides = self.roles.sides if self.roles.slots else ()
         self.channels, self.size, self.l_simple_weight = channels, image_size, l_simple_weight
         self.cond_stage_key, self.first_stage_key = cond_stage_key, first_stage_key
@@ -158,7 +158,7 @@ class LatentMTDiffusion(LatentCodec):
             loss_type=LOSSES[loss_type],
             aggregation=Aggregation.from_weights(weights_names(config), betas),
         )
-        network = build_network(unet_config, config, self.diffusion, self)
+        network = build_network(unet, config, self.diffusion, self)
         self.model = DiffusionWrapper(network, self.conditioning_key)
         self._add_first_stage(first_stage_config)
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
@@ -224,7 +224,7 @@ class LatentMTDiffusion(LatentCodec):
             noise,
             streams,
             variant=self.network.variant,
-            loss_weight=loss_weights(config),
+            loss_weight=self.loss_weight,
             drop_prob=config.mt_drop_prob,
             given_prob=config.mt_given_prob,
             model_kwargs=kwargs,

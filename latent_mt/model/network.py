@@ -62,12 +62,12 @@ def _first(*tensors: Tensor | None) -> Tensor:
     return next(x for x in tensors if x is not None)
 
 
-def build_network(unet_config: Mapping[str, Any], config: Config, process: GaussianDiffusion, space: Space) -> MTModel:
-    """The U-Net that `unet_config` describes, with the heads and inputs of the modalities of `config`, for latents of `space`.
+def build_network(unet: Mapping[str, Any], config: Config, process: GaussianDiffusion, space: Space) -> MTModel:
+    """The U-Net of these `unet_keywords`, with the heads and inputs of the modalities of `config`, for latents of `space`.
 
-    process: on all timesteps. Raises UserError for what is no U-Net and for classes where the role takes their place.
+    process: on all timesteps. Raises UserError for classes where the role takes their place.
     """
-    options, roles = unet_keywords(unet_config), roles_of(config)
+    options, roles = dict(unet), roles_of(config)
     if roles.told:
         if options["num_classes"] is not None:
             raise UserError(

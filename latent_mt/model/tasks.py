@@ -24,7 +24,7 @@ from guided_mt.modalities.settings import MTConfig
 from guided_mt.networks.model import VARIANTS
 from guided_mt.runs.config import Config, ModelConfig, make_section
 
-PAIRED = "paired"  # the one modality of a model of pairs
+PAIRED = "paired"  # the row of a side that names none, and the one modality of a model of pairs
 _OWN = ("task", "weights", "loss_weight", "swap_prob", "absent")
 _WHERE = "model.params"
 
@@ -123,7 +123,7 @@ def _entries(keys: TaskKeys) -> dict[str, dict[str, Any]]:
     paired: dict[str, str] = {}
     for name, entry in written.items():
         side = entry.get("paired_side") or name
-        if entry.get("task", name) == PAIRED and paired.setdefault(side, name) != name:
+        if _is_side(name, entry) and paired.setdefault(side, name) != name:
             raise UserError(f"{_WHERE}.mt_tasks.{name}: the side '{side}' is that of {paired[side]}; leave one out")
     if not keys.mt_sides:
         return {n: written[n] for n in [*paired.values(), *(n for n in written if n not in paired.values())]}
@@ -137,11 +137,16 @@ def _entries(keys: TaskKeys) -> dict[str, dict[str, Any]]:
         paired.get(side, side): written.pop(paired.get(side, side), {"task": PAIRED}) for side in keys.mt_sides[1:]
     }
     for name, entry in sides.items():
-        if entry.get("task", name) != PAIRED:
+        if not _is_side(name, entry):
             raise UserError(
                 f"{_WHERE}.mt_tasks.{name}: is a side of mt_sides, so its task is {PAIRED}, not {entry['task']}"
             )
     return sides | written
+
+
+def _is_side(name: str, entry: Mapping[str, Any]) -> bool:
+    row = entry.get("task", name)
+    return isinstance(row, str) and row in TASKS and TASKS[row].is_side
 
 
 def _own_options(entry: Mapping[str, Any], row: str, where: str) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def _own_options(entry: Mapping[str, Any], row: str, where: str) -> dict[str, An
 
 def _shares(keys: TaskKeys, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """{modality: how often its image is z_0} of the sides."""
-    slots = [name for name, entry in entries.items() if entry.get("task", name) == PAIRED]
+    slots = [name for name, entry in entries.items() if _is_side(name, entry)]
     given = keys.mt_swap_prob
     if isinstance(given, Mapping):
         names = {entries[name].get("paired_side") or name: name for name in slots}

@@ -15,6 +15,7 @@ from guided_mt.data import Batch
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
 from guided_mt.generation.batches import load_beside
+from guided_mt.modalities.settings import absent_names
 from guided_mt.runs import checkpoint
 from guided_mt.training.averages import QUARTILES, Averages
 from guided_mt.training.optim import guard_step
@@ -54,9 +55,9 @@ class LatentTraining(TrainedModule):
     # ------------------------------------------------------------ a step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.dropout and batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.seed_dropout()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            if self.dropout:
+                self.seed_dropout()
             for modality in self.model.modalities.values():
                 modality.before_step(self.steps_done, self.processes)
         for name, beside in load_beside(self.model.modalities, batch.indices.numpy()).items():
@@ -115,14 +116,7 @@ class LatentTraining(TrainedModule):
         super().prepare(data, resumed)
         self.model.random_flip = data.random_flip
         self.model.first_stage_model.eval()
-        for modality in self.model.modalities.values():
-            modality.prepare(data.source)
-            beside_training = (
-                modality.load(np.zeros(0, dtype=np.int64)) is not None
-            )  # a file that says nothing of other images
-            if data.val_source is not None and not beside_training:
-                modality.prepare(data.val_source)
-        self._check_absent()
+        self._prepare_modalities(data)
         self.averages = Averages(
             ["loss", *self.model.terms, *(f"rms_{name}" for name in self.encoded)],
             self.model.diffusion.num_timesteps,
@@ -131,11 +125,16 @@ class LatentTraining(TrainedModule):
         if not self.model.scale_known and not resumed:
             self._measure_scale(data)
 
-    def _check_absent(self) -> None:
-        """Raises UserError where some of the data lack a modality and the network can't be told so."""
-        network, modalities = self.model.network, self.model.modalities
-        for name in [name for name, modality in modalities.items() if modality.partly]:
-            if name not in network.indicated and name not in network.context_in:
+    def _prepare_modalities(self, data: Any) -> None:
+        """Show them the data. Raises UserError where some of the data lack a modality and the file doesn't say so."""
+        network, declared = self.model.network, absent_names(self.model.config)
+        for name, modality in self.model.modalities.items():
+            modality.prepare(data.source)
+            undeclared = modality.partly and name not in declared
+            if data.val_source is not None and not modality.loads:
+                modality.prepare(data.val_source)
+            told = name in network.indicated or name in network.context_in
+            if undeclared or (modality.partly and not told):
                 raise UserError(
                     f"model.params.mt_tasks.{name}: some of the data have none of it; write absent: true there, so that the "
                     "network is told which"
@@ -196,7 +195,7 @@ class LatentTraining(TrainedModule):
     def _without_files(self, batch: Batch) -> Batch:
         """The batch with those modalities absent whose files are beside the training images."""
         streams = SampleStreams(batch.positions, device=self.device)
-        for name in load_beside(self.model.modalities, batch.indices.numpy()[:0]):
+        for name in [name for name, modality in self.model.modalities.items() if modality.loads]:
             batch.loaded[name] = self.model.modalities[name].prior(self.model.shape, streams)
             batch.present[name] = torch.zeros_like(batch.positions, dtype=torch.bool)
         return batch
@@ -207,9 +206,11 @@ class LatentTraining(TrainedModule):
         kept = {name: modality.state_dict() for name, modality in self.model.modalities.items()}
         for modality in self.model.modalities.values():
             modality.load_state_dict({})
-        yield
-        for name, modality in self.model.modalities.items():
-            modality.load_state_dict(kept[name])
+        try:
+            yield
+        finally:
+            for name, modality in self.model.modalities.items():
+                modality.load_state_dict(kept[name])
 
     def preview(self) -> np.ndarray | None:
         with self.with_averages(), self._encoding_anew():

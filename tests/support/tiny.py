@@ -157,6 +157,18 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+def assert_near(
+    wanted: list[dict[str, str]], found: list[dict[str, str]], *, rel: float, loose: tuple[str, ...], loose_rel: float
+) -> None:
+    """Rows of two progress.csv alike to rounding; columns that begin with one of `loose` to `loose_rel`."""
+    assert len(wanted) == len(found)
+    for row, other in zip(wanted, found, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            near = {"rel": loose_rel, "abs": 1e-5} if name.startswith(loose) else {"rel": rel, "abs": 1e-9}
+            assert float(other[name] or "nan") == pytest.approx(float(value or "nan"), **near, nan_ok=True), name
+
+
 def adm_unet(seed: int = 0, **values: Any) -> UNetModel:
     """A plain U-Net of the tiny runs' size with no zero-initialised layers, as a trained one has none."""
     torch.manual_seed(seed)

@@ -20,6 +20,11 @@ def untrained(**values: Any) -> Generator:
     return Generator(config, build_model(config), build_modalities(config), None)
 
 
+def test_the_patches_of_masks_are_those_of_training_or_what_is_asked_for():
+    assert untrained(mt_task="masked", mask_patch=3).mask_patch == 3 and untrained(mt_task="masked").mask_patch == 2
+    assert untrained(mt_task="none").mask_patch == 2 and untrained(mt_task="none", mask_patch=5).mask_patch == 5
+
+
 def test_a_default_of_form_x_is_independent_of_the_samples_class(monkeypatch):
     """Where both are drawn from one stream, the label at random is the class."""
     seeds, given = range(200), {}

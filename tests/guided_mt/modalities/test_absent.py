@@ -12,7 +12,7 @@ from test_mixture import APART, LABELS, SHAPE, N, assert_classes, assert_frequen
 from test_samplers import SOUND_WEIGHTS
 from tiny import DIGITS, flags, negatives, progress, words
 
-from guided_mt.commands import sample, train
+from guided_mt.commands import nll, sample, train
 from guided_mt.data import open_source
 from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
@@ -219,6 +219,12 @@ def test_data_with_different_annotations_train_one_model(variant, partly, tmp_pa
     train.main(flags(**settings))
     assert "# mt_absent label,paired: some of the images have none" in capsys.readouterr().out
     assert all(np.isfinite(float(row["loss"])) for row in progress(tmp_path / "run"))
+    source = f"{partly / 'digits.npz'},{partly / 'more.npz'}"
+    bound = words(model_path=tmp_path / "run", data_dir=source, num_samples=1437, timestep_respacing=1, batch_size=512)
+    nll.main([*bound, "--out", str(tmp_path / "nll.npz"), "--device", "cpu"])
+    with np.load(tmp_path / "nll.npz") as file:
+        assert np.isnan(file["L2_label"]).sum() == 479 and np.isfinite(file["total_bpd"]).all()
+        assert 0 < np.isnan(file["L2_paired"]).sum() < 1437
     out = tmp_path / "out.npz"
     drawn = words(model_path=tmp_path / "run", out=out, num_samples=3, steps=2, device="cpu", absent="paired,label")
     if variant != "X":

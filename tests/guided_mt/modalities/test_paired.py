@@ -63,6 +63,7 @@ def test_the_bound_knows_the_other_images(run, tmp_path):
 
 
 BAD = [
+    ({"mt_task": "masked", "mt_swap_prob": "0.5"}, r"--mt_swap_prob 0.5: there is no paired image .--mt_task paired. to be z_0"),
     ({"mt_task": "paired"}, r"--paired_dir is missing: the folder or archive with the images of --mt_task paired"),
     ({"mt_task": "a:paired,b:paired", "paired_dir": "a=nowhere"}, r"nowhere: no such file or folder"),
     ({"mt_task": "a:paired,b:paired", "paired_dir": "a=builtin:digits"}, r"--paired_dir is missing: .* of --mt_task b"),

@@ -383,8 +383,9 @@ def test_bad_files(run, streets, tmp_path):
 
 def test_two_images_of_one_name(tmp_path):
     assert latent_sample.unique_stems(["a/1.png", "b/2.png"], "x") == ["1", "2"]
-    with pytest.raises(UserError, match="x: two images are called 1"):
-        latent_sample.unique_stems(["a/1.png", "b/1.jpg"], "x")
+    assert latent_sample.unique_stems(["a/1.png", "b/1.jpg"], "x") == ["a_1", "b_1"]
+    with pytest.raises(UserError, match="x: two images are called a_1"):
+        latent_sample.unique_stems(["a/1.png", "a/1.jpg"], "x")
 
 
 def test_drawing_is_in_eval_mode_and_without_gradients(run):

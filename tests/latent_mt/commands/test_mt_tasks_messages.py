@@ -13,6 +13,7 @@ from tiny_latent import SIZE, random_model, train, write_run
 from tiny_tasks import COUNT, SIDES, write_data, write_tasks
 
 from guided_mt.errors import UserError
+from guided_mt.networks.model import VARIANTS
 from latent_mt.commands import latent_sample
 from latent_mt.first_stage.latents import write_cache
 from latent_mt.runs.configuration import load_config
@@ -150,14 +151,27 @@ def partly(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("variant", ["U", "X"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_absent_ones_have_to_be_said(variant, partly, tmp_path):
-    """In forms U and X, whose network has no way to tell them otherwise."""
+    """Only then the network can be told, and only what was said can be drawn as absent."""
     text = refused(partly, tmp_path, mt_tasks={"paired": {}}, mt_variant=variant)
     assert f"{TASKS}.paired: some of the data have none of it; write absent: true there" in text
     told = {"mt_tasks": {"paired": {"absent": True}}, "mt_variant": variant}
     train(write_tasks(tmp_path / "b.yaml", partly, tmp_path / "b", {"total_steps": 1}, **told))
-    train(write_tasks(tmp_path / "c.yaml", partly, tmp_path / "c", {"total_steps": 1}, mt_tasks={"paired": {}}))  # any
+
+
+def test_items_that_lack_what_is_to_be_given_are_left_out(partly, tmp_path, capsys):
+    """A grey picture in the place of one that is missing would be taken for it."""
+    told = {"mt_tasks": {"paired": {"absent": True}}, "mt_variant": "any", "mt_swap_prob": 0.5}
+    train(write_tasks(tmp_path / "a.yaml", partly, tmp_path / "a", {"total_steps": 1}, **told))
+    words = ["--model_path", str(tmp_path / "a"), "--split", "train", "--steps", "1", "--device", "cpu"]
+    for given, target, count in (("paired", "image", COUNT - 1), ("image", "paired", COUNT)):
+        latent_sample.main([*words, "--given", given, "--route", "generate", "--out", str(tmp_path / given)])
+        with np.load(tmp_path / given / f"{target}_of_{given}.npz") as file:
+            assert len(file["arr_0"]) == count
+        said = "# 1 items are left out, which lack some of paired"
+        assert (said in capsys.readouterr().out) == (given == "paired")
+        assert (tmp_path / given / f"{target}_truth.npz").exists() == (target == "image")
 
 
 def test_stored_latents_hold_no_picture_to_mask(folder, tmp_path):
