@@ -6,12 +6,11 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT, complaint_of
 from PIL import Image
 
@@ -285,8 +284,8 @@ def test_refused_steps(tmp_path):
 
 def test_as_a_program_from_another_folder(tmp_path):
     save(tmp_path / "p.npz")
-    done = subprocess.run([sys.executable, str(SCRIPT), "p.npz"], cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(SCRIPT, ["p.npz"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Top-1 accuracy: 0.")
-    done = subprocess.run([sys.executable, str(SCRIPT), "none.npz"], cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(SCRIPT, ["none.npz"], cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: none.npz: ") and done.stderr.count("\n") == 1

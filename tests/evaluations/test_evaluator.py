@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT
 from PIL import Image
 from small_inception import WIDTH, SmallBackend, pixels, use_small_backend
@@ -23,6 +24,8 @@ from evaluations.features import dinov2, moments, reference
 from evaluations.files.images import open_images
 from evaluations.scores import comparison
 from evaluations.scores.kid import kernel_distance
+
+EVALUATOR = ROOT / "evaluations" / "evaluator.py"
 
 
 @pytest.fixture
@@ -295,13 +298,7 @@ def test_features_that_are_not_finite_stop_it(small, files, monkeypatch):
 )
 def test_bad_input_is_one_line_and_exit_code_2(files, argv, message):
     argv = [word.format(ref=files.ref, samples=files.samples) for word in argv]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "evaluations" / "evaluator.py"), *argv],
-        capture_output=True,
-        text=True,
-        cwd=files.folder,
-        timeout=120,
-    )
+    result = warm.run(EVALUATOR, argv, cwd=files.folder)
     lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1
@@ -313,13 +310,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, argv, message):
 def test_the_published_weights_are_named_where_they_cannot_be_had(files):
     environment = {"MT_DIFFUSION_CACHE": str(files.folder / "c"), "TORCH_HOME": str(files.folder / "t")}
     environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "evaluations" / "evaluator.py"), str(files.ref), str(files.samples)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+    result = warm.run(EVALUATOR, [files.ref, files.samples], env=environment)
     assert result.returncode == 2
     assert "put weights-inception-2015-12-05-6726825d.pth into" in result.stderr.splitlines()[-1]
     assert str(files.folder / "c") in result.stderr.splitlines()[-1]
@@ -379,15 +370,15 @@ def test_fd_dinov2_resizes_as_published(files, monkeypatch):
     ],
 )
 def test_a_missing_package_is_one_line_with_the_way_to_it(files, missing, flags, package):
-    code = f"import sys; sys.modules[{missing!r}] = None\nfrom evaluations.evaluator import console\nconsole()\n"
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(files.ref), str(files.samples), *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={"MT_DIFFUSION_CACHE": str(files.folder / "c"), "TORCH_HOME": str(files.folder), "PATH": "/usr/bin:/bin"},
-        timeout=120,
+    program = files.folder / "program.py"
+    program.write_text(
+        "import sys\n"
+        f"for name in [{missing!r}, *sys.modules]:\n"
+        f"    if name.split('.')[0] == {missing!r}: sys.modules[name] = None\n"
+        "from evaluations.evaluator import console\nconsole()\n"
     )
+    environment = {"MT_DIFFUSION_CACHE": str(files.folder / "c"), "TORCH_HOME": str(files.folder)}
+    result = warm.run(program, [files.ref, files.samples, *flags], env={**environment, "PATH": "/usr/bin:/bin"})
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
     assert package in line

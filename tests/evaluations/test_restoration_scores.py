@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT
 from scipy.ndimage import gaussian_filter
 
@@ -564,17 +565,14 @@ def test_bad_paper(content, message, tmp_path):
 def test_as_a_program(tmp_path):
     """From another folder: numbers on stdout and code 0; one line on stderr and code 2; --help without torch."""
 
-    def program(*argv: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        command = [sys.executable, *options, SCRIPT, *argv]
-        return subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
-    good = program(save(tmp_path / "good.npz"), "--metrics", "mse,mae")
+    good = warm.run(SCRIPT, [save(tmp_path / "good.npz"), "--metrics", "mse,mae"], cwd=tmp_path)
     assert (good.returncode, good.stderr) == (0, "")
     assert good.stdout.startswith("mean squared error, masked region")
-    bad = program("missing.npz")
+    bad = warm.run(SCRIPT, ["missing.npz"], cwd=tmp_path)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "error: missing.npz: no such file; scripts/image_restore.py writes them\n"
-    usage = program("--help", options=("-X", "importtime"))
+    command = [sys.executable, "-X", "importtime", SCRIPT, "--help"]
+    usage = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert usage.returncode == 0 and "--table_metric" in usage.stdout
     imported = {line.split("|")[-1].strip() for line in usage.stderr.splitlines()}
     assert "numpy" in imported and not {"torch", "lpips", "torchmetrics"} & imported

@@ -6,14 +6,13 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT, complaint_of
 from PIL import Image
 
@@ -414,13 +413,13 @@ def test_as_a_program_from_another_folder(tmp_path, classes):
     truth = with_void(maps(0))
     write(tmp_path / "pred", painted(truth))
     write(tmp_path / "ref", truth)
-    command = [sys.executable, str(script), "pred", "ref", "--classes", "classes.txt"]
-    done = subprocess.run([*command, "--table"], cwd=tmp_path, capture_output=True, text=True)
+    options = ["ref", "--classes", "classes.txt"]
+    done = warm.run(script, ["pred", *options, "--table"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"pix2pix \(quoted, Cityscapes\) +0\.85 +0\.40 +0\.32", done.stdout)
     assert re.search(r"InternImage-H \(quoted, Cityscapes\) +- +- +0\.86", done.stdout)
     assert re.search(r"this run \(classes\.txt\) +1\.00 +1\.00 +1\.00", done.stdout)
-    done = subprocess.run([*command[:3], "none", *command[4:]], cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(script, ["pred", "none", *options[1:]], cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: none: ") and done.stderr.count("\n") == 1
 

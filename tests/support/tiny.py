@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from guided_mt.data import open_source
@@ -26,6 +28,7 @@ MODEL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult
 PROCESS = {"diffusion_steps": 40, "noise_schedule": "cosine", "learn_sigma": True}
 TRAINING = {"data_dir": "builtin:digits", "global_batch_size": 8, "log_interval": 1, "device": "cpu"}
 DIGITS = 1437  # images of builtin:digits
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # Open MPI asks root to say so
 TIMEOUT = 240  # seconds; a loaded machine starts torch slowly
 NOT_LOSSES = ("images_per_second",)  # the one column of progress.csv that depends on the clock
 
@@ -69,27 +72,40 @@ def start(script: str, argv: Iterable[str], launcher: Iterable[str] = (), **env:
     return start_python(ROOT / "scripts" / script, argv, launcher, **env)
 
 
-def start_python(file: Path, argv: Iterable[str], launcher: Iterable[str] = (), **env: str) -> subprocess.Popen:
+def start_python(
+    file: Path, argv: Iterable[str], launcher: Iterable[str] = (), **env: str
+) -> subprocess.Popen | warm.Started:
     """A Python file as a process group of its own, with one thread per process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **AS_ROOT, **env}
+    if not launcher:
+        return warm.Started(file, list(argv), environment)
     command = [*launcher, sys.executable, str(file), *argv]
-    if launcher and Path(next(iter(launcher))).name == "torchrun":
+    if Path(next(iter(launcher))).name == "torchrun":
         command.remove(sys.executable)
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **as_root, **env},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen | warm.Started) -> str:
     """Wait for success; returns what it printed."""
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, output
     return output
+
+
+def finish_group(script: str, argv: Iterable[str], processes: int = 2) -> str:
+    """A script of scripts/ on several processes that have torchrun's environment; returns what they printed, rank by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    argv = list(argv)
+    members = []
+    for rank in range(processes):
+        own = {"RANK": rank, "LOCAL_RANK": rank, **common}
+        members.append(start(script, argv, **{name: str(value) for name, value in own.items()}))
+    return "".join(map(finish, members))
 
 
 def mpiexec(processes: int) -> list[str]:
@@ -104,7 +120,7 @@ def torchrun(processes: int) -> list[str]:
     return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | warm.Started) -> None:
     """Until `condition`; fails when the process ends before."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():

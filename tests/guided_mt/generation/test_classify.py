@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, finish, flags, start, step_folder, torchrun, words
+from tiny import ROOT, finish_group, flags, step_folder, words
 
 from evaluations import classification as scoring
 from guided_mt.commands import classifier_train, classify, train
@@ -188,7 +188,7 @@ def test_two_processes_write_the_same_file_and_score_it(runs, digits, tmp_path):
     one = classified(runs["any"], tmp_path / "one.npz", digits, **values)
     out = tmp_path / "two.npz"
     argv = words(model_path=runs["any"], data_dir=digits, out=out, **values)
-    printed = finish(start("image_classify.py", argv, torchrun(2)))
+    printed = finish_group("image_classify.py", argv)
     two = arrays(out)
     assert one.keys() == two.keys()
     np.testing.assert_allclose(two["probabilities"], one["probabilities"], atol=1e-6)

@@ -19,8 +19,7 @@ from tiny import (
     assert_same,
     column,
     contents,
-    finish,
-    mpiexec,
+    finish_group,
     progress,
     start,
     step_folder,
@@ -128,7 +127,7 @@ def test_two_processes_are_as_one(tmp_path):
     values = {"val_data_dir": "builtin:digits-test", "eval_interval": 2}
     one = few_steps(tmp_path / "one", 4, **values, microbatch=3)
     two = tmp_path / "two"
-    finish(start("classifier_train.py", flags(log_dir=two, iterations=4, **values), mpiexec(2)))
+    finish_group("classifier_train.py", flags(log_dir=two, iterations=4, **values))
     assert len(progress(two)) == 4
     assert [row["val_loss"] == "" for row in progress(two)] == [True, False, True, False]
     for row, wanted in zip(progress(two), progress(one), strict=True):

@@ -23,6 +23,7 @@ from tiny import (
     column,
     contents,
     finish,
+    finish_group,
     flags,
     mpiexec,
     progress,
@@ -183,10 +184,10 @@ def assert_same_losses(run: Path, reference: Path, steps: int) -> None:
             assert float(row[name]) == pytest.approx(float(value), rel=1e-6, abs=1e-9, nan_ok=True), (name, row["step"])
 
 
-def test_mpiexec_4_processes(one_process, tmp_path):
+def test_4_processes(one_process, tmp_path):
     run = tmp_path / "run"
-    output = finish(start("image_train.py", flags(log_dir=run, total_steps=4), mpiexec(4)))
-    assert "4 process(es) by mpi" in output and "2 per process" in output
+    output = finish_group("image_train.py", flags(log_dir=run, total_steps=4), 4)
+    assert "4 process(es) by torchrun" in output and "2 per process" in output
     assert_same_losses(run, one_process, 4)
 
 

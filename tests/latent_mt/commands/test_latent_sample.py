@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from test_classify import arrays
-from tiny import finish, start, torchrun
+from tiny import finish_group
 from tiny_latent import (
     MAPS,
     SIZE,
@@ -175,7 +175,7 @@ def test_a_result_depends_on_its_seed_alone(run, tmp_path):
 
     out = tmp_path / "two"
     argv = ["--model_path", str(run), "--out", str(out), *FEW, "--given", "photo", "--batch_size", "1"]
-    printed = finish(start("latent_sample.py", [*argv, "--device", "cpu"], torchrun(2)))
+    printed = finish_group("latent_sample.py", [*argv, "--device", "cpu"])
     assert printed.count("# writing to") == 1
     for name, images in first.items():
         np.testing.assert_array_equal(arrays(out / f"{name}.npz")["arr_0"], images)

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 from test_autoencoder import DDCONFIG, VQ_DDCONFIG, complaint
-from tiny import assert_same, column, contents, finish, progress, start, step_folder, torchrun
+from tiny import assert_same, column, contents, finish_group, progress, step_folder
 from torch import Tensor, nn
 
 from evaluations.files.palettes import LabelClass, palette_of
@@ -448,7 +448,7 @@ def test_two_processes_are_one_batch(tmp_path):
     values["lightning"]["trainer"]["devices"] = 2
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
     words = ["--config", str(tmp_path / "two.yaml"), f"run.log_dir={tmp_path / 'two'}"]
-    finish(start("autoencoder_train.py", words, torchrun(2)))
+    finish_group("autoencoder_train.py", words)
     assert column(one, "samples") == column(tmp_path / "two", "samples")
     assert progress(one)[-1].keys() == progress(tmp_path / "two")[-1].keys()
     for name in ("loss", "kl_loss", "grad_norm"):
