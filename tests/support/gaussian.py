@@ -42,26 +42,33 @@ class JointGaussian:
     def draw_x(self, n: int, rng: np.random.Generator) -> np.ndarray:
         return rng.normal(size=(n, len(self.cov_x))) @ np.linalg.cholesky(self.cov_x).T
 
-    def marginal(self, abar: float, b: float) -> np.ndarray:
+    def marginal(self, abar: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cov(z_t) [..., d, d] for abar, b of shape [...]."""
+        a, b, s2 = (np.asarray(v)[..., None, None] for v in (np.sqrt(abar), b, 1 - np.asarray(abar)))
         mixed = self.cross + self.cross.T
-        a = np.sqrt(abar)
-        return a * a * self.cov_z + a * b * mixed + b * b * self.cov_x + (1 - abar) * np.eye(len(self.cov_z))
+        return a * a * self.cov_z + a * b * mixed + b * b * self.cov_x + s2 * np.eye(len(self.cov_z))
 
-    def regressions(self, abar: float, b: float) -> tuple[np.ndarray, np.ndarray]:
-        """(E, K) with E[eps | z_t] = E z_t and E[x | z_t] = K z_t."""
+    def regressions(self, abar: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(E, K) [..., d, d] with E[eps | z_t] = E z_t and E[x | z_t] = K z_t."""
         inverse = np.linalg.inv(self.marginal(abar, b))
-        return np.sqrt(1 - abar) * inverse, (np.sqrt(abar) * self.cross.T + b * self.cov_x) @ inverse
+        a, b, s = (np.asarray(v)[..., None, None] for v in (np.sqrt(abar), b, np.sqrt(1 - np.asarray(abar))))
+        return s * inverse, (a * self.cross.T + b * self.cov_x) @ inverse
 
-    def head_covariance(self, abar: float, b: float) -> np.ndarray:
-        """Cov(x | z_t)."""
+    def head_covariance(self, abar: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cov(x | z_t) [..., d, d]."""
         _, k = self.regressions(abar, b)
-        return self.cov_x - k @ (np.sqrt(abar) * self.cross + b * self.cov_x)
+        a, b = np.asarray(np.sqrt(abar))[..., None, None], np.asarray(b)[..., None, None]
+        return self.cov_x - k @ (a * self.cross + b * self.cov_x)
+
+    def head_variance(self, diffusion: GaussianDiffusion, name: str = "x") -> list[float]:
+        """Per timestep, the mean variance of a coordinate of x | z_t."""
+        found = self.head_covariance(diffusion.alphas_cumprod, diffusion.aggregation.coefficients[name])
+        return list(np.trace(found, axis1=-2, axis2=-1) / len(self.cov_x))
 
     def network_u(self, diffusion: GaussianDiffusion, name: str = "x") -> Callable:
         """The best form-U network for the full process `diffusion`: (z_t, t, modalities) -> ModelOutput."""
-        b = diffusion.aggregation.coefficients[name]
-        pairs = [self.regressions(abar, bt) for abar, bt in zip(diffusion.alphas_cumprod, b, strict=True)]
-        e, k = (torch.from_numpy(np.stack(m)) for m in zip(*pairs, strict=True))
+        found = self.regressions(diffusion.alphas_cumprod, diffusion.aggregation.coefficients[name])
+        e, k = map(torch.from_numpy, found)
 
         def network(z_t, t, modalities):
             flat, step = z_t.flatten(1).double(), int(t[0])
@@ -73,11 +80,9 @@ class JointGaussian:
     def network_x(self, diffusion: GaussianDiffusion, name: str = "x") -> Callable:
         """The best form-X network: given x, it sees y_t = a z_0 + s eps."""
         gain, cov = self.given_x()
-        gain, eye = torch.from_numpy(gain), np.eye(len(cov))
-        inverses = [
-            np.sqrt(1 - abar) * np.linalg.inv(abar * cov + (1 - abar) * eye) for abar in diffusion.alphas_cumprod
-        ]
-        inverses = torch.from_numpy(np.stack(inverses))
+        abar = diffusion.alphas_cumprod[:, None, None]
+        inverses = torch.from_numpy(np.sqrt(1 - abar) * np.linalg.inv(abar * cov + (1 - abar) * np.eye(len(cov))))
+        gain = torch.from_numpy(gain)
 
         def network(y_t, t, modalities):
             x, step = modalities[name].flatten(1).double(), int(t[0])

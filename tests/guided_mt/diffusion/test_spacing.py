@@ -145,13 +145,11 @@ def test_an_unknown_modality_at_few_calls(name, sampler, weights):
 def test_a_given_modality_at_few_calls(sampler, conditioning):
     data = JointGaussian.make(12, seed=2, isotropic=conditioning == "own-head")
     full = process("cosine", weights="bridge")
-    b = full.aggregation.coefficients["x"]
-    variance = [np.trace(data.head_covariance(a, c)) / 12 for a, c in zip(full.alphas_cumprod, b, strict=True)]
     x = torch.from_numpy(data.draw_x(6000, np.random.default_rng(0))).float().view(6000, *SHAPE)
     drawn = sample(
         (data.network_x if conditioning == "network" else data.network_u)(full),
         process("cosine", 20, weights="bridge"),
-        {"x": ImageModality("x", variance=variance)},
+        {"x": ImageModality("x", variance=data.head_variance(full))},
         x.shape,
         known={"x": x},
         sampler=sampler,
