@@ -21,7 +21,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 smoke: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/smoke.sh

@@ -18,6 +18,32 @@ sys.path += map(str, sorted(path for path in (ROOT / "tests").rglob("*") if path
 GOLDEN = ROOT / "tests" / "golden"
 
 
+# The files that take longest, begun first: with several workers the suite ends when the last file does.
+LONGEST = (
+    "test_latent_guarantees.py",
+    "test_guarantees.py",
+    "test_samplers.py",
+    "test_train.py",
+    "test_evaluator.py",
+    "test_compare.py",
+    "test_latent_training.py",
+    "test_commands.py",
+    "test_mixture.py",
+    "test_modalities.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker per core, and eight at most: each holds torch, Lightning and its models."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
 @pytest.fixture
 def golden() -> Path:
     return GOLDEN

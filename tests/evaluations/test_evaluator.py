@@ -320,8 +320,8 @@ def test_real_features_through_both_backends(files, inception_pb, monkeypatch):
     """The whole way with the random Inception graph: torch-fidelity here, TensorFlow in its process."""
     pytest.importorskip("torch_fidelity")
     monkeypatch.setenv("MT_DIFFUSION_CACHE", str(files.folder / "cache"))
-    np.savez(files.ref, arr_0=pixels(10, 0, size=32))
-    np.savez(files.samples, arr_0=pixels(10, 1, brightness=50, size=32))
+    np.savez(files.ref, arr_0=pixels(6, 0, size=32))
+    np.savez(files.samples, arr_0=pixels(6, 1, brightness=50, size=32))
     flags = ["--inception", inception_pb, "--metrics", "is,fid,pr"]
     ours = scores(files.ref, files.samples, *flags)
     theirs = scores(files.ref, files.samples, *flags, "--backend", "tensorflow")
