@@ -15,11 +15,15 @@ folder whose name is a number. A series is `NAME=FILE`, `NAME=GLOB`, or the fold
 
 from __future__ import annotations
 
+if __package__ in (None, ""):  # run as a file
+    from installed import run_as_script
+
+    run_as_script()
+
 import argparse
 import csv
 import glob
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -28,9 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-if __package__ in (None, ""):  # run as a file: import from the folder above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.errors import EvaluationError, run, warn
 from evaluations.files.files import prepare_output, write_json

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -24,7 +26,12 @@ def warn(message: str) -> None:
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run `main` as a program: EvaluationError, or the system's refusal of a file, is one line and exit code 2; Ctrl-C 130."""
+    """Run `main` as a program: EvaluationError, or the system's refusal of a file, is one line and exit code 2; Ctrl-C 130.
+
+    So is a package that is not installed.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Python's again, see `installed`
     try:
         main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # whoever read our output has left, as `head` does
@@ -32,6 +39,11 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         sys.exit(1)
     except (EvaluationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "evaluations").startswith("evaluations"):  # a fault of ours
+            raise
+        print(f"error: the package {error.name} is missing: pip install -e '.[eval]'", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -8,13 +8,14 @@ mu, sigma, mu_s and sigma_s lends these to FID and sFID, as in ADM.
 
 from __future__ import annotations
 
+if __package__ in (None, ""):  # run as a file
+    from installed import run_as_script
+
+    run_as_script()
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-if __package__ in (None, ""):  # run as a file: import from the folder above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.errors import EvaluationError, run, warn
 from evaluations.features.backends import add_backend_flags, check_backend_flags

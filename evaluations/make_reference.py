@@ -7,13 +7,14 @@ SRC is what evaluator.py takes. OUT has ADM's layout: mu, sigma, mu_s, sigma_s, 
 
 from __future__ import annotations
 
+if __package__ in (None, ""):  # run as a file
+    from installed import run_as_script
+
+    run_as_script()
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-if __package__ in (None, ""):  # run as a file: import from the folder above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.errors import EvaluationError, run
 from evaluations.features.backends import add_backend_flags, check_backend_flags, load_backend

@@ -5,9 +5,13 @@ Reads the .npz files of scripts/image_restore.py. --table sets several of them o
 
 from __future__ import annotations
 
+if __package__ in (None, ""):  # run as a file
+    from installed import run_as_script
+
+    run_as_script()
+
 import argparse
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -16,9 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
-
-if __package__ in (None, ""):  # run as a file: import from the folder above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.errors import EvaluationError, run, warn
 from evaluations.features import weights

@@ -20,18 +20,19 @@ H[i, j] = number of pixels of true class i predicted as j:
 
 from __future__ import annotations
 
+if __package__ in (None, ""):  # run as a file
+    from installed import run_as_script
+
+    run_as_script()
+
 import argparse
 import csv
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-if __package__ in (None, ""):  # run as a file: import from the folder above
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.errors import EvaluationError, run, warn
 from evaluations.files.files import prepare_output, write_json

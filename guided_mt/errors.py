@@ -16,6 +16,18 @@ class UserError(ValueError):
     """Bad input by the user: flag, key, file or value. Commands print it as one line and exit with code 2."""
 
 
+class ProcessError(UserError):
+    """What one of several processes knows alone: each that has it prints it, whatever its rank."""
+
+
+class ToldElsewhere(UserError):
+    """Another process has the error, and prints it: this one ends with it in silence."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after which all was brought to an end in order; the text is what to say of it, where anything is left to say."""
+
+
 def reason(error: Exception) -> str:
     """Why a file can't be read, in a few words."""
     if isinstance(error, OSError) and error.strerror:
@@ -30,3 +42,30 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """' (did you mean X?)' for the valid name that looks most like `name`; '' where none does."""
     match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+# The extra of pyproject.toml that brings a package, by the name that is imported.
+EXTRAS = {
+    "mpi4py": "mpi",
+    "pytorch_lightning": "latent",
+    "lightning_fabric": "latent",
+    "taming": "latent",
+    "lpips": "latent",
+    "torchmetrics": "latent",
+    "torch_fidelity": "eval",
+    "matplotlib": "eval",
+    "requests": "eval",
+    "tensorflow": "tensorflow",
+    "pyarrow": "parquet",
+}
+OWN = ("guided_mt", "latent_mt", "evaluations", "reproduce", "mt_diffusion")
+
+
+def needed_install(error: ModuleNotFoundError) -> str:
+    """What to say of a package that is not installed; '' where it is one of ours, whose absence is a fault in the code."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package in OWN:
+        return ""
+    extra = EXTRAS.get(package)
+    what = f"'.[{extra}]'" if extra else "."
+    return f"the package {package} is missing: pip install -e {what} in the project's folder"

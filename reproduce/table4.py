@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from pathlib import Path
 from evaluations.errors import EvaluationError
 from guided_mt.commands.console import rename_flag, run, split_flags
 from guided_mt.errors import UserError, nearest
-from guided_mt.runs import distributed
 from guided_mt.runs.config import parse
+from guided_mt.runs.processes.launcher import started
 from latent_mt.commands.latent_sample import TranslateConfig
 from latent_mt.model.generate import LatentSampleConfig
 
@@ -80,7 +79,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
-    if distributed.detect(os.environ)[2] > 1:
+    if not started().alone:
         raise UserError("table4.py is one process: train with several by latent_train.py, then start this by itself")
     # Lightning takes seconds, which --help need not wait for.
     from .table4_stages import Table4

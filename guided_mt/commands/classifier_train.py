@@ -14,6 +14,7 @@ from ..generation.noisy_classifier import build_classifier, build_process, saved
 from ..runs import distributed
 from ..runs.checkpoint import checkpoints, find_weights, read_classes
 from ..runs.config import Config, parse
+from ..runs.processes.claim import Claim
 from ..training.classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
 from .console import announce, rename_flag, run
 from .training import check_run, run_lines, train
@@ -36,9 +37,10 @@ def main(argv: Sequence[str]) -> None:
     build_process(config)
     if announce(config, processes, *run_lines(config, processes, folder, parameters)):
         return
-    source = open_classes(config, config.data_dir, classes)
-    validation = open_classes(config, config.val_data_dir, source.class_names) if config.val_data_dir else None
-    train(ClassifierLoop(config, processes, source, folder, validation))
+    with processes.sole_writer(Claim(folder)):
+        source = open_classes(config, config.data_dir, classes)
+        validation = open_classes(config, config.val_data_dir, source.class_names) if config.val_data_dir else None
+        train(ClassifierLoop(config, processes, source, folder, validation))
 
 
 def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:

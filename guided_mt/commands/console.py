@@ -5,37 +5,66 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import Interrupted, ProcessError, ToldElsewhere, UserError, needed_install
 from ..generation.build import model_sections, sampling_may_change, saved_config
-from ..runs.checkpoint import differing_keys, find_weights
+from ..runs import precision
+from ..runs.checkpoint import differing_keys, find_weights, read_config
 from ..runs.config import Config, parse
-from ..runs.distributed import Processes, rank_of_launcher
+from ..runs.distributed import Processes
+from ..runs.processes.launcher import rank_of_launcher
+from ..runs.resume import newest_checkpoint
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run `main` as a program: UserError, or the system's refusal of a file, is one line on stderr and exit code 2, Ctrl-C 130."""
+    """Run `main` as a program: UserError, or the system's refusal of a file, is one line on stderr and exit code 2, Ctrl-C 130.
+
+    So is a package that is not installed. SIGUSR1, by which schedulers announce their end, ends nothing: a training run saves.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _take_signals()
     try:
         main(sys.argv[1:] if argv is None else argv)
+    except ToldElsewhere:
+        _leave(2)
     except (UserError, OSError) as error:
         # What is wrong with the flags is wrong on every process: one line is enough until they know of each other.
-        if _among_others() or rank_of_launcher() == 0:
+        if _among_others() or rank_of_launcher() == 0 or isinstance(error, ProcessError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except ModuleNotFoundError as error:
+        missing = needed_install(error)
+        if not missing:
+            raise
+        if rank_of_launcher() == 0:
+            print(f"error: {missing}", file=sys.stderr, flush=True)
         _leave(2)
     except Exception:
         if not _among_others():
             raise
         traceback.print_exc()
         _leave(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        if str(error) or not isinstance(error, Interrupted):
+            print(str(error) or "interrupted", file=sys.stderr, flush=True)
         _leave(130)
+
+
+def _take_signals() -> None:
+    """Ctrl-C is Python's again, which the scripts leave to the system while they import; SIGUSR1 is ignored."""
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if hasattr(signal, "SIGUSR1"):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _among_others() -> bool:
@@ -68,8 +97,15 @@ def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], l
     return chosen, rest
 
 
-def announce(config: Config, processes: Processes, *lines: str) -> bool:
-    """Print the resolved configuration on the main process; True where `--dry_run` says to stop here."""
+def announce(config: Config, processes: Processes, *lines: str, run: Path | None = None) -> bool:
+    """Print the resolved configuration on the main process; True where `--dry_run` says to stop here.
+
+    Before, the network's precision is settled for the device: run, a training run's folder, keeps that of its newest checkpoint.
+    """
+    if hasattr(config, "precision"):
+        newest = newest_checkpoint(run) if run is not None else None
+        saved = (read_config(newest / "model.safetensors") or {}) if newest is not None else {}
+        lines = (*lines, *precision.settle(config, processes.device, str(saved.get("precision", ""))))
     if processes.is_main:
         print(config.to_yaml(), end="", flush=True)
         for line in lines:

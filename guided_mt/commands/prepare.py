@@ -28,6 +28,7 @@ from ..data import ImageSource, open_source
 from ..data.dataset import BrokenImage, BrokenImages, decode
 from ..data.loader import end_with_parent
 from ..errors import UserError, nearest
+from ..runs.processes.claim import Claim
 
 _CHUNK = 32  # images per message between processes
 _AHEAD = 4  # chunks per worker that may wait to be written: bounds the memory
@@ -40,6 +41,7 @@ def console() -> NoReturn:
     """Run as a command: bad input is one line on stderr and exit code 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_at_once)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's word before it ends a job; workers inherit it
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -105,16 +107,17 @@ def prepare(path: str, out: Path, size: int, *, workers: int, limit: int | None 
         raise UserError(f"{out}: is the source itself; give another name")
     source = open_source(path)
     count = len(source) if limit is None else min(limit, len(source))
-    unfinished = out.with_name(out.name + ".unfinished")
-    _unfinished.add(unfinished)
-    try:
-        written = _write(source, unfinished, count, size, workers)
-        os.replace(unfinished, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-        _unfinished.discard(unfinished)
+    unfinished, claim = out.with_name(out.name + ".unfinished"), Claim.of_file(out, "OUT.zip")
+    with claim:
+        _unfinished.update((unfinished, claim.file))
+        try:
+            written = _write(source, unfinished, count, size, workers)
+            os.replace(unfinished, out)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+            _unfinished.difference_update((unfinished, claim.file))
     return written
 
 

@@ -22,6 +22,7 @@ from ..generation.build import (
 from ..runs import distributed
 from ..runs.config import Config, parse
 from ..runs.loop_config import TrainConfig
+from ..runs.processes.claim import Claim
 from ..training.train_loop import TrainLoop
 from .console import announce, run
 from .training import check_run, run_lines, saved_classes, train
@@ -38,15 +39,16 @@ def main(argv: Sequence[str]) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(config).parameters()) / 1e6
     build_diffusion(config)
-    if announce(config, processes, *run_lines(config, processes, folder, parameters)):
+    if announce(config, processes, *run_lines(config, processes, folder, parameters), run=folder):
         return
-    source = open_images(config, saved_classes(folder) if needs_labels(config) else None)
-    announced = config.num_classes
-    count_classes(config, source)
-    if processes.is_main and config.num_classes != announced:
-        print(f"# num_classes {config.num_classes}: that of the data, and not {announced}", flush=True)
-    check_labels(config, source)
-    train(TrainLoop(config, processes, source, folder))
+    with processes.sole_writer(Claim(folder)):
+        source = open_images(config, saved_classes(folder) if needs_labels(config) else None)
+        announced = config.num_classes
+        count_classes(config, source)
+        if processes.is_main and config.num_classes != announced:
+            print(f"# num_classes {config.num_classes}: that of the data, and not {announced}", flush=True)
+        check_labels(config, source)
+        train(TrainLoop(config, processes, source, folder))
 
 
 def validate(config: Config) -> None:

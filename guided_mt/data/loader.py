@@ -23,6 +23,8 @@ from ..errors import UserError
 from .dataset import CACHE_BYTES, BrokenImages, RankSlice, StepDataset, present_of
 from .sources import ImageSource
 
+OF_THE_RUN = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that the main process answers for all
+
 
 @dataclass
 class Batch:
@@ -160,8 +162,8 @@ def start_loader(
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait. A worker started meanwhile is deaf to them from its first instant, before it can ignore them."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Signals of the run wait. A worker started meanwhile is deaf to them from its first instant, before it can ignore them."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RUN)
     try:
         yield
     finally:
@@ -169,12 +171,12 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_worker(_: int) -> None:
-    """Launchers send SIGTERM and Ctrl-C to workers too; these must live on while the main process saves.
+    """Launchers send SIGTERM, SIGUSR1 and Ctrl-C to workers too; these must live on while the main process saves.
 
     They end when the main process closes the stream, or dies: DataLoader's own watchdog misses a death before its first look.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in OF_THE_RUN:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

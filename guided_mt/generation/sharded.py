@@ -15,8 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.images import save_npz
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..runs.distributed import Processes
+from ..runs.processes.claim import Claim
 
 # CPU libraries choose other kernels, which round differently, for matrices of fewer rows: with at least so many samples per
 # pass, sample k is the same to the bit for every batch size and number of processes.
@@ -34,16 +35,37 @@ def run_sharded(
     """Call make(sample indices) -> {name: array [b, ...]} for each batch, and write all of it to `out` (.npz).
 
     Finished batches wait in OUT.parts, so that a run that was stopped goes on where it was; `settings` must be the same
-    then. Returns the arrays on the main process, None on the others. Raises UserError for other settings, and where `out`
-    can't be written.
+    then. Returns the arrays on the main process, None on the others. Raises UserError for other settings, where `out` can't be
+    written, and where another process writes it; Interrupted for Ctrl-C.
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: the name must end in .npz")
     folder = out.with_name(f"{out.name}.parts")
     signature = {**settings, "count": count, "batch_size": batch_size}
-    if processes.is_main:
-        _claim(folder, signature)
-    processes.barrier()
+    with processes.sole_writer(Claim.of_file(out)):
+        refused = None
+        if processes.is_main:
+            try:
+                _take_up(folder, signature)
+            except UserError as error:
+                refused = error
+        processes.agree(refused)
+        try:
+            return _make_all(out, folder, count, batch_size, processes, make)
+        except KeyboardInterrupt:
+            kept = len(list(folder.glob("*.npz")))
+            raise Interrupted(f"interrupted: {kept} batches wait in {folder}; the same command goes on") from None
+
+
+def _make_all(
+    out: Path,
+    folder: Path,
+    count: int,
+    batch_size: int,
+    processes: Processes,
+    make: Callable[[list[int]], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray] | None:
+    """What `run_sharded` does once the folder is its own."""
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[processes.rank :: processes.world_size]
     for batch in tqdm(mine, desc=out.name, unit="batch", disable=not processes.is_main, mininterval=1.0):
@@ -68,7 +90,7 @@ def _filled(batch: range, device: torch.device) -> list[int]:
     return [*batch, *[batch[-1]] * missing]
 
 
-def _claim(folder: Path, signature: Mapping[str, Any]) -> None:
+def _take_up(folder: Path, signature: Mapping[str, Any]) -> None:
     """Keep `signature` in the folder. UserError where finished parts of another one are in it."""
     file = folder / "settings.json"
     wanted = json.loads(json.dumps(signature, default=str))

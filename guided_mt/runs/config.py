@@ -173,17 +173,19 @@ class SampleConfig(SamplingOptions):
 
 
 class Config:
-    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `typed` are the keys that the user set; own
-    {modality: {key: value}} are values of one modality alone, which a YAML file can give and flags can't."""
+    """Resolved values by section and by name: `config.lr`, `config[TrainConfig]`. `typed` are the keys that the user set, `words`
+    those of them that stand on the command line and not in a preset or file; own {modality: {key: value}} are values of one
+    modality alone, which a YAML file can give and flags can't."""
 
     def __init__(
         self,
         sections: Sequence[Any],
         typed: frozenset[str] = frozenset(),
         own: Mapping[str, dict[str, Any]] | None = None,
+        words: frozenset[str] = frozenset(),
     ):
         self._sections = {type(section): section for section in sections}
-        self.typed = typed
+        self.typed, self.words = typed, words
         self.own = dict(own or {})
 
     def __getitem__(self, section: type) -> Any:
@@ -270,7 +272,7 @@ def parse(
         section(**{f.name: resolved[f.name] for f in dataclasses.fields(section) if f.name in resolved})
         for section in sections
     ]
-    return Config(made, frozenset(typed))
+    return Config(made, frozenset(typed), words=frozenset(on_command_line))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,22 +1,26 @@
 """Processes: how they were started, who is who, and the few collectives that training needs.
 
-Plain python, mpiexec, torchrun and SLURM's srun are told apart by their environment variables; torch.distributed does all
-communication (NCCL on GPUs, gloo on CPUs). mpi4py is imported only under an MPI launcher, to agree on an address.
+`processes.launcher` reads how they were started, `processes.meeting` brings them together; torch.distributed does all communication
+(NCCL on GPUs, gloo on CPUs). mpi4py is imported only under an MPI launcher, to agree on an address.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import ToldElsewhere, UserError, reason
+from .processes.claim import Claim
+from .processes.launcher import DEFAULT_PORT, Started, first_host, slurm_port, started
+from .processes.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,33 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """True on all processes if true on one (waits for all of them)."""
+        return bool(self.largest(int(flag)))
+
+    def agree(self, error: UserError | None) -> None:
+        """Raise `error` on the process that has one; then the others end too, in silence (waits for all of them)."""
+        if self.any(error is not None):
+            raise error or ToldElsewhere("another process has said why the run ends")
+
+    @contextlib.contextmanager
+    def sole_writer(self, claim: Claim) -> Iterator[None]:
+        """Inside, the main process has `claim`. Raises UserError, and ends all, where it can't have it (waits for all of them)."""
+        with contextlib.ExitStack() as stack:
+            refused = None
+            if self.is_main:
+                try:
+                    stack.enter_context(claim)
+                except UserError as error:
+                    refused = error
+            self.agree(refused)
+            yield
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers, on all of them (waits for all of them)."""
         if self.world_size == 1:
-            return flag
-        value = torch.tensor([int(flag)], device=self.device)
+            return number
+        value = torch.tensor([number], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return int(value.item())
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -68,28 +94,57 @@ class Processes:
 
 
 def setup(device: str = "") -> Processes:
-    """Join the other processes, choose the device ("" = the GPU of the local rank, or the CPU) and divide the CPU's threads."""
-    launcher, rank, world_size, local_rank, local_size = detect(os.environ)
-    if launcher == "mpi":
-        rendezvous_over_mpi()
-    elif launcher == "slurm":
-        os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
-    chosen = choose_device(device, local_rank)
+    """Join the other processes, choose the device ("" = the GPU of the local rank, or the CPU) and divide the CPU's threads.
+
+    Raises UserError where launcher and processes don't agree, or there are too few GPUs.
+    """
+    found = started()
+    chosen = choose_device(device)
     if chosen.type == "cuda":
-        if local_size > torch.cuda.device_count() or (local_size > 1 and ":" in device):
-            raise UserError(
-                f"{local_size} processes on this machine need a GPU each, and there are {torch.cuda.device_count()}; "
-                "start fewer, without --device cuda:N, or use --device cpu"
-            )
+        _check_gpus(found, device)
+    if not found.alone:
+        found = join(found, chosen.type)
+    if chosen.type == "cuda":
+        _check_gpus(found, device)  # again: only now every process knows how many are on its machine
+        chosen = choose_device(device, found.local_rank)
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # the shapes stay the same: let cuDNN choose its kernels by trial
-    elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-    if world_size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size)
-    return Processes(rank, world_size, local_rank, chosen, launcher)
+    elif found.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // found.local_size))
+    return Processes(found.rank, found.world_size, found.local_rank, chosen, found.launcher)
+
+
+def _check_gpus(found: Started, device: str) -> None:
+    """UserError for fewer GPUs than processes; one alone may be each process's own, which `meet` finds out."""
+    count = torch.cuda.device_count()
+    if (count > 1 and found.local_size > count) or (found.local_size > 1 and ":" in device):
+        raise UserError(
+            f"{found.local_size} processes on this machine need a GPU each, and there are {count}; "
+            "start fewer, without --device cuda:N, or use --device cpu"
+        )
+
+
+def join(found: Started, device_type: str) -> Started:
+    """Meet the other processes, over NCCL on GPUs and gloo on CPUs; returns `found` with its place on this machine known.
+
+    Raises UserError where the launcher's numbers are not what the processes find, and where others don't come.
+    """
+    if found.launcher == "mpi":
+        rendezvous_over_mpi()
+    elif found.launcher == "slurm":
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "localhost"
+        os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+        os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
+    os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
+    on_gpu = device_type == "cuda"
+    return found.placed(meet(found, "nccl" if on_gpu else "gloo", _only_gpu() if on_gpu else ""))
+
+
+def _only_gpu() -> str:
+    """Which GPU it is where one alone is visible: the process's own, as under `srun --gpus-per-task=1`, or everybody's."""
+    if torch.cuda.device_count() != 1 or not torch.cuda.is_available():
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(0), "uuid", ""))
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -107,49 +162,19 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def detect(env: Mapping[str, str]) -> tuple[str, int, int, int, int]:
-    """(launcher, rank, world size, local rank, processes on this machine)."""
-    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
-        world = int(env["WORLD_SIZE"])
-        return (
-            "torchrun",
-            int(env["RANK"]),
-            world,
-            int(env.get("LOCAL_RANK", 0)),
-            int(env.get("LOCAL_WORLD_SIZE", world)),
-        )
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)), int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
-        return "mpi", int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"]), *local
-    # A batch script itself also has SLURM_PROCID; only srun's steps have a task count of their own.
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        local_size = int(re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", "1"), maxsplit=1)[0])
-        return (
-            "slurm",
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            int(env.get("SLURM_LOCALID", 0)),
-            local_size,
-        )
-    if int(env.get("PMI_SIZE", 1)) > 1:
-        local = int(env.get("MPI_LOCALRANKID", 0)), int(env.get("MPI_LOCALNRANKS", 1))
-        return "mpi", int(env["PMI_RANK"]), int(env["PMI_SIZE"]), *local
-    return "python", 0, 1, 0, 1
-
-
-def rank_of_launcher() -> int:
-    """The rank that the launcher gave this process, before any `setup`. Lightning's own processes know their local rank alone."""
-    return detect(os.environ)[1] or int(os.environ.get("LOCAL_RANK", 0))
-
-
 def rendezvous_over_mpi() -> None:
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
         raise UserError(
-            f"started by an MPI launcher, but mpi4py can't be imported ({error}); pip install '.[mpi]'"
+            f"started by an MPI launcher, but mpi4py can't be imported ({reason(error)}); pip install '.[mpi]'"
         ) from None
-    world = MPI.COMM_WORLD
+    world, found = MPI.COMM_WORLD, started()
+    if (world.rank, world.size) != (found.rank, found.world_size):
+        raise UserError(
+            f"mpiexec started {found.world_size} processes, but mpi4py finds a world of {world.size}: it was built on another MPI "
+            "than this mpiexec is of; start with the mpiexec of mpi4py's MPI (pip install '.[mpi]' brings both), or with torchrun"
+        )
     one_machine = world.Split_type(MPI.COMM_TYPE_SHARED).size == world.size
     address = None
     if world.rank == 0:
@@ -160,11 +185,3 @@ def rendezvous_over_mpi() -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = world.bcast(address)
     # MPI has done its part. Finalised now, a process that fails later exits at once instead of waiting for the others.
     MPI.Finalize()
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of SLURM's compressed list: 'gpu[003-005,9],cpu1' -> 'gpu003'. Raises UserError where there is none."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
-    if match is None:
-        raise UserError(f"SLURM's list of hosts '{nodelist}' names none; set MASTER_ADDR to the first one")
-    return match.group(1) + (match.group(2) or "")

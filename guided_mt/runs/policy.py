@@ -10,7 +10,6 @@ with RunPolicy(trained, config, ...) as policy:
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +20,17 @@ import torch
 from torch import Tensor
 
 from ..data.images import save_png
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from . import checkpoint
 from .distributed import Processes
 from .loop_config import LoopConfig
+from .processes.signals import Request, Requests
 from .reporter import Reporter
 from .skipped import MAX_SKIPPED_IN_ROW, SkippedSteps
 
-SIGNAL_INTERVAL = 10  # steps between GPU processes' agreeing on a SIGTERM
+SIGNAL_INTERVAL = 10  # steps between GPU processes' agreeing on what signals asked of one of them
 NO_FIGURES: Mapping[str, float] = {}
+_WORDS = {Request.SAVE: "SIGUSR1", Request.STOP: "SIGTERM", Request.INTERRUPT: "Ctrl-C"}
 log = logging.getLogger("guided_mt")
 
 
@@ -54,7 +55,8 @@ class Trained(Protocol):
 
 
 class RunPolicy:
-    """Decides after each step what is due, and does it; a context in which SIGTERM asks the run to save and end.
+    """Decides after each step what is due, and does it; a context in which SIGTERM and Ctrl-C ask the run to save and end, and
+    SIGUSR1 asks it to save and go on.
 
     step: how many steps the run has done. columns: those of progress.csv; the policy itself knows `step`, `samples`,
     `skipped_steps` and `images_per_second`. images_per_step: over all processes. classes: names of the data's classes by id.
@@ -80,23 +82,31 @@ class RunPolicy:
         self.step, self.columns, self.images_per_step = step, list(columns), images_per_step
         self.config_yaml, self.classes = config_yaml, classes
         self.preview_interval, self.advice = preview_interval, advice
-        self.save_due = self.stop_requested = False
+        self.save_due = False
+        self.requests, self.ended_by = Requests(), Request.NOTHING
         self.reporter: Reporter | None = None
 
     def __enter__(self) -> RunPolicy:
         if self.processes.is_main:
             self.reporter = Reporter(self.folder, self.columns, self.config.total_steps, self.step)
         self.clock, self.clock_step = time.monotonic(), self.step
-        self.previous_handler = signal.signal(signal.SIGTERM, self._request_stop)
+        self.requests.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous_handler)
+        self.requests.__exit__()
         if self.reporter:
             self.reporter.close()
 
-    def _request_stop(self, *_: object) -> None:
-        self.stop_requested = True
+    def raise_if_interrupted(self) -> None:
+        """For after the run: Interrupted where Ctrl-C ended it. All is said and saved by then.
+
+        The main process alone ends by it: launchers take the others down with one that fails. Under torchrun it doesn't either,
+        which would start all of them anew.
+        """
+        by_torchrun = self.processes.launcher == "torchrun" and self.processes.world_size > 1
+        if self.ended_by is Request.INTERRUPT and self.processes.is_main and not by_torchrun:
+            raise Interrupted
 
     def after_step(self, step: int, figures: Mapping[str, float] = NO_FIGURES) -> bool:
         """Do what is due after `step` steps; returns whether the run is to end here, on every process alike.
@@ -111,14 +121,22 @@ class RunPolicy:
             self.trained.skipped.refuse_divergence(step, self.advice)
         if self.preview_interval and step % self.preview_interval == 0:
             self._preview()
-        stop = self._agreed_stop()
-        self.save_due = self.save_due or step % self.config.save_interval == 0
+        asked = self._agreed_request()
+        stop = asked >= Request.STOP
+        self.save_due = self.save_due or asked is Request.SAVE or step % self.config.save_interval == 0
         # After a skipped step a save waits for a good one: a diverged run must not push out its good checkpoints.
         if last or stop or (self.save_due and not self.trained.skipped.in_row.item()):
             self._save()
             self.save_due = False
-        if stop and self.processes.is_main:
-            log.info("SIGTERM: saved step %d; run the same command to go on", step)
+            if asked and self.processes.is_main:
+                log.info(
+                    "%s: saved step %d; %s",
+                    _WORDS[asked],
+                    step,
+                    "run the same command to go on" if stop else "going on",
+                )
+        if stop:
+            self.ended_by = asked
         return stop
 
     def _report(self, figures: Mapping[str, float]) -> None:
@@ -140,11 +158,14 @@ class RunPolicy:
                 self.reporter.image("preview", torch.from_numpy(picture).permute(2, 0, 1), self.step)
         self.processes.barrier()
 
-    def _agreed_stop(self) -> bool:
-        if self.processes.world_size == 1:
-            return self.stop_requested
-        often = self.processes.device.type == "cpu"  # on a GPU asking would wait for it
-        return (often or self.step % SIGNAL_INTERVAL == 0) and self.processes.any(self.stop_requested)
+    def _agreed_request(self) -> Request:
+        """What signals asked of any process since it was last looked."""
+        often = (
+            self.processes.world_size == 1 or self.processes.device.type == "cpu"
+        )  # on a GPU asking would wait for it
+        if not often and self.step % SIGNAL_INTERVAL:
+            return Request.NOTHING
+        return Request(self.processes.largest(self.requests.take()))
 
     def _save(self) -> None:
         """Write a checkpoint on the main process. The others wait, and stop with it when it can't be written."""
@@ -162,5 +183,4 @@ class RunPolicy:
                 )
             except UserError as error:
                 failure = error
-        if self.processes.any(failure is not None):
-            raise failure or UserError("the main process could not write the checkpoint")
+        self.processes.agree(failure)

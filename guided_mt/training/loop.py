@@ -194,7 +194,10 @@ class Loop:
         )
 
     def run_loop(self) -> None:
-        """Train to `total_steps`, saving, reporting and drawing at their intervals; SIGTERM saves and returns."""
+        """Train to `total_steps`, saving, reporting and drawing at their intervals; SIGTERM saves and returns.
+
+        Raises Interrupted where Ctrl-C ended it, likewise saved.
+        """
         self.model.train()
         with self.policy() as policy, self.stream() as stream:
             for batch in stream:
@@ -202,6 +205,7 @@ class Loop:
                 self.measure()
                 if policy.after_step(self.step):
                     break
+        policy.raise_if_interrupted()
 
     def policy(self) -> RunPolicy:
         """What decides after each step; see runs.policy."""

@@ -26,7 +26,7 @@ from guided_mt.runs.checkpoint import find_weights, read_classes
 from guided_mt.runs.config import Config, ModelConfig, parse
 
 from ..model.generate import LatentGenerator
-from .loading import load_model, read_saved
+from .loading import load_model, read_saved, settle_precision
 
 
 def main(argv: Sequence[str]) -> Classified | None:
@@ -48,7 +48,7 @@ def open_head(argv: Sequence[str]) -> Network:
     classes = read_classes(weights.parent)
 
     def load(device: torch.device) -> Callable[..., Tensor]:
-        generator = LatentGenerator(model.to(device).to_fast_layout(), classes=classes)
+        generator = LatentGenerator(settle_precision(model.to(device).to_fast_layout()), classes=classes)
         return partial(read_head, generator, label, timesteps=timesteps, draws=config.draws)
 
     return Network(config, weights, classes, noisy(timesteps, config.draws), load)

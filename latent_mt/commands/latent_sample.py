@@ -39,7 +39,7 @@ from guided_mt.runs.distributed import Processes
 from ..data import StreamedData
 from ..model.generate import ROUTES, LatentGenerator, LatentSampleConfig
 from ..runs.targets import instantiate
-from .loading import class_condition, load_model, read_saved
+from .loading import class_condition, load_model, read_saved, settle_precision
 from .translated import unique_stems, write_folder, write_truth
 
 GRID = 8  # columns of a picture grid
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
     processes = distributed.setup(config.device)
     if announce(config, processes, f"weights {weights}", f"writing to {out}"):
         return
-    model = load_model(saved, weights, processes.device, averaged=config.ema != "none")
+    model = settle_precision(load_model(saved, weights, processes.device, averaged=config.ema != "none"))
     generator = LatentGenerator(model, classes=checkpoint.read_classes(weights.parent))
     check_names(config, given, generator)
     signature = {**config.as_dict(), "weights": str(weights)}

@@ -10,7 +10,9 @@ import torch
 
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError
+from guided_mt.runs import precision
 from guided_mt.runs.checkpoint import find_weights, read_classes
+from guided_mt.runs.processes.launcher import rank_of_launcher
 
 from ..model.generate import LatentGenerator
 from ..model.latent_diffusion import LatentMTDiffusion
@@ -50,10 +52,19 @@ def load_model(
     return model.to(device).to_fast_layout().eval().requires_grad_(False)
 
 
+def settle_precision(model: LatentMTDiffusion) -> LatentMTDiffusion:
+    """The model with the network's arithmetic chosen for the device that it is on; the main process says where it changes."""
+    network, device = model.network, model.scale_factor.device
+    network.precision, lines = precision.choose(network.precision, device, typed=False)
+    for line in lines if rank_of_launcher() == 0 else ():
+        print(f"# {line}", flush=True)
+    return model
+
+
 def load_generator(path: str, ema: str, device: torch.device, file: str = "") -> LatentGenerator:
     """What draws from the model of `path`. ema: as `--ema`; file: the YAML file of a foreign one. Raises UserError."""
     weights = find_weights(path, ema)
-    model = load_model(read_saved(weights, file), weights, device, averaged=ema != "none")
+    model = settle_precision(load_model(read_saved(weights, file), weights, device, averaged=ema != "none"))
     return LatentGenerator(model, classes=read_classes(weights.parent))
 
 

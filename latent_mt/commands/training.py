@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from omegaconf import OmegaConf
 from guided_mt.errors import UserError
 from guided_mt.modalities.registry import TASKS
 from guided_mt.modalities.settings import row_of
-from guided_mt.runs import resume
+from guided_mt.runs import precision, resume
 from guided_mt.runs.checkpoint import read_config
 from guided_mt.runs.config import make_section
+from guided_mt.runs.distributed import Processes
+from guided_mt.runs.processes.claim import Claim
 from guided_mt.runs.resume import newest_checkpoint
 
 from ..data import LatentCache
 from ..first_stage.latents import first_stage_hash
 from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs.configuration import load_config, replaced
+from ..runs.launched import device_of, join
 from ..runs.run import RunFolder, fit, flatten, make_trainer
 from ..runs.run_config import RunConfig
 from ..runs.targets import instantiate, parameters, resolve
@@ -40,6 +44,11 @@ class Command:
     run: RunConfig
     folder: Path
     dry_run: bool
+    words: tuple[str, ...] = ()  # the keys that stand on the command line
+
+    def types(self, key: str) -> bool:
+        """Whether the command line sets this key, or one below it."""
+        return any(word == key or word.startswith(f"{key}.") for word in self.words)
 
     @property
     def yaml(self) -> str:
@@ -62,7 +71,8 @@ def read_command(args: Arguments, kind: type) -> Command:
     config["model"], config["data"] = with_defaults(config["model"]), with_defaults(config.get("data") or {})
     if not config.get("data"):
         raise UserError(f"{args.config}: has no 'data: {{target, params}}'")
-    return Command(config, settings, Path(settings.log_dir), args.dry_run)
+    words = tuple(word.partition("=")[0] for word in args.overrides)
+    return Command(config, settings, Path(settings.log_dir), args.dry_run, words)
 
 
 def with_defaults(config: Any) -> Any:
@@ -90,10 +100,27 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
 
     wrap: what trains the model that the configuration describes.
     """
+    processes = join(trainer_options(command.config))
+    claim = (
+        contextlib.nullcontext()
+        if command.dry_run
+        else processes.sole_writer(Claim(command.folder, setting="run.log_dir"))
+    )
+    with claim:
+        _train(command, processes, check, wrap)
+    processes.close()
+
+
+def _train(
+    command: Command, processes: Processes, check: Callable[[Any, Any], None], wrap: Callable[[Any], TrainedModule]
+) -> None:
+    """What `train` does once the folder is its own."""
     config, settings = command.config, command.run
+    newest = newest_checkpoint(command.folder)
+    said = settle_precision(command, newest)
     data = instantiate(config["data"], "data")
     folder = RunFolder(command.folder, settings, "")
-    trainer = make_trainer(folder, trainer_options(config))
+    trainer = make_trainer(folder, trainer_options(config), processes)
     images = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     if settings.images_per_step not in (-1, images):
         raise UserError(
@@ -104,15 +131,19 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
     torch.manual_seed(settings.seed)  # the same initial weights on every process
     model = instantiate({key: config["model"][key] for key in ("target", "params") if key in config["model"]}, "model")
     resolve_tasks(config, model)
+    if hasattr(model, "network"):  # LDM's unet_config.params.use_bf16
+        model.network.precision, more = precision.choose(
+            model.network.precision, device_of(trainer_options(config)), typed=command.types("model.params.unet_config")
+        )
+        said += more
     folder.config_yaml = command.yaml
-    newest = newest_checkpoint(command.folder)
     if newest is not None:
         check_resumed(newest, config)
     module = wrap(model)
     module.base_rate = learning_rate_of(config["model"], images)
     if trainer.is_global_zero:
         print(command.yaml, end="")
-        for line in replaced(config):
+        for line in (*replaced(config), *said):
             print(f"# {line}")
         print(f"# run folder {command.folder}")
         print(f"# {images} images per step, learning rate {module.base_rate:g}")
@@ -125,6 +156,30 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
     data.open()
     check(model, data)
     fit(trainer, folder, module, data)
+
+
+def settle_precision(command: Command, newest: Path | None) -> list[str]:
+    """Choose `lightning.trainer.precision` for this machine; returns lines to print. newest: the checkpoint to go on from."""
+    options = (command.config.get("lightning") or {}).get("trainer") or {}
+    own = ""
+    if newest is not None:
+        saved = ((read_config(newest / "model.safetensors") or {}).get("lightning") or {}).get("trainer") or {}
+        own = _precision(saved)
+    key = "lightning.trainer.precision"
+    wanted, device = _precision(options), device_of(trainer_options(command.config))
+    chosen, lines = precision.choose(wanted, device, typed=command.types(key), own=own, fp32="32-true")
+    if chosen != wanted:
+        command.config["lightning"] = {
+            **(command.config.get("lightning") or {}),
+            "trainer": {**options, "precision": chosen},
+        }
+    return lines
+
+
+def _precision(options: Mapping[str, Any]) -> str:
+    """Lightning's present name of `precision`."""
+    word = str(options.get("precision") or "32-true")
+    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(word, word)
 
 
 def learning_rate_of(model: dict[str, Any], images: int) -> float:

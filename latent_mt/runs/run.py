@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,16 +15,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from guided_mt.data import Batch, ImageStream
 from guided_mt.errors import UserError, reason
-from guided_mt.runs import checkpoint, distributed, resume
+from guided_mt.runs import checkpoint, resume
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.policy import RunPolicy
 from guided_mt.runs.resume import newest_checkpoint
 
+from .launched import with_launcher
 from .run_config import RunConfig
 from .trained_module import TrainedModule
 
@@ -52,13 +51,15 @@ class RunFolder(pl.Callback):
     def __init__(self, folder: Path, config: RunConfig, config_yaml: str):
         self.folder, self.config, self.config_yaml = folder, config, config_yaml
         self.data: Any = None
+        self.launcher = "python"
+        self.policy: RunPolicy | None = None
         self.newest: Path | None = None  # the checkpoint to go on from
-        self.stopped = False
+        self.stopped = self.interrupted = False
         self.running = contextlib.ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         processes = Processes(
-            trainer.global_rank, trainer.world_size, trainer.local_rank, trainer.strategy.root_device, "lightning"
+            trainer.global_rank, trainer.world_size, trainer.local_rank, trainer.strategy.root_device, self.launcher
         )
         module.processes = processes
         module.prepare(self.data, self.newest is not None)
@@ -92,6 +93,7 @@ class RunFolder(pl.Callback):
         module.after_step()
         interval, last = self.config.val_interval, step == self.config.total_steps
         figures = module.evaluate() if interval and (step % interval == 0 or last) else {}
+        assert self.policy is not None
         if self.policy.after_step(step, figures):
             self.stopped = trainer.should_stop = True
 
@@ -99,6 +101,7 @@ class RunFolder(pl.Callback):
         self.running.close()
 
     def on_exception(self, trainer: pl.Trainer, module: TrainedModule, exception: BaseException) -> None:
+        self.interrupted = isinstance(exception, KeyboardInterrupt)
         self.running.close()
 
 
@@ -120,9 +123,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_trainer(folder: RunFolder, options: Mapping[str, Any]) -> pl.Trainer:
-    """A Trainer with these keywords of pl.Trainer, for `fit`. Raises UserError where they don't suit this machine."""
-    options = _with_launcher(options)
+def make_trainer(folder: RunFolder, options: Mapping[str, Any], processes: Processes | None = None) -> pl.Trainer:
+    """A Trainer with these keywords of pl.Trainer, for `fit`. Raises UserError where they don't suit this machine.
+
+    processes: those of `launched.join`; None: this one alone.
+    """
+    folder.launcher = (processes or Processes()).launcher
+    options = with_launcher(options, processes or Processes())
     strategy = str(options.get("strategy", "auto"))
     if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         raise UserError(
@@ -154,7 +161,8 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any]) -> pl.Trainer:
 def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any) -> None:
     """Train `module` on `data` to `total_steps`, or on from the newest checkpoint of the folder.
 
-    data: has `batch_size` (per process and pass), `source` and `stream(...)` as `latent_mt.data.PairData`. Raises UserError.
+    data: has `batch_size` (per process and pass), `source` and `stream(...)` as `latent_mt.data.PairData`. Raises UserError, and
+    Interrupted where Ctrl-C ended it, saved.
     """
     folder.newest = newest = newest_checkpoint(folder.folder)
     folder.data, module.run = data, folder.config
@@ -181,26 +189,15 @@ def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any
     )
     if trainer.strategy.root_device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    with _quiet():
-        trainer.fit(module, train_dataloaders=_Stream(stream, folder))
-
-
-def _with_launcher(options: Mapping[str, Any]) -> dict[str, Any]:
-    """pl.Trainer's keywords, with the processes of mpiexec, which Lightning doesn't know, in the place of its own."""
-    options = dict(options)
-    launcher, rank, world_size, local_rank, local_size = distributed.detect(os.environ)
-    if launcher == "mpi":
-        distributed.rendezvous_over_mpi()
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(local_size), "TORCHELASTIC_RUN_ID": "mpi"}
-    if launcher in ("mpi", "torchrun") and world_size > 1:
-        # What the launcher started is what there is, whatever the file says for plain python; a list still chooses the GPUs.
-        if not isinstance(options.get("devices"), (list, tuple)):
-            options["devices"] = local_size
-        options["num_nodes"] = world_size // local_size
-        options.setdefault("strategy", "ddp")
-        options["plugins"] = [TorchElasticEnvironment()]
-    return options
+    try:
+        with _quiet():
+            trainer.fit(module, train_dataloaders=_Stream(stream, folder))
+    except SystemExit:
+        if folder.interrupted:  # before the first step: Lightning makes an exit of it
+            raise KeyboardInterrupt from None
+        raise
+    if folder.policy is not None:
+        folder.policy.raise_if_interrupted()
 
 
 @contextlib.contextmanager
