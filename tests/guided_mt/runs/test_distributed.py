@@ -1,126 +1,24 @@
-"""How a process finds out who started it and who it is. The launchers themselves run in test_train and test_commands."""
+"""Which device a process takes, and where processes meet. The launchers themselves run in test_train and test_commands."""
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
+from test_launcher import POD, STEP
 
 from guided_mt.errors import UserError
 from guided_mt.runs import distributed
-from guided_mt.runs.distributed import Processes, choose_device, detect, first_host, rank_of_launcher
-
-TORCHRUN = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "node0",
-    "MASTER_PORT": "29500",
-}
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "3",
-    "OMPI_COMM_WORLD_SIZE": "6",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-}
-MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
-# What a batch script of `sbatch --nodes 2 --ntasks-per-node 4` sees before any srun.
-SLURM_BATCH = {
-    "SLURM_JOB_ID": "123456",
-    "SLURM_NTASKS": "8",
-    "SLURM_NPROCS": "8",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODELIST": "gpu[003-004]",
-    "SLURM_TASKS_PER_NODE": "4(x2)",
-}
-SLURM_STEP = {
-    **SLURM_BATCH,
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_PROCID": "6",
-    "SLURM_LOCALID": "2",
-    "SLURM_STEP_NODELIST": "gpu[003-004]",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-}
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, ("python", 0, 1, 0, 1)),
-        ({"PATH": "/bin", "MASTER_ADDR": "left over"}, ("python", 0, 1, 0, 1)),
-        (TORCHRUN, ("torchrun", 5, 8, 1, 4)),
-        ({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}, ("torchrun", 0, 1, 1, 4)),
-        (OPEN_MPI, ("mpi", 3, 6, 1, 2)),
-        ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, ("python", 0, 1, 0, 1)),
-        (MPICH, ("mpi", 2, 4, 0, 2)),
-        (SLURM_STEP, ("slurm", 6, 8, 2, 4)),
-        # A batch script has the job's variables but is one process; so is an interactive shell.
-        (SLURM_BATCH, ("python", 0, 1, 0, 1)),
-        ({**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1"}, ("python", 0, 1, 0, 1)),
-        # A launcher inside a batch script, or inside srun, is the one that counts.
-        ({**SLURM_BATCH, **TORCHRUN}, ("torchrun", 5, 8, 1, 4)),
-        ({**SLURM_STEP, **TORCHRUN}, ("torchrun", 5, 8, 1, 4)),
-        ({**SLURM_BATCH, **OPEN_MPI}, ("mpi", 3, 6, 1, 2)),
-    ],
-    ids=[
-        "python",
-        "left-over variables",
-        "torchrun",
-        "torchrun of one",
-        "Open MPI",
-        "mpiexec -n 1",
-        "MPICH",
-        "srun",
-        "sbatch script",
-        "srun of one",
-        "torchrun in sbatch",
-        "torchrun in srun",
-        "mpiexec in sbatch",
-    ],
-)
-def test_launchers_are_told_apart(environment, expected):
-    assert detect(environment) == expected
-
-
-@pytest.mark.parametrize(
-    ("environment", "rank"),
-    [
-        ({}, 0),
-        ({"LOCAL_RANK": "1"}, 1),  # a process that Lightning started
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, 3),
-        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, 0),
-    ],
-)
-def test_who_prints_an_error(monkeypatch, environment, rank):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert rank_of_launcher() == rank
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("gpu003", "gpu003"),
-        ("gpu[003-005,9],cpu1", "gpu003"),
-        ("gpu[7,9-12]", "gpu7"),
-        ("cpu1,gpu[003-005]", "cpu1"),
-        ("node-a[01-02]", "node-a01"),
-        ("ip-10-0-0-12,ip-10-0-0-13", "ip-10-0-0-12"),
-        ("login.cluster.org", "login.cluster.org"),
-    ],
-)
-def test_first_host_of_slurms_list(nodelist, host):
-    assert first_host(nodelist) == host
+from guided_mt.runs.distributed import Processes, choose_device
 
 
 def test_slurm_agrees_on_an_address(monkeypatch):
     """Every task of a step finds the same host and port without talking; an address set by the user stays."""
     joined = {}
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **kwargs: joined.update(kwargs))
-    for name, value in SLURM_STEP.items():
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **kwargs: joined.update(kwargs))
+    for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -131,12 +29,46 @@ def test_slurm_agrees_on_an_address(monkeypatch):
     monkeypatch.delenv("MASTER_PORT")
     processes = distributed.setup("cpu")
     assert (processes.launcher, processes.rank, processes.world_size) == ("slurm", 6, 8)
-    assert (joined["rank"], joined["world_size"], joined["init_method"]) == (6, 8, "env://")
+    assert (joined["rank"], joined["world_size"]) == (6, 8)
     assert distributed.os.environ["MASTER_ADDR"] == "gpu003"
     assert 20000 <= int(distributed.os.environ["MASTER_PORT"]) < 40000
     monkeypatch.setenv("MASTER_ADDR", "chosen")
     distributed.setup("cpu")
     assert distributed.os.environ["MASTER_ADDR"] == "chosen"
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "expected"),
+    [
+        ({**STEP, "CUDA_VISIBLE_DEVICES": "3"}, 1, "cuda:0"),  # srun --gpus-per-task=1: each its own
+        (STEP, 4, "cuda:2"),
+        (POD, 1, "cuda:0"),
+        (STEP, 3, "4 processes on this machine need a GPU each, and there are 3"),
+    ],
+)
+def test_one_visible_gpu_is_the_process_own(environment, gpus, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **kwargs: None)
+    monkeypatch.setattr(distributed.os, "environ", dict(environment))
+    if expected.startswith("cuda"):
+        assert str(distributed.setup().device) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            distributed.setup()
+
+
+def test_mpi4py_of_another_mpi_is_noticed(monkeypatch):
+    """Each process is alone in the world that it finds, while mpiexec said two."""
+    world = types.SimpleNamespace(rank=0, size=1)
+    package = types.ModuleType("mpi4py")
+    package.MPI = types.SimpleNamespace(COMM_WORLD=world)
+    monkeypatch.setitem(sys.modules, "mpi4py", package)
+    monkeypatch.setattr(distributed.os, "environ", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
+    with pytest.raises(
+        UserError, match="started 2 processes, but mpi4py finds a world of 1: it was built on another MPI"
+    ):
+        distributed.setup("cpu")
 
 
 @pytest.mark.parametrize(

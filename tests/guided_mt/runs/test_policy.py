@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 from tiny import progress
 
-from guided_mt.errors import UserError
+from guided_mt.errors import Interrupted, UserError
 from guided_mt.runs import checkpoint
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.loop_config import LoopConfig
 from guided_mt.runs.policy import RunPolicy
+from guided_mt.runs.processes.signals import Request, Requests
 from guided_mt.runs.skipped import SkippedSteps
 
 
@@ -104,26 +106,86 @@ def test_back_offs_of_the_loss_scale_are_counted_but_speak_of_nothing(tmp_path):
     assert saved(tmp_path / "floor") == []
 
 
-def test_sigterm_saves_and_ends_and_the_handler_goes_back(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+class Signalled(Subject):
+    """A signal comes while step 4 is reported."""
 
-    class Killed(Subject):
-        def report_row(self) -> dict[str, float]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return {}
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
 
-    subject, config = Killed(), LoopConfig(total_steps=9, log_interval=4, save_interval=100)
-    steps = []
+    def report_row(self) -> dict[str, float]:
+        os.kill(os.getpid(), self.number)
+        return {}
+
+
+def signalled(number: signal.Signals, folder: Path, processes: Processes | None = None) -> tuple[list[int], RunPolicy]:
+    """(the steps that were done of 3 to 6, the policy after the run)."""
+    config, steps = LoopConfig(total_steps=7, log_interval=4, save_interval=100), []
     with RunPolicy(
-        subject, config, Processes(), tmp_path, step=2, columns=["step", "loss", "images_per_second"], images_per_step=1,
-        config_yaml="", advice="",
+        Signalled(number), config, processes or Processes(), folder, step=2, columns=["step", "loss", "images_per_second"],
+        images_per_step=1, config_yaml="", advice="",
     ) as policy:  # fmt: skip
-        for step in range(3, 10):
+        for step in range(3, 7):
             steps.append(step)
             if policy.after_step(step):
                 break
+    return steps, policy
+
+
+@pytest.fixture
+def handlers():
+    """The signals' handlers, which a run gives back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("name, word", [("SIGTERM", "SIGTERM"), ("SIGINT", "Ctrl-C")])
+def test_signals_that_save_and_end(name, word, tmp_path, caplog, handlers):
+    caplog.set_level("INFO")
+    steps, policy = signalled(signal.Signals[name], tmp_path)
     assert steps == [3, 4] and saved(tmp_path) == [4]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert caplog.messages == [f"{word}: saved step 4; run the same command to go on"]
+    if name == "SIGTERM":
+        policy.raise_if_interrupted()
+    else:
+        with pytest.raises(Interrupted):
+            policy.raise_if_interrupted()
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path, caplog, handlers):
+    caplog.set_level("INFO")
+    steps, policy = signalled(signal.SIGUSR1, tmp_path)
+    assert steps == [3, 4, 5, 6] and saved(tmp_path) == [4]
+    assert caplog.messages == ["SIGUSR1: saved step 4; going on"]
+    policy.raise_if_interrupted()
+
+
+@pytest.mark.parametrize("launcher, rank, raises", [("mpi", 0, True), ("mpi", 1, False), ("torchrun", 0, False)])
+def test_who_ends_with_130_among_several(launcher, rank, raises, tmp_path, monkeypatch, handlers):
+    """Launchers end all where one fails, and torchrun starts all anew."""
+    monkeypatch.setattr(Processes, "largest", lambda self, number: int(number))
+    (tmp_path / "checkpoints").mkdir()
+    _, policy = signalled(signal.SIGINT, tmp_path, Processes(rank=rank, world_size=2, launcher=launcher))
+    with pytest.raises(Interrupted) if raises else contextlib.nullcontext():
+        policy.raise_if_interrupted()
+
+
+def test_a_second_ctrl_c_is_the_systems(tmp_path, handlers, capfd):
+    """It ends the process at once, whatever that does."""
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.take() is Request.INTERRUPT and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert capfd.readouterr().err == "\nCtrl-C: saving after this step; once more ends at once, without\n"
+
+
+def test_of_several_requests_the_largest_counts(handlers):
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert requests.take() is Request.STOP
+        assert requests.take() is Request.STOP
 
 
 def test_a_failing_save_stops_the_run(tmp_path):
