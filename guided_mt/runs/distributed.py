@@ -22,6 +22,9 @@ from .processes.claim import Claim
 from .processes.launcher import DEFAULT_PORT, Started, first_host, slurm_port, started
 from .processes.meeting import meet
 
+# torch's later name for it, under which it doesn't warn
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -44,7 +47,7 @@ class Processes:
         gathered = torch.empty(
             self.world_size * len(values), *values.shape[1:], dtype=values.dtype, device=values.device
         )
-        dist.all_gather_into_tensor(gathered, values.contiguous())
+        ALL_GATHER(gathered, values.contiguous())
         return gathered
 
     def mean(self, values: Tensor) -> Tensor:

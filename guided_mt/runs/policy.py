@@ -83,7 +83,7 @@ class RunPolicy:
         self.config_yaml, self.classes = config_yaml, classes
         self.preview_interval, self.advice = preview_interval, advice
         self.save_due = False
-        self.requests, self.ended_by = Requests(), Request.NOTHING
+        self.requests, self.ended_by = Requests(processes.is_main), Request.NOTHING
         self.reporter: Reporter | None = None
 
     def __enter__(self) -> RunPolicy:

@@ -29,10 +29,11 @@ class Requests:
     """A context in which the signals are taken as requests; afterwards they mean what they meant before.
 
     The first Ctrl-C asks the run to save and end. A second one is the system's: it ends the process at once, whatever it does.
+    speaks: whether this process says so.
     """
 
-    def __init__(self) -> None:
-        self.asked = Request.NOTHING
+    def __init__(self, speaks: bool = True) -> None:
+        self.asked, self.speaks = Request.NOTHING, speaks
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Requests:
@@ -48,7 +49,8 @@ class Requests:
         self.asked = max(self.asked, request)
         if request is Request.INTERRUPT:
             signal.signal(number, signal.SIG_DFL)
-            os.write(2, b"\nCtrl-C: saving after this step; once more ends at once, without\n")
+            if self.speaks:
+                os.write(2, b"\nCtrl-C: saving after this step; once more ends at once, without\n")
 
     def take(self) -> Request:
         """What is asked. A request to save is then met, one to end stays."""

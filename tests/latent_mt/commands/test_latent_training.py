@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,15 +15,21 @@ import torch
 from make_golden_traces import FILE, LATENT_TRACES, latent_loss_trace
 from PIL import Image
 from pytorch_lightning.plugins.precision import MixedPrecision
-from tiny import finish, finish_group, start, wait_for
+from tiny import finish, finish_group, start, words
 from tiny_latent import LATENT, SIZE, UNET, newest_weights, train, write_config, write_pairs
 
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.errors import UserError
+from guided_mt.errors import Interrupted, UserError
+from guided_mt.runs.distributed import Processes
+from guided_mt.runs.processes.claim import Claim
+from guided_mt.runs.processes.launcher import Started
 from latent_mt import LatentMTDiffusion
+from latent_mt.commands import latent_sample
+from latent_mt.runs import launched
 from latent_mt.runs.configuration import load_config
 from latent_mt.runs.run import make_trainer
 from latent_mt.runs.targets import instantiate
+from latent_mt.training.latent_diffusion import LatentTraining
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +127,88 @@ def test_processes_change_nothing(pairs, tmp_path, launcher):
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-4)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path):
+def signalled_at_step_2(monkeypatch, number: signal.Signals) -> None:
+    """The signal comes while the second step of each run that is made is counted."""
+    true_step = LatentTraining.after_step
+
+    def after_step(self) -> None:
+        true_step(self)
+        if self.steps_done == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(LatentTraining, "after_step", after_step)
+
+
+def steps_saved(run) -> list[int]:
+    return sorted(int(folder.name[5:]) for folder in (run / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("name, said", [("SIGTERM", "SIGTERM"), ("SIGINT", "Ctrl-C")])
+def test_signals_save_and_the_same_command_goes_on(pairs, tmp_path, monkeypatch, caplog, name, said):
+    caplog.set_level("INFO", logger="guided_mt")
     file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
-    argv = ["--config", str(file), "run.total_steps=100000", "run.save_interval=100000"]
-    process = start("latent_train.py", argv)
-    log = tmp_path / "a/progress.csv"
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: saved step" in finish(process)
-    (saved,) = (tmp_path / "a/checkpoints").glob("step_*")
-    step = int(saved.name[5:])
-    train(file, f"run.total_steps={step + 1}")
-    assert rows(tmp_path / "a")[-1]["step"] == str(step + 1)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) if name == "SIGINT" else nullcontext():
+        signalled_at_step_2(patched, signal.Signals[name])
+        train(file, "run.total_steps=100000", "run.save_interval=100000")
+    assert caplog.messages == [f"{said}: saved step 2; run the same command to go on"]
+    assert steps_saved(tmp_path / "a") == [2]
+    train(file, "run.total_steps=3")
+    assert rows(tmp_path / "a")[-1]["step"] == "3"
+
+
+def test_ctrl_c_before_the_first_step_is_one(pairs, tmp_path, monkeypatch):
+    """Lightning makes an exit with code 1 of it."""
+    monkeypatch.setattr(LatentTraining, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"))
+    assert not (tmp_path / "a" / ".lock").exists()
+
+
+def test_under_slurm_a_run_saves_in_its_own_folder_and_reads_nothing_of_lightnings(pairs, tmp_path, monkeypatch):
+    """SIGUSR1 is `--signal=SIGUSR1@90`; a checkpoint that Lightning wrote for another run lies in the working directory."""
+    for key, value in {"NTASKS": 1, "JOB_NAME": "train", "JOB_ID": 123, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
+    place = tmp_path / "working directory"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    (place / "hpc_ckpt_7.ckpt").write_text("of another run")
+    signalled_at_step_2(monkeypatch, signal.SIGUSR1)
+    train(file, "run.total_steps=4", "run.save_interval=100")
+    assert steps_saved(tmp_path / "a") == [2, 4]
+    assert [path.name for path in place.iterdir()] == ["hpc_ckpt_7.ckpt"]
+    assert not list((tmp_path / "a").rglob("*.ckpt"))
+
+
+def test_a_batch_script_of_several_tasks_is_one_process(pairs, tmp_path, monkeypatch):
+    """Lightning would wait for the seven others of `sbatch --ntasks 8`, which srun alone would start."""
+    for key, value in {"NTASKS": 8, "JOB_NAME": "train", "JOB_ID": 123, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"), "run.total_steps=1")
+    assert steps_saved(tmp_path / "a") == [1]
+
+
+def test_a_second_run_in_the_folder_stops_before_data_and_model_are_built(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr("latent_mt.commands.training.instantiate", lambda *_: pytest.fail("built"))
+    with (
+        Claim(tmp_path / "a"),
+        pytest.raises(UserError, match=rf"run.log_dir {tmp_path / 'a'}: this process is writing"),
+    ):
+        train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a"))
+
+
+@pytest.mark.parametrize("gpus, local_size, devices, nodes, place", [(4, 4, 4, 2, 2), (1, 4, 1, 8, 0)])
+def test_lightning_is_told_of_the_launchers_processes(monkeypatch, gpus, local_size, devices, nodes, place):
+    """A process that sees one GPU alone is a machine of its own to Lightning, and takes cuda:0."""
+    found = Started("slurm", 6, 8, 2, local_size)
+    monkeypatch.setattr(launched, "started", lambda: found)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    processes = Processes(6, 8, 2, torch.device("cuda", place), "slurm")
+    options = launched.with_launcher({"devices": 1}, processes)
+    (environment,) = options["plugins"]
+    assert (options["devices"], options["num_nodes"], options["strategy"]) == (devices, nodes, "ddp")
+    assert (environment.global_rank(), environment.world_size()) == (6, 8)
+    assert (environment.local_rank(), environment.node_rank()) == (place, 6 // (8 // nodes))
 
 
 def test_bf16(pairs, tmp_path):
@@ -140,6 +218,39 @@ def test_bf16(pairs, tmp_path):
     assert a != b
     assert float(a[0]["mse"]) == pytest.approx(float(b[0]["mse"]), rel=0.05)
     assert all(value.dtype == torch.float32 for value in newest_weights(tmp_path / "a").values())
+
+
+def test_bf16_of_a_file_is_fp32_on_a_cpu_without(pairs, tmp_path, monkeypatch, capsys):
+    """The run is fp32's from then on; a word on the command line is another matter, and so is a run that began in bf16."""
+    monkeypatch.setattr("guided_mt.runs.precision.cpu_has_bf16", lambda: False)
+    file = write_config(tmp_path / "a.yaml", pairs, tmp_path / "a")
+    file.write_text(file.read_text().replace("accelerator: cpu", "accelerator: cpu\n    precision: bf16-mixed"))
+    key, fell = (
+        "lightning.trainer.precision",
+        "# precision 32-true and not bf16-mixed, for which this CPU has no instructions",
+    )
+    slow = "# warning: bf16-mixed on this CPU, which has no instructions for it, is many times slower than 32-true"
+
+    def said(*words: str) -> list[str]:
+        train(file, "run.total_steps=1", *words)
+        return [line for line in capsys.readouterr().out.splitlines() if "32-true" in line and line.startswith("#")]
+
+    assert said() == [fell]
+    newest = tmp_path / "a" / "checkpoints" / "step_00000001" / "config.yaml"
+    assert load_config(newest)["lightning"]["trainer"]["precision"] == "32-true"
+    assert said(f"{key}=bf16-mixed", "--dry_run") == [slow]
+    newest.write_text(newest.read_text().replace("32-true", "bf16-mixed"))
+    assert said("--dry_run") == [slow]
+
+
+def test_bf16_of_ldms_unet_is_fp32_on_a_cpu_without(pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("guided_mt.runs.precision.cpu_has_bf16", lambda: False)
+    unet = {"unet_config": {"target": "latent_mt.model.unet.UNetModel", "params": {**UNET, "use_bf16": True}}}
+    train(write_config(tmp_path / "a.yaml", pairs, tmp_path / "a", **unet), "run.total_steps=1")
+    fell = "# precision fp32 and not bf16, for which this CPU has no instructions"
+    assert fell in capsys.readouterr().out
+    latent_sample.main(words(model_path=tmp_path / "a", num_samples=1, steps=1, device="cpu", dry_run=False))
+    assert fell in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_weights(pairs, tmp_path):
@@ -175,8 +286,8 @@ def test_a_row_of_skipped_steps_that_ends_before_a_look_is_noticed(pairs, tmp_pa
 def test_back_offs_of_the_loss_scale_are_no_divergence(pairs, tmp_path, monkeypatch, bad, stops):
     """In fp16 a run goes on while its scale of 2^16 can still fall, and it saves; at 2^0 a row of bad steps ends it."""
 
-    def on_the_cpu(folder, options):  # where Lightning's own choice for 16-mixed is bfloat16
-        return make_trainer(folder, {**options, "plugins": [MixedPrecision("16-mixed", "cpu")]})
+    def on_the_cpu(folder, options, processes):  # where Lightning's own choice for 16-mixed is bfloat16
+        return make_trainer(folder, {**options, "plugins": [MixedPrecision("16-mixed", "cpu")]}, processes)
 
     monkeypatch.setattr("latent_mt.commands.training.make_trainer", on_the_cpu)
     spoil(monkeypatch, range(2, bad + 1))
