@@ -13,6 +13,7 @@ from guided_mt.commands.console import run
 from guided_mt.errors import UserError, nearest
 from guided_mt.runs.checkpoint import find_weights, read_config
 from guided_mt.runs.distributed import choose_device
+from guided_mt.runs.processes.claim import Claim
 
 from ..first_stage.first_stages import Autoencoder
 from ..first_stage.latents import PRECISIONS, first_stage_hash, write_cache
@@ -61,25 +62,26 @@ def main(argv: Sequence[str]) -> None:
     if args.dry_run:
         return
     first_stage.to(choose_device("" if args.device == "auto" else args.device)).to_fast_layout()
-    for split, source in sources.items():
-        start = time.perf_counter()
-        cache = write_cache(
-            source,
-            first_stage,
-            data.image_size,
-            args.out / split,
-            batch_size=args.batch_size,
-            precision=args.precision,
-            num_workers=data.num_workers if args.num_workers is None else args.num_workers,
-        )
-        seconds = time.perf_counter() - start
-        megabytes = (args.out / split / "latents.bin").stat().st_size / 1e6
-        _, sides, _, moments, channels, height, width = cache.shape
-        print(
-            f"{args.out / split}: {len(cache)} items, {sides} side(s) of {channels}x{height}x{width}, {moments} moment(s), "
-            f"plain and mirrored, {seconds:.1f} s, {len(cache) / seconds:.1f} items/s, {megabytes:.1f} MB",
-            flush=True,
-        )
+    with Claim(args.out, setting="--out"):
+        for split, source in sources.items():
+            start = time.perf_counter()
+            cache = write_cache(
+                source,
+                first_stage,
+                data.image_size,
+                args.out / split,
+                batch_size=args.batch_size,
+                precision=args.precision,
+                num_workers=data.num_workers if args.num_workers is None else args.num_workers,
+            )
+            seconds = time.perf_counter() - start
+            megabytes = (args.out / split / "latents.bin").stat().st_size / 1e6
+            _, sides, _, moments, channels, height, width = cache.shape
+            print(
+                f"{args.out / split}: {len(cache)} items, {sides} side(s) of {channels}x{height}x{width}, {moments} moment(s), "
+                f"plain and mirrored, {seconds:.1f} s, {len(cache) / seconds:.1f} items/s, {megabytes:.1f} MB",
+                flush=True,
+            )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
