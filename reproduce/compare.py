@@ -35,6 +35,7 @@ from guided_mt.data.images import save_npz
 from guided_mt.errors import UserError
 from guided_mt.generation.feature_classifier import ClassifiedImages, FeatureClassifier
 from guided_mt.generation.noisy_classifier import load_classifier
+from guided_mt.runs.processes.claim import Claim
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
@@ -180,6 +181,10 @@ class Comparison:
         self.failed, self.printing = Event(), Lock()
 
     def main(self) -> None:
+        with Claim(self.run, setting="--run"):
+            self.all_stages()
+
+    def all_stages(self) -> None:
         started = time.monotonic()
         self.run.mkdir(parents=True, exist_ok=True)
         given = np.arange(self.samples) % len(open_source(self.train_data).class_names)

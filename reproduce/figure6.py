@@ -7,8 +7,8 @@ held-out images with the same noise, at timesteps drawn uniformly. Run again, it
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -35,7 +35,10 @@ from guided_mt.generation.noisy_classifier import build_classifier, build_proces
 from guided_mt.runs.checkpoint import checkpoint_step, checkpoints, differing_keys, read_classes, read_config
 from guided_mt.runs.config import Config, option, parse
 from guided_mt.runs.distributed import choose_device
+from guided_mt.runs.processes.claim import Claim
 from guided_mt.training.classifier_loop import VALIDATION, classifier_run_sections
+
+from .children import run_child
 
 SERIES = {"finetuned": "fine-tuned from the joint model", "scratch": "from scratch"}
 SET_HERE = ("log_dir", "resume_checkpoint", "seed", "save_interval", "keep_checkpoints", "total_steps")
@@ -100,10 +103,11 @@ def train_and_classify(argv: Sequence[str], script: Path) -> tuple[Path, dict[st
         refuse_other_settings(folder(config, name, seed), classifier_train.resolve(words)[0])
     held_out = load_held_out(config, read_classes(weights.parent), network.image_size)
     written: dict[str, list[list[Path]]] = {name: [] for name in SERIES}
-    for (name, seed), words in commands.items():
-        train([sys.executable, str(script), *words], config.dry_run)
-        if not config.dry_run:
-            written[name].append(classify_held_out(config, network, held_out, name, seed))
+    with contextlib.nullcontext() if config.dry_run else Claim(Path(config.out), setting="--out"):
+        for (name, seed), words in commands.items():
+            train([sys.executable, str(script), *words], config.dry_run)
+            if not config.dry_run:
+                written[name].append(classify_held_out(config, network, held_out, name, seed))
     return None if config.dry_run else (Path(config.out), written)
 
 
@@ -183,7 +187,7 @@ def refuse_other_settings(run_folder: Path, config: Config) -> None:
 def train(line: Sequence[str], dry_run: bool) -> None:
     """Run the command, which resumes; ends this program with its exit code where it fails."""
     print("$", shlex.join(line), flush=True)
-    code = 0 if dry_run else subprocess.run(line, check=False).returncode
+    code = 0 if dry_run else run_child(line)
     if code:
         sys.exit(code)
 

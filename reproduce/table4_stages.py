@@ -24,6 +24,7 @@ from guided_mt.data.images import from_uint8, save_npz, to_nhwc
 from guided_mt.errors import UserError
 from guided_mt.runs import checkpoint, distributed
 from guided_mt.runs.config import Config, parse
+from guided_mt.runs.processes.claim import Claim
 from guided_mt.runs.resume import newest_checkpoint
 from latent_mt.commands import encode_latents, latent_sample, latent_train
 from latent_mt.model.generate import LatentSampleConfig
@@ -109,12 +110,13 @@ class Table4:
             self.prepare(unfinished)
         if self.dry_run:
             return
-        for one in unfinished:
-            self.train(one)
-        self.check_budget()
-        for one in self.runs:
-            self.draw(one)
-        self.report()
+        with Claim(self.run, setting="--run"):
+            for one in unfinished:
+                self.train(one)
+            self.check_budget()
+            for one in self.runs:
+                self.draw(one)
+            self.report()
 
     # ------------------------------------------------------------ training
 
