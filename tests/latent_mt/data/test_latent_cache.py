@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from guided_mt.data import ImageStream, load_images, open_source
 from guided_mt.data.images import from_uint8
 from guided_mt.errors import UserError
+from guided_mt.runs.processes.claim import Claim
 from latent_mt.commands.encode_latents import main
 from latent_mt.data import ImageData, LatentCache, PairData, open_pairs
 from latent_mt.first_stage.first_stages import AutoencoderKL
@@ -234,6 +235,11 @@ def test_the_command_with_a_real_autoencoder(tmp_path, capsys):
     command += ["--first_stage", str(tmp_path / "kl.ckpt"), "--splits", "train,val"]
     main([*command, "--dry_run"])
     assert not (tmp_path / "out").exists() and "# train: 10 items" in capsys.readouterr().out
+    with (
+        Claim(tmp_path / "out"),
+        pytest.raises(UserError, match=rf"--out {tmp_path / 'out'}: this process is writing here"),
+    ):
+        main([*command, "data.params.limit=4"])
     main([*command, "data.params.limit=4"])
     assert "4 items, 2 side(s) of 4x8x8, 2 moment(s), plain and mirrored" in capsys.readouterr().out
     cache = LatentCache(tmp_path / "out" / "train")
