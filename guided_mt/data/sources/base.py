@@ -1,24 +1,18 @@
-"""What an image source is, and how its class ids follow from file names."""
+"""What an image source is: of arrays, of files, or of anything else."""
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError, nearest
-from .transforms import center_crop_arr, random_crop_arr
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-
-
-class UnknownClassError(UserError):
-    """The data have a class that a checkpoint's classes don't hold."""
+from ..transforms import center_crop_arr, random_crop_arr
+from .classes import class_ids, first_without_class
+from .formats import MAX_PIXELS, open_image
 
 
 class ImageSource:
@@ -91,6 +85,8 @@ class ArraySource(ImageSource):
 class FileSource(ImageSource):
     """Images that are files of a folder or archive; subclasses say how the bytes of file number i are read."""
 
+    max_pixels = MAX_PIXELS  # of one image; one with more is not decoded
+
     def __init__(self, path: str, names: Sequence[str], class_names: Sequence[str] | None):
         self.path = path
         self.names = list(names)
@@ -103,16 +99,13 @@ class FileSource(ImageSource):
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.read_bytes(index)))
+        return open_image(self.read_bytes(index), self.max_pixels)
 
     def name(self, index: int) -> str:
         return self.names[index]
 
     def without_class(self) -> str:
-        in_folders = any("/" in name for name in self.names)
-        return next(
-            name for name in self.names if ("/" not in name if in_folders else not all(name.partition("_")[:2]))
-        )
+        return first_without_class(self.names)
 
 
 class ProcessFile:
@@ -135,45 +128,3 @@ class ProcessFile:
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "_handle": None, "_pid": -1}
-
-
-def is_image_name(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
-    """Whether a "/"-separated name is a file to read: one of the suffixes, no dotfile, no macOS resource fork."""
-    if not name.lower().endswith(suffixes):
-        return False
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def class_of_each(names: Sequence[str]) -> list[str] | None:
-    """The class of each file: its parent folder where all files have one, else ADM's prefix NAME_..., else None."""
-    parents = [name.rpartition("/")[0].rpartition("/")[2] for name in names]
-    if all(parents):
-        return parents
-    parts = [name.rpartition("/")[2].partition("_") for name in names]
-    if all(prefix and underscore for prefix, underscore, _ in parts):
-        return [prefix for prefix, _, _ in parts]
-    return None
-
-
-def class_ids(
-    path: str, names: Sequence[str], class_names: Sequence[str] | None
-) -> tuple[np.ndarray | None, list[str]]:
-    """(int64 ids [N] or None, class names). Ids are ranks of the sorted names, or places in `class_names`."""
-    classes = class_of_each(names)
-    if classes is None:
-        return None, []
-    known = sorted(set(classes)) if class_names is None else list(class_names)
-    check_classes(path, set(classes), known)
-    rank = {name: i for i, name in enumerate(known)}
-    return np.array([rank[name] for name in classes], dtype=np.int64), known
-
-
-def check_classes(path: str, found: Iterable[str], known: Sequence[str]) -> None:
-    """Raises UnknownClassError for a class of the data that is not among the known ones."""
-    unknown = sorted(set(found) - set(known))
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UnknownClassError(
-            f"{path}: class {unknown[0]!r}{more} is not one of the {len(known)} saved classes"
-            f"{nearest(unknown[0], known)}; rename it, or leave it out of the data"
-        )
