@@ -65,7 +65,7 @@ def run_folder(config: Config) -> Path:
 
 def open_classes(config: Config, path: str, classes: Sequence[str] | None) -> ImageSource:
     """Images with classes, whose ids are the places in `classes`. Raises UserError for none, unknown or too many."""
-    source = open_source(path, class_names=classes)
+    source = open_source(path, class_names=classes, max_pixels=config.max_pixels)
     if source.labels is None:
         raise UserError(
             f"{path}: a classifier needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz), "

@@ -14,11 +14,11 @@ from guided_mt.errors import UserError
 from guided_mt.modalities.registry import TASKS
 from guided_mt.modalities.settings import row_of
 from guided_mt.runs import resume
-from guided_mt.runs.checkpoint import read_config
+from guided_mt.runs.checkpoint import read_classes, read_config
 from guided_mt.runs.config import make_section
 from guided_mt.runs.resume import newest_checkpoint
 
-from ..data import LatentCache
+from ..data import LatentCache, StreamedData
 from ..first_stage.latents import first_stage_hash
 from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs.configuration import load_config, replaced
@@ -108,6 +108,8 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
     newest = newest_checkpoint(command.folder)
     if newest is not None:
         check_resumed(newest, config)
+        if isinstance(data, StreamedData) and reads_labels(model):
+            data.use_classes(read_classes(newest))
     module = wrap(model)
     module.base_rate = learning_rate_of(config["model"], images)
     if trainer.is_global_zero:
@@ -125,6 +127,13 @@ def train(command: Command, check: Callable[[Any, Any], None], wrap: Callable[[A
     data.open()
     check(model, data)
     fit(trainer, folder, module, data)
+
+
+def reads_labels(model: Any) -> bool:
+    """Whether training uses the images' classes, whose ids then stay what they were when the run began."""
+    names = getattr(model, "modality_names", ())
+    by_condition = getattr(model, "cond_stage_key", None) == "class_label"
+    return by_condition or any(row_of(model.config, name).needs_labels for name in names)
 
 
 def learning_rate_of(model: dict[str, Any], images: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -90,7 +91,22 @@ class FileSource(ImageSource):
     def __init__(self, path: str, names: Sequence[str], class_names: Sequence[str] | None):
         self.path = path
         self.names = list(names)
-        self.labels, self.class_names = class_ids(path, self.names, class_names)
+        self._known = None if class_names is None else list(class_names)
+        if class_names is not None:
+            _ = self._classes  # refuses a class that is not known
+
+    @cached_property
+    def _classes(self) -> tuple[np.ndarray | None, list[str]]:
+        """Found when they are first asked for: what was guessed is said then, and not where nobody wants classes."""
+        return class_ids(self.path, self.names, self._known)
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:  # type: ignore[override]
+        return self._classes[0]
+
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        return self._classes[1]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,15 +62,19 @@ def guess(names: Sequence[str]) -> Naming | None:
     A last folder `images` that all share (CLASS/images/x.jpg) is no class, nor are train, val and test beside each other;
     folders of the same name at different places are told apart by their path below the folder that all lie in.
     """
+    naming = by_folder(names)
+    if naming is None or not any(naming.classes):
+        return by_prefix(names)
+    return naming if all(naming.classes) else None  # train has folders of classes, val and test beside it have not
+
+
+def by_folder(names: Sequence[str]) -> Naming | None:
+    """The folder that names each file's class, "" where none does. None where a file lies in no folder."""
     parents = [name.rpartition("/")[0] for name in names]
     if not all(parents):
-        return by_prefix(names)
+        return None
     of_folder, note = _classes_of_folders(dict.fromkeys(parents))
-    if all(of_folder.values()):
-        return Naming([of_folder[parent] for parent in parents], "by their folders", note)
-    if any(of_folder.values()):
-        return None  # train has folders of classes, val and test beside it have not
-    return by_prefix(names)
+    return Naming([of_folder[parent] for parent in parents], "by their folders", note)
 
 
 def _classes_of_folders(folders: Iterable[str]) -> tuple[dict[str, str], str]:
@@ -138,10 +142,9 @@ def by_prefix(names: Sequence[str]) -> Naming | None:
 
 def first_without_class(names: Sequence[str]) -> str:
     """Of files that `guess` finds no classes for: one that has none, and why where it lies in a folder."""
-    in_folders = any("/" in name for name in names)
-    if all("/" in name for name in names):
-        of_folder, _ = _classes_of_folders(dict.fromkeys(name.rpartition("/")[0] for name in names))
-        first = next(name for name in names if not of_folder[name.rpartition("/")[0]])
+    in_folders, naming = any("/" in name for name in names), by_folder(names)
+    if naming is not None:
+        first = next(name for name, found in zip(names, naming.classes, strict=True) if not found)
         return f"{first} (whose folder names no class; lists such as val_annotations.txt are not read)"
     lacking = (name for name in names if ("/" not in name if in_folders else not all(name.partition("_")[:2])))
     return next(lacking, names[0])  # where all have the prefix val_: the first
@@ -156,24 +159,25 @@ def _known_naming(path: str, names: Sequence[str], guessed: Naming | None, known
     A model's classes may have been named by a rule of an earlier version, and a part of the data may not show what the whole
     did: of indoor/chair and outdoor/chair alone, the second is `chair`.
     """
-    if guessed is not None and None not in _places(guessed.classes, known).values():
+    if guessed is not None and None not in find_places(guessed.classes, known).values():
         return guessed
-    for naming in _other_namings(names):
-        if None not in _places(naming.classes, known).values():
+    for naming in (*other_folders(names), *filter(None, [by_prefix(names)])):
+        if None not in find_places(naming.classes, known).values():
             logger.info("%s: the saved classes are found %s", path, naming.rule)
             return naming
     return guessed
 
 
-def _other_namings(names: Sequence[str]) -> Iterator[Naming]:
+def other_folders(names: Sequence[str]) -> list[Naming]:
+    """What else folders may say, for classes that are known; none where a file lies in no folder."""
     parents = [name.rpartition("/")[0] for name in names]
-    if all(parents):
-        yield Naming([parent.rpartition("/")[2] for parent in parents], "by the last folders")
-        yield Naming(parents, "by the whole paths of the folders")
-        yield Naming([parent.partition("/")[0] for parent in parents], "by the first folders")
-    prefixes = by_prefix(names)
-    if prefixes is not None:
-        yield prefixes
+    if not all(parents):
+        return []
+    return [
+        Naming([parent.rpartition("/")[2] for parent in parents], "by the last folders"),
+        Naming(parents, "by the whole paths of the folders"),
+        Naming([parent.partition("/")[0] for parent in parents], "by the first folders"),
+    ]
 
 
 def class_places(path: str, found: Iterable[str], known: Sequence[str]) -> dict[str, int]:
@@ -181,7 +185,7 @@ def class_places(path: str, found: Iterable[str], known: Sequence[str]) -> dict[
 
     Raises UnknownClassError for a class that is not among them.
     """
-    places = _places(found, known)
+    places = find_places(found, known)
     unknown = sorted(name for name, place in places.items() if place is None)
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -192,10 +196,18 @@ def class_places(path: str, found: Iterable[str], known: Sequence[str]) -> dict[
     return {name: place for name, place in places.items() if place is not None}
 
 
-def _places(found: Iterable[str], known: Sequence[str]) -> dict[str, int | None]:
+def find_places(found: Iterable[str], known: Sequence[str]) -> dict[str, int | None]:
+    """The same, None for a class that is not among the known ones."""
     exact = {name: place for place, name in enumerate(known)}
     numbers = numbers_of(known) or {}
     return {name: exact.get(name, numbers.get(int(name)) if is_number(name) else None) for name in set(found)}
+
+
+def renumbered(path: str, labels: np.ndarray, names: Sequence[str], known: Sequence[str]) -> np.ndarray:
+    """Ids [N], places in `names`, as places in `known`; -1 stays. Raises UnknownClassError."""
+    places = class_places(path, names, known)
+    ids = np.array([*(places[name] for name in names), -1], dtype=np.int64)  # the id -1 finds the last
+    return ids[labels]
 
 
 def check_classes(path: str, found: Iterable[str], known: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from ...errors import UserError
 from .arrays import NpzSource
 from .base import ImageSource
-from .classes import class_places, is_number, ordered
+from .classes import is_number, ordered, renumbered
 
 logger = logging.getLogger("guided_mt")
 
@@ -96,6 +96,4 @@ def _ids(path: str, source: ImageSource, known: Sequence[str]) -> np.ndarray:
         return np.full(len(source), -1)
     if isinstance(source, NpzSource):
         return source.labels
-    places = class_places(path, source.class_names, known)
-    ids = np.array([*(places[name] for name in source.class_names), -1], dtype=np.int64)  # the id -1 finds the last
-    return ids[source.labels]
+    return renumbered(path, source.labels, source.class_names, known)
