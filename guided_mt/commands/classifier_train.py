@@ -12,7 +12,7 @@ from ..data import ImageSource, open_source
 from ..errors import UserError
 from ..generation.noisy_classifier import build_classifier, build_process, saved_settings
 from ..runs import distributed
-from ..runs.checkpoint import checkpoints, find_weights, read_classes
+from ..runs.checkpoint import checkpoints, find_weights, read_classes, read_config
 from ..runs.config import Config, parse
 from ..training.classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
 from .console import announce, rename_flag, run
@@ -54,6 +54,8 @@ def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:
     else:
         return first, None
     base = saved_settings(start) if first.resume_checkpoint else {}
+    if own:  # runs of version 0.1 began with centre crops where nothing was said
+        base |= {"random_crop": (read_config(start) or {}).get("random_crop", False)}
     return parse(argv, sections, description=__doc__, base=base), read_classes(start.parent)
 
 
