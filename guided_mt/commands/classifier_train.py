@@ -73,6 +73,11 @@ def open_classes(config: Config, path: str, classes: Sequence[str] | None) -> Im
             f"{path}: a classifier needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz), "
             f"and {source.without_class()} has none"
         )
+    lacking = int((source.labels < 0).sum())
+    if lacking:
+        raise UserError(
+            f"{path}: {lacking} of {len(source)} images have no class, which a classifier needs; leave them out"
+        )
     most = int(source.labels.max()) + 1
     if most > config.num_classes:
         raise UserError(f"{path}: has {most} classes; raise --num_classes {config.num_classes} to {most}")

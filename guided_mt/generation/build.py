@@ -132,6 +132,11 @@ def check_labels(config: Config, images: ImageSource) -> None:
             f"{images.path}: {why} needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz), "
             f"and {images.without_class()} has none"
         )
+    lacking = int((images.labels < 0).sum())
+    if lacking and config.class_cond:
+        raise UserError(
+            f"{images.path}: {lacking} of {len(images)} images have no class, which {why} needs; leave them out"
+        )
     most = len(images.class_names)
     if most > config.num_classes:
         raise UserError(f"{images.path}: has {most} classes; raise --num_classes {config.num_classes} to {most}")

@@ -29,7 +29,7 @@ _SHOWN = 3  # names in a message
 MAX_PIXELS = 178_956_970  # of a photo, unless more are allowed: where Pillow by itself refuses one
 
 
-class TooManyPixels(Exception):
+class TooManyPixels(ValueError):
     """An image above the limit, which is there since a small file may claim any size."""
 
 
