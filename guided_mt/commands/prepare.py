@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ..data import MAX_PIXELS, ImageSource, open_source
 from ..data.dataset import BrokenImage, BrokenImages, decode
 from ..data.loader import end_with_parent
+from ..data.sources import FileSource, Joined
 from ..errors import UserError, nearest
 
 _CHUNK = 32  # images per message between processes
@@ -77,7 +78,12 @@ def main(argv: Sequence[str]) -> None:
         default=MAX_PIXELS,
         help=f"width times height of the largest photo that is read (default: {MAX_PIXELS})",
     )
-    flags = ["--help", "--size", "--workers", "--limit", "--max_pixels"]
+    parser.add_argument(
+        "--upright",
+        action="store_true",
+        help="turn photos as their EXIF orientation says, as viewers do and ADM does not",
+    )
+    flags = ["--help", "--size", "--workers", "--limit", "--max_pixels", "--upright"]
     for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if flag not in flags:  # before parsing, which would rather complain about what is missing
             parser.error(f"unknown flag {flag}{nearest(flag, flags)}")
@@ -89,7 +95,13 @@ def main(argv: Sequence[str]) -> None:
 
     start = time.perf_counter()
     written = prepare(
-        args.source, args.out, args.size, workers=args.workers, limit=args.limit, max_pixels=args.max_pixels
+        args.source,
+        args.out,
+        args.size,
+        workers=args.workers,
+        limit=args.limit,
+        max_pixels=args.max_pixels,
+        upright=args.upright,
     )
     seconds = time.perf_counter() - start
     megabytes = args.out.stat().st_size / 1e6
@@ -100,7 +112,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def prepare(
-    path: str, out: Path, size: int, *, workers: int, limit: int | None = None, max_pixels: int = MAX_PIXELS
+    path: str,
+    out: Path,
+    size: int,
+    *,
+    workers: int,
+    limit: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    upright: bool = False,
 ) -> int:
     """Write the images of `path`, centre-cropped to size x size, into the zip `out`; returns how many.
 
@@ -116,6 +135,9 @@ def prepare(
     if out.absolute() in (source_path, *source_path.parents):
         raise UserError(f"{out}: is the source itself; give another name")
     source = open_source(path, max_pixels=max_pixels)
+    for part in source.sources if isinstance(source, Joined) else [source]:
+        if isinstance(part, FileSource):
+            part.upright = upright
     count = len(source) if limit is None else min(limit, len(source))
     unfinished = out.with_name(out.name + ".unfinished")
     _unfinished.add(unfinished)

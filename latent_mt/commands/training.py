@@ -191,6 +191,8 @@ def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
         raise UserError(
             f"model.params.mt_tasks.{needing[0]}.num_classes {known}: the data have {count} classes; raise it"
         )
+    if model.cond_stage_key == "class_label":
+        _check_each_has_class(data)
     if isinstance(data.source, LatentCache):
         data.source.check(first_stage_hash(model.first_stage_model))
         found = data.source.shape[-1]
@@ -206,3 +208,14 @@ def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
         raise UserError(
             f"latents of {found} pixels can't be halved as often as unet_config.channel_mult asks: take a multiple of {divisor}"
         )
+
+
+def _check_each_has_class(data: Any) -> None:
+    """Raises UserError where an item of training or validation has no class, or nobody has one."""
+    for source in (data.source, data.val_source):
+        lacking = 0 if source is None else len(source) if source.labels is None else int((source.labels < 0).sum())
+        if lacking:
+            raise UserError(
+                f"{source.path}: {lacking} of {len(source)} items have no class, which model.params.cond_stage_key class_label "
+                f"needs; leave them out"
+            )

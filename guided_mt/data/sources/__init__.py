@@ -3,12 +3,14 @@
 from .base import ArraySource, FileSource, ImageSource
 from .classes import UnknownClassError, check_classes, class_places
 from .formats import IMAGE_SUFFIXES
+from .joined import Joined
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "ArraySource",
     "FileSource",
     "ImageSource",
+    "Joined",
     "UnknownClassError",
     "check_classes",
     "class_places",

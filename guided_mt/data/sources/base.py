@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..transforms import center_crop_arr, random_crop_arr
 from .classes import class_ids, first_without_class
@@ -87,6 +87,7 @@ class FileSource(ImageSource):
     """Images that are files of a folder or archive; subclasses say how the bytes of file number i are read."""
 
     max_pixels = MAX_PIXELS  # of one image; one with more is not decoded
+    upright = False  # whether photos are turned as their EXIF orientation says, which ADM does not
 
     def __init__(self, path: str, names: Sequence[str], class_names: Sequence[str] | None):
         self.path = path
@@ -115,7 +116,8 @@ class FileSource(ImageSource):
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        return open_image(self.read_bytes(index), self.max_pixels)
+        image = open_image(self.read_bytes(index), self.max_pixels)
+        return ImageOps.exif_transpose(image) if self.upright else image
 
     def name(self, index: int) -> str:
         return self.names[index]

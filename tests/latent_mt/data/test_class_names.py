@@ -12,7 +12,8 @@ from test_data import write as write_images
 from test_latent_cache import Fake
 
 from guided_mt.data import open_source
-from latent_mt.commands.training import reads_labels
+from guided_mt.errors import UserError
+from latent_mt.commands.training import _check_each_has_class, reads_labels
 from latent_mt.data import ImageData, LatentCache
 from latent_mt.data.pair_classes import class_names_of, classes_of
 from latent_mt.first_stage.latents import write_cache
@@ -83,3 +84,16 @@ def test_which_models_read_labels():
         cond_stage_key = "class_label"
 
     assert reads_labels(Model()) and not reads_labels(object())
+
+
+def test_class_conditional_models_need_a_class_of_each_item(tmp_path):
+    (tmp_path / "val").mkdir()
+    plain = write_images("folder", {"images/val_0.JPEG": IMAGE}, tmp_path / "val")
+    data = ImageData(str(numbered(tmp_path / "train")), 8, 1, val_path=str(plain))
+    with pytest.raises(
+        UserError, match=r"1 of 1 items have no class, which model\.params.cond_stage_key class_label needs"
+    ):
+        _check_each_has_class(data)
+    _check_each_has_class(ImageData(data.path, 8, 1))
+    with pytest.raises(UserError, match="1 of 1 items have no class"):
+        _check_each_has_class(ImageData(str(plain), 8, 1))
