@@ -22,6 +22,11 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Run `main` as a program: UserError, or the system's refusal of a file, is one line on stderr and exit code 2, Ctrl-C 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        if (
+            rank_of_launcher() != 0
+        ):  # what is said of the data as a whole, one process says; a broken image, the one that met it
+            for package in ("guided_mt", "latent_mt"):
+                logging.getLogger(f"{package}.data").setLevel(logging.ERROR)
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError) as error:
         # What is wrong with the flags is wrong on every process: one line is enough until they know of each other.

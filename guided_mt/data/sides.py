@@ -16,7 +16,7 @@ from .sources import ArraySource, ImageSource
 from .sources.formats import TooManyPixels
 from .transforms import crop_window, random_short_side, resize_short_side, same_aspect, sizes_to, to_rgb
 
-logger = logging.getLogger("guided_mt")
+logger = logging.getLogger("guided_mt.data")
 
 ABSENT = 127  # the grey of a side that an item lacks
 

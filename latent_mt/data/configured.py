@@ -20,7 +20,7 @@ from .layouts import DIRECTIONS, LAYOUTS, check_choice, open_pairs
 from .pair_classes import CLASSES_FROM, class_names_of, set_classes
 from .pairs import PairSource
 
-logger = logging.getLogger("latent_mt")
+logger = logging.getLogger("latent_mt.data")
 
 
 class StreamedData:

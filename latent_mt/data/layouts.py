@@ -24,7 +24,7 @@ from guided_mt.errors import UserError, nearest, reason
 from .label_maps import LabelReader, cityscapes_reader, class_file_reader
 from .pairs import AlignedPairs, FilePairs, ImagePairs, PairSource, Side
 
-logger = logging.getLogger("latent_mt")
+logger = logging.getLogger("latent_mt.data")
 
 DIRECTIONS = ("AtoB", "BtoA")
 CLASS_FILE = "classes.txt"

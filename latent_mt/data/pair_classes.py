@@ -11,7 +11,7 @@ from guided_mt.data import ImageSource
 from guided_mt.data.sources.classes import by_folder, find_places, ordered, other_folders
 from guided_mt.errors import UserError
 
-logger = logging.getLogger("latent_mt")
+logger = logging.getLogger("latent_mt.data")
 
 CLASSES_FROM = ("prefix", "folder")
 

@@ -15,7 +15,7 @@ from ...errors import NPZ_ERRORS, UserError, nearest
 from .base import ArraySource
 from .classes import UnknownClassError, class_places, numbers_of
 
-logger = logging.getLogger("guided_mt")
+logger = logging.getLogger("guided_mt.data")
 
 BUILTIN = ("digits", "digits-test")
 _DIGITS_HELD_OUT = 5  # every fifth digit is held out

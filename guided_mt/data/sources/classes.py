@@ -10,7 +10,7 @@ import numpy as np
 
 from ...errors import UserError, nearest
 
-logger = logging.getLogger("guided_mt")
+logger = logging.getLogger("guided_mt.data")
 
 # Names of folders that say which part of a data set, or that there are images in it, and nothing of what they show.
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-logger = logging.getLogger("guided_mt")
+logger = logging.getLogger("guided_mt.data")
 
 # Still images that Pillow decodes by itself. A fixed list, not what this machine's Pillow knows: the images' numbers
 # must be the same on each machine. evaluations.files.image_files has the same one.

@@ -13,7 +13,7 @@ from .arrays import NpzSource
 from .base import ImageSource
 from .classes import is_number, ordered, renumbered
 
-logger = logging.getLogger("guided_mt")
+logger = logging.getLogger("guided_mt.data")
 
 
 class Joined(ImageSource):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_data import png, write
 
+from guided_mt.commands import console
 from guided_mt.data import UnknownClassError, open_source
 from guided_mt.data.sources.classes import class_ids, first_without_class, guess, ordered
 
@@ -23,7 +24,7 @@ def opened(container: str, names: list[str], folder, class_names=None, inside: s
 
 
 def said(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "guided_mt"]
+    return [record.getMessage() for record in caplog.records if record.name == "guided_mt.data"]
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -184,3 +185,20 @@ def test_folders_of_numbers_beside_an_npz(tmp_path):
     assert open_source(source.path, source.class_names).labels.tolist() == source.labels.tolist()
     two = open_source(f"{folder},{write('zip', {'10/x.png': IMAGE}, tmp_path)}")
     assert two.class_names == ["2", "10", "11", "12"] and two.labels.tolist() == [2, 3, 0, 1]
+
+
+@pytest.fixture
+def loggers():
+    both = [logging.getLogger(name) for name in ("guided_mt.data", "latent_mt.data")]
+    yield both
+    for logger in both:
+        logger.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_says_it(rank, loggers, tmp_path, caplog, monkeypatch):
+    path = write("folder", {"1/x.png": IMAGE, "3/x.png": IMAGE, "3/y.heic": IMAGE}, tmp_path)
+    monkeypatch.setattr(console, "rank_of_launcher", lambda: rank)
+    console.run(lambda argv: open_source(path), [])
+    assert ("y.heic" in caplog.text) == (rank == 0)
+    assert [logger.isEnabledFor(logging.WARNING) for logger in loggers] == [rank == 0] * 2
