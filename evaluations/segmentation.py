@@ -15,7 +15,8 @@ H[i, j] = number of pixels of true class i predicted as j:
 - Pixels whose reference is void are left out. Void is no candidate for predictions: every predicted pixel is one of the
   classes. Void's index in a map of indices is read as void's colour, so a map and its painted picture score the same.
 - Reference colours that are not exactly in the palette go to the nearest one, void included, with a warning.
-- Cityscapes is built in. Its label ids (0..33) become training ids in files named *_labelIds, or by --label_ids.
+- Cityscapes is built in. Its label ids (0..33) become training ids in files named *_labelIds, by --label_ids (of REF) and
+  --pred_label_ids (of PRED). A warning says where ids look like label ids and were read as training ids.
 """
 
 from __future__ import annotations
@@ -45,7 +46,16 @@ from evaluations.files.label_maps import (
     pairs,
     resize,
 )
-from evaluations.files.palettes import CITYSCAPES, VOID, Palette, nearest_class, palette_of, read_classes
+from evaluations.files.palettes import (
+    CITYSCAPES,
+    CITYSCAPES_LABEL_IDS,
+    VOID,
+    Palette,
+    nearest_class,
+    palette_of,
+    read_classes,
+    training_ids,
+)
 from evaluations.scores.segmentation_scores import SegmentationScores, confusion_matrix, scores
 from evaluations.tables.figures import plot_confusion
 
@@ -84,8 +94,8 @@ def count(pred: LabelMaps, ref: LabelMaps, palette: Palette, resize_reference: b
     classes = len(palette.classes)
     tally = Tally(np.zeros((classes, classes), np.int64))
     for i, j in tqdm(pairs(pred, ref), unit="image", disable=None):
-        predicted = _decode(decode_prediction, pred, i, palette)
-        reference = _decode(decode_reference, ref, j, palette)
+        predicted = _decode(decode_prediction, pred, i, palette, "--pred_label_ids")
+        reference = _decode(decode_reference, ref, j, palette, "--label_ids")
         size, wanted = reference.positions.shape, predicted.positions.shape
         if size != wanted:
             if not resize_reference:
@@ -104,12 +114,13 @@ def count(pred: LabelMaps, ref: LabelMaps, palette: Palette, resize_reference: b
     return tally
 
 
-def _decode(decode: Callable[..., Decoded], maps: LabelMaps, i: int, palette: Palette) -> Decoded:
+def _decode(decode: Callable[..., Decoded], maps: LabelMaps, i: int, palette: Palette, flag: str) -> Decoded:
+    """flag: what says that these maps hold label ids."""
     array = maps.read(i)
     try:
         return decode(array, palette)
     except EvaluationError as error:
-        hint = "; if these are Cityscapes' label ids: --label_ids" if palette.cityscapes and array.ndim == 2 else ""
+        hint = f"; if these are Cityscapes' label ids: {flag}" if palette.cityscapes and array.ndim == 2 else ""
         raise EvaluationError(f"{maps.names[i]}: {error}{hint}") from error
 
 
@@ -128,6 +139,41 @@ def warn_about(tally: Tally, found: SegmentationScores, palette: Palette) -> Non
             f"{tally.off_palette:,} reference pixels have a colour of no class and go to the nearest,"
             f" at most {tally.largest_distance:.1f} away in RGB{far}"
         )
+
+
+def warn_about_label_ids(tally: Tally, palette: Palette, told: Sequence[str]) -> None:
+    """Say where maps look like Cityscapes' label ids though they were read as training ids: those below 19 are valid as both.
+
+    told: flags that are given, of what was read as label ids.
+    """
+    if not palette.cityscapes or len(palette.classes) != len(CITYSCAPES_LABEL_IDS):
+        return
+    suspected = label_ids_suspected(tally.confusion)
+    if len(suspected) == 2 and told:
+        return  # what is left of these few classes says nothing
+    for name, flag in (side for side in suspected if side[1] not in told):
+        warn(
+            f"{name} looks like Cityscapes' label ids (7 road, 8 sidewalk, 11 building, ...), but was read as training ids "
+            f"(0 road, 1 sidewalk, 2 building, ...); if it has label ids, the scores are wrong: {flag}"
+        )
+
+
+def label_ids_suspected(H: np.ndarray) -> list[tuple[str, str]]:
+    """(PRED or REF, its flag) of what has label ids by the evidence of the confusion matrix [19, 19].
+
+    Read as label ids, one side agrees with the other on more pixels; or neither side has a class that is no label id, and both
+    lack 0 to 6, where the road is.
+    """
+    label_ids = np.array([k for k in CITYSCAPES_LABEL_IDS if k < len(H)])
+    ids = training_ids(label_ids)  # what they mean
+    agreed = np.trace(H)
+    both = (("PRED", "--pred_label_ids"), ("REF", "--label_ids"))
+    only = np.setdiff1d(np.arange(len(H)), label_ids)
+    if H.any() and not H[only].any() and not H[:, only].any():
+        return list(both)
+    return [
+        side for side, found in zip(both, (H[ids, label_ids], H[label_ids, ids]), strict=True) if found.sum() > agreed
+    ]
 
 
 def report(found: SegmentationScores, tally: Tally, palette: Palette) -> str:
@@ -226,6 +272,7 @@ def parser() -> argparse.ArgumentParser:
         help="class to leave out (repeatable); default: those called void, unlabelled, unlabeled or ignore",
     )
     p.add_argument("--label_ids", action="store_true", help="REF's indices are Cityscapes' label ids (0..33)")
+    p.add_argument("--pred_label_ids", action="store_true", help="PRED's indices are Cityscapes' label ids (0..33)")
     p.add_argument("--pred_key", default="arr_0", metavar="NAME", help="array of PRED where it is an .npz (arr_0)")
     p.add_argument("--ref_key", default="arr_0", metavar="NAME", help="array of REF where it is an .npz (arr_0)")
     p.add_argument("--resize", action="store_true", help="bring the reference to the prediction's size (nearest)")
@@ -248,17 +295,20 @@ def main(argv: Sequence[str]) -> None:
     if args.out_dir:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     palette = load_palette(args.classes, args.void)
-    if args.label_ids and not palette.cityscapes:
-        raise EvaluationError("--label_ids are Cityscapes' label ids and do not go with --classes")
+    for flag in ("label_ids", "pred_label_ids"):
+        if getattr(args, flag) and not palette.cityscapes:
+            raise EvaluationError(f"--{flag} are Cityscapes' label ids and do not go with --classes")
 
     def by_name(stem: str) -> bool:
         return palette.cityscapes and stem.endswith("_labelIds")
 
-    pred = open_label_maps(args.pred, args.pred_key, palette, by_name)
+    pred = open_label_maps(args.pred, args.pred_key, palette, lambda stem: args.pred_label_ids or by_name(stem))
     ref = open_label_maps(args.ref, args.ref_key, palette, lambda stem: args.label_ids or by_name(stem))
     tally = count(pred, ref, palette, args.resize)
     found = scores(tally.confusion)
     warn_about(tally, found, palette)
+    told = [f"--{flag}" for flag in ("label_ids", "pred_label_ids") if getattr(args, flag)]
+    warn_about_label_ids(tally, palette, told)
     print(report(found, tally, palette))
     if args.table:
         print(f"\n{table(found, palette)}")

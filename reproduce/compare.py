@@ -112,7 +112,7 @@ DATA = {
         tuple(f"{SMALL} --data_workers 0 --sample_interval 0 --log_interval 100 --save_interval 200".split()),
         tuple(
             f"{CLASSIFIER} --image_size 8 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 "
-            "--random_flip False --global_batch_size 64 --lr 1e-3 --anneal_lr True --iterations 800".split()
+            "--random_flip False --random_crop False --global_batch_size 64 --lr 1e-3 --anneal_lr True --iterations 800".split()
         ),
     ),
     "cifar10": Data(

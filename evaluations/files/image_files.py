@@ -21,9 +21,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, warn
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+# Still images that Pillow decodes by itself; training reads the same (guided_mt.data.sources.formats).
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k"),
+    *(".png", ".apng", ".gif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".qoi"),
+)
+# Files beside images that nobody takes for images.
+_QUIET_SUFFIXES = (
+    *(".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".htm", ".yaml", ".yml"),
+    *(".log", ".ini", ".py", ".sh", ".pdf", ".mat"),
+)
+_QUIET_NAMES = ("readme", "license", "licence", "copying", "makefile", "thumbs.db")
+_SHOWN = 3  # names in a message
 _LARGEST_FILE_BYTES = 1 << 30  # no image needs more; a small .zip may claim any size
 _ROWS_AT_ONCE = 64
 _TAR_BLOCK = 512
@@ -39,6 +51,7 @@ class ImageFile(NamedTuple):
 def image_files(path: Path) -> list[ImageFile]:
     """Every image file of a folder and all below it, a .zip or a .tar, sorted by name; hidden files are left out.
 
+    Says which other files are left out, but for texts: what is left looks like all of the data.
     Of two files with the same name in an archive the last counts, as when unpacking. Raises EvaluationError where
     `path` is missing, of another kind or damaged, or where there are no images.
     """
@@ -46,27 +59,47 @@ def image_files(path: Path) -> list[ImageFile]:
     if not path.exists():
         raise EvaluationError(f"{path}: no such file or folder")
     if path.is_dir():
-        entries: dict[str, Callable[[], bytes]] = {name: partial((path / name).read_bytes) for name in walk(path)}
+        names = walk(path, links=True)
+        entries: dict[str, Callable[[], bytes]] = {
+            name: partial((path / name).read_bytes) for name in names if is_image(name) and (path / name).is_file()
+        }
+        others = [name for name in names if name not in entries]
     elif kind.endswith(".zip"):
-        entries = _zip_entries(path)
+        entries, others = _zip_entries(path)
     elif kind.endswith(".tar"):
-        entries = _tar_entries(path)
+        entries, others = _tar_entries(path)
     elif kind.endswith((".tar.gz", ".tgz")):  # names in order would mean unpacking all of it again and again
         raise EvaluationError(f"{path}: a compressed .tar cannot be read in place; unpack it once: gunzip -k {path}")
     else:
         raise EvaluationError(
             f"{path}: not a kind of file that holds images; give an .npz, .npy, .zip, .tar or .parquet file or a folder"
         )
-    files = [ImageFile(name, entries[name]) for name in sorted(entries) if _visible(name) and is_image(name)]
+    files = [ImageFile(name, entries[name]) for name in sorted(entries) if _visible(name)]
     if not files:
         suffixes = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise EvaluationError(f"{path}: no images here or below; give a folder or an archive of {suffixes} files")
+    _say_left_out(path, others)
     return files
 
 
-def walk(folder: Path) -> list[str]:
-    """The names of all files below `folder`, sorted, hidden ones left out. Links are followed, but never back up."""
-    return sorted(_walk(str(folder), "", frozenset()))
+def _say_left_out(path: Path, names: list[str]) -> None:
+    """names: of the files that are no images by their names, and of links that lead nowhere."""
+    names = [name for name in names if _visible(name) and not _is_quiet(name.rpartition("/")[2].lower())]
+    if names:
+        shown = ", ".join(sorted(names)[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+        warn(f"{path}: {len(names)} file(s) are no images by their names and left out: {shown}")
+
+
+def _is_quiet(file: str) -> bool:
+    return file.endswith(_QUIET_SUFFIXES) or file.startswith(_QUIET_NAMES)
+
+
+def walk(folder: Path, links: bool = False) -> list[str]:
+    """The names of all files below `folder`, sorted, hidden ones left out. Links are followed, but never back up.
+
+    links: name those that lead nowhere too.
+    """
+    return sorted(_walk(str(folder), "", frozenset(), links))
 
 
 def decode(path: Path, file: ImageFile, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -86,6 +119,11 @@ def decode(path: Path, file: ImageFile, size: tuple[int, int] | None = None) -> 
             return np.asarray(_to_rgb(image))
     except (EvaluationError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise EvaluationError(
+            f"{path}: {file.name} has more pixels than are decoded here ({one_line(error)}); make the images smaller: "
+            "python scripts/prepare_images.py SRC OUT.zip --size N --max_pixels PIXELS"
+        ) from error
     except Exception as error:  # decoders of broken files raise nearly everything
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise EvaluationError(f"{path}: {file.name} cannot be decoded ({reason}); replace or remove it") from error
@@ -157,7 +195,7 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
+def _walk(folder: str, prefix: str, above: frozenset[str], links: bool) -> Iterator[str]:
     """Names relative to the root; `above`: the real paths of the folders we are in."""
     real = os.path.realpath(folder)
     if real in above:
@@ -167,25 +205,28 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
             if not _visible(entry.name):
                 continue
             if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {real})
-            elif entry.is_file():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {real}, links)
+            elif entry.is_file() or (links and entry.is_symlink()):
                 yield prefix + entry.name
 
 
-def _zip_entries(path: Path) -> dict[str, Callable[[], bytes]]:
+def _zip_entries(path: Path) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
+    """({name: what reads an image}, the names of the other files)."""
     entries: dict[str, Callable[[], bytes]] = {}
+    others: list[str] = []
     with whole(str(path)):
         archive, lock = zipfile.ZipFile(path), threading.Lock()
         for info in archive.infolist():
             name = _clean(info.filename)
             if info.is_dir() or not is_image(name):
+                others += [] if info.is_dir() else [name]
                 continue
             if info.flag_bits & 1:
                 raise EvaluationError(f"{path}: {name} is encrypted; unpack the archive and give the folder")
             if info.file_size > _LARGEST_FILE_BYTES:
                 raise EvaluationError(f"{path}: {name} would unpack to {info.file_size:,} bytes; remove it")
             entries[name] = partial(_read_zip, path, archive, lock, info)
-    return entries
+    return entries, others
 
 
 def _read_zip(path: Path, archive: zipfile.ZipFile, lock: threading.Lock, info: zipfile.ZipInfo) -> bytes:
@@ -193,8 +234,10 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, lock: threading.Lock, info: 
         return archive.read(info)
 
 
-def _tar_entries(path: Path) -> dict[str, Callable[[], bytes]]:
+def _tar_entries(path: Path) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
+    """({name: what reads an image}, the names of the other files)."""
     entries: dict[str, Callable[[], bytes]] = {}
+    others: list[str] = []
     with whole(str(path)):
         with tarfile.open(path, "r:") as archive:
             for member in archive:
@@ -205,12 +248,14 @@ def _tar_entries(path: Path) -> dict[str, Callable[[], bytes]]:
                     if member.issparse():
                         raise EvaluationError(f"{path}: {name} is stored sparse; pack it again without --sparse")
                     entries[name] = partial(_read_at, path, member.offset_data, member.size)
+                elif member.isreg():
+                    others.append(name)
                 archive.members.clear()  # type: ignore[attr-defined]  # `entries` is the index; tarfile's own is many times as large
             end = archive.offset
         # tarfile takes any damaged or missing header for the end of the archive; the real end is a block of zeros
         if _read_at(path, end, _TAR_BLOCK).strip(b"\0"):
             raise tarfile.ReadError("damaged header")
-    return entries
+    return entries, others
 
 
 def _read_at(path: Path, offset: int, size: int) -> bytes:

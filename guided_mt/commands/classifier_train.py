@@ -12,7 +12,7 @@ from ..data import ImageSource, open_source
 from ..errors import UserError
 from ..generation.noisy_classifier import build_classifier, build_process, saved_settings
 from ..runs import distributed
-from ..runs.checkpoint import checkpoints, find_weights, read_classes
+from ..runs.checkpoint import checkpoints, find_weights, read_classes, read_config
 from ..runs.config import Config, parse
 from ..runs.processes.claim import Claim
 from ..training.classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
@@ -56,6 +56,8 @@ def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:
     else:
         return first, None
     base = saved_settings(start) if first.resume_checkpoint else {}
+    if own:  # runs of version 0.1 began with centre crops where nothing was said
+        base |= {"random_crop": (read_config(start) or {}).get("random_crop", False)}
     return parse(argv, sections, description=__doc__, base=base), read_classes(start.parent)
 
 
@@ -67,11 +69,16 @@ def run_folder(config: Config) -> Path:
 
 def open_classes(config: Config, path: str, classes: Sequence[str] | None) -> ImageSource:
     """Images with classes, whose ids are the places in `classes`. Raises UserError for none, unknown or too many."""
-    source = open_source(path, class_names=classes)
+    source = open_source(path, class_names=classes, max_pixels=config.max_pixels)
     if source.labels is None:
         raise UserError(
             f"{path}: a classifier needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz), "
             f"and {source.without_class()} has none"
+        )
+    lacking = int((source.labels < 0).sum())
+    if lacking:
+        raise UserError(
+            f"{path}: {lacking} of {len(source)} images have no class, which a classifier needs; leave them out"
         )
     most = int(source.labels.max()) + 1
     if most > config.num_classes:

@@ -32,6 +32,11 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _take_signals()
     try:
+        if (
+            rank_of_launcher() != 0
+        ):  # what is said of the data as a whole, one process says; a broken image, the one that met it
+            for package in ("guided_mt", "latent_mt"):
+                logging.getLogger(f"{package}.data").setLevel(logging.ERROR)
         main(sys.argv[1:] if argv is None else argv)
     except ToldElsewhere:
         _leave(2)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,9 +25,10 @@ from typing import NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from ..data import ImageSource, open_source
+from ..data import MAX_PIXELS, ImageSource, open_source
 from ..data.dataset import BrokenImage, BrokenImages, decode
 from ..data.loader import end_with_parent
+from ..data.sources import FileSource, Joined
 from ..errors import UserError, nearest
 from ..runs.processes.claim import Claim
 
@@ -39,6 +41,7 @@ Encoded = tuple[int, bytes | None, str]  # image number, PNG or None where broke
 
 def console() -> NoReturn:
     """Run as a command: bad input is one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_at_once)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's word before it ends a job; workers inherit it
@@ -71,18 +74,37 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--size", type=int, required=True, help="width and height of the images, pixels")
     parser.add_argument("--workers", type=int, default=_cpus(), help="worker processes (default: one per core)")
     parser.add_argument("--limit", type=int, help="only the first so many images")
-    flags = ["--help", "--size", "--workers", "--limit"]
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help=f"width times height of the largest photo that is read (default: {MAX_PIXELS})",
+    )
+    parser.add_argument(
+        "--upright",
+        action="store_true",
+        help="turn photos as their EXIF orientation says, as viewers do and ADM does not",
+    )
+    flags = ["--help", "--size", "--workers", "--limit", "--max_pixels", "--upright"]
     for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if flag not in flags:  # before parsing, which would rather complain about what is missing
             parser.error(f"unknown flag {flag}{nearest(flag, flags)}")
     args = parser.parse_args(argv)
-    for name, least in (("size", 1), ("workers", 0), ("limit", 1)):
+    for name, least in (("size", 1), ("workers", 0), ("limit", 1), ("max_pixels", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
 
     start = time.perf_counter()
-    written = prepare(args.source, args.out, args.size, workers=args.workers, limit=args.limit)
+    written = prepare(
+        args.source,
+        args.out,
+        args.size,
+        workers=args.workers,
+        limit=args.limit,
+        max_pixels=args.max_pixels,
+        upright=args.upright,
+    )
     seconds = time.perf_counter() - start
     megabytes = args.out.stat().st_size / 1e6
     print(
@@ -91,10 +113,19 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def prepare(path: str, out: Path, size: int, *, workers: int, limit: int | None = None) -> int:
+def prepare(
+    path: str,
+    out: Path,
+    size: int,
+    *,
+    workers: int,
+    limit: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    upright: bool = False,
+) -> int:
     """Write the images of `path`, centre-cropped to size x size, into the zip `out`; returns how many.
 
-    Written beside `out` and renamed when complete. Broken images are left out with a warning. Raises UserError.
+    Written beside `out` and renamed when complete. Broken images and too large ones are left out with a warning. Raises UserError.
     """
     if out.suffix.lower() != ".zip":
         raise UserError(f"{out}: the output must be named .zip")
@@ -105,7 +136,10 @@ def prepare(path: str, out: Path, size: int, *, workers: int, limit: int | None 
     source_path = Path(path).absolute()
     if out.absolute() in (source_path, *source_path.parents):
         raise UserError(f"{out}: is the source itself; give another name")
-    source = open_source(path)
+    source = open_source(path, max_pixels=max_pixels)
+    for part in source.sources if isinstance(source, Joined) else [source]:
+        if isinstance(part, FileSource):
+            part.upright = upright
     count = len(source) if limit is None else min(limit, len(source))
     unfinished, claim = out.with_name(out.name + ".unfinished"), Claim.of_file(out, "OUT.zip")
     with claim:

@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> None:
     if announce(config, processes, *run_lines(config, processes, folder, parameters), run=folder):
         return
     with processes.sole_writer(Claim(folder)):
-        source = open_images(config, saved_classes(folder) if needs_labels(config) else None)
+        known = saved_classes(folder) if needs_labels(config) else None
+        source = open_images(config, known, config.max_pixels)
         announced = config.num_classes
         count_classes(config, source)
         if processes.is_main and config.num_classes != announced:

@@ -5,9 +5,11 @@ from .loader import Batch, ImageStream
 from .open import SOURCES, SourceKind, open_source
 from .sides import Sides, open_sides
 from .sources import ImageSource, UnknownClassError
+from .sources.formats import MAX_PIXELS
 from .transforms import center_crop_arr, random_crop_arr
 
 __all__ = [
+    "MAX_PIXELS",
     "SOURCES",
     "Batch",
     "ImageSource",

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from .sources import ImageSource
+from .sources.formats import TooManyPixels
 
 logger = logging.getLogger("guided_mt")
 
@@ -86,12 +87,15 @@ class BrokenImages:
         if index in self.numbers:
             return
         self.numbers.add(index)
-        name = self.source.name(index)
-        logger.warning("%s: image %s is broken and left out (%s)", self.source.path, name, reason)
+        name, whole = self.source.name(index), reason.startswith(TooManyPixels.__name__)
+        logger.warning(
+            "%s: image %s is %s and left out (%s)", self.source.path, name, "too large" if whole else "broken", reason
+        )
         if len(self.numbers) > self.limit or len(self.numbers) == len(self.source):
+            what = "left out" if whole else "broken"
             raise UserError(
-                f"{self.source.path}: {len(self.numbers)} of {len(self.source)} images are broken, over 1 %, "
-                f"the last one {name} ({reason}); repair or remove them"
+                f"{self.source.path}: {len(self.numbers)} of {len(self.source)} images are {what}, over 1 %, "
+                f"the last one {name} ({reason}){'' if whole else '; repair or remove them'}"
             )
 
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, nearest
-from .archives import TarSource, ZipSource
-from .arrays import open_builtin, open_npz
-from .folders import CloudFolderSource, FolderSource
-from .joined import Joined
-from .sources import IMAGE_SUFFIXES, ImageSource
+from .sources import IMAGE_SUFFIXES, FileSource, ImageSource
+from .sources.archives import TarSource, ZipSource
+from .sources.arrays import open_builtin, open_npz
+from .sources.folders import CloudFolderSource, FolderSource
+from .sources.formats import MAX_PIXELS
+from .sources.joined import Joined
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _COMMA_BEFORE_SCHEME = re.compile(r",(?=[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
@@ -43,13 +44,17 @@ class SourceKind:
 
 
 def open_source(
-    path: str | Path, class_names: Sequence[str] | None = None, *, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+    path: str | Path,
+    class_names: Sequence[str] | None = None,
+    *,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageSource:
     """Open a folder, .tar, .zip, folder inside one (x.tar/train), .npz, builtin:NAME, cloud folder (gs://...), or several.
 
     path: several are A,B,... and give all images of A, then those of B; a file or folder whose name has a comma is itself.
-    class_names: the names whose places are the class ids (from a checkpoint); None: sorted names of this data.
-    suffixes: of the files to take, in local folders, .tar and .zip.
+    class_names: the names whose places are the class ids (from a checkpoint); None: those of this data, numbers by their value.
+    suffixes: of the files to take, in local folders, .tar and .zip. max_pixels: larger images are not decoded.
     Raises UserError where there is nothing to read, UnknownClassError for a class that is not in class_names.
     """
     text = str(path)
@@ -57,8 +62,8 @@ def open_source(
     if "" in parts:
         raise UserError(f"{text}: nothing stands before or after a comma; give A,B without spaces or empty names")
     if len(parts) > 1:
-        return Joined(text, [_open_one(part, class_names, suffixes) for part in parts], class_names)
-    return _open_one(text, class_names, suffixes)
+        return Joined(text, [_open_one(part, class_names, suffixes, max_pixels) for part in parts], class_names)
+    return _open_one(text, class_names, suffixes, max_pixels)
 
 
 def _split(text: str) -> list[str]:
@@ -68,12 +73,15 @@ def _split(text: str) -> list[str]:
     return _COMMA_BEFORE_SCHEME.split(text) if _SCHEME.match(text) else text.split(",")
 
 
-def _open_one(text: str, class_names: Sequence[str] | None, suffixes: tuple[str, ...]) -> ImageSource:
+def _open_one(text: str, class_names: Sequence[str] | None, suffixes: tuple[str, ...], max_pixels: int) -> ImageSource:
     local = Path(text).expanduser()
     place = local if os.path.isdir(local) else next((p for p in (local, *local.parents) if os.path.isfile(p)), local)
     for kind in reversed(SOURCES.values()):
         if kind.accepts(text, place):
-            return kind.open(text, place, class_names, suffixes)
+            source = kind.open(text, place, class_names, suffixes)
+            if isinstance(source, FileSource):
+                source.max_pixels = max_pixels
+            return source
     if not os.path.exists(place):
         raise UserError(f"{text}: no such file or folder{_suggest(local)}")
     _refuse_compressed(place)

@@ -13,9 +13,10 @@ from PIL import Image
 from ..errors import UserError
 from .open import open_source
 from .sources import ArraySource, ImageSource
+from .sources.formats import TooManyPixels
 from .transforms import crop_window, random_short_side, resize_short_side, same_aspect, sizes_to, to_rgb
 
-logger = logging.getLogger("guided_mt")
+logger = logging.getLogger("guided_mt.data")
 
 ABSENT = 127  # the grey of a side that an item lacks
 
@@ -85,7 +86,7 @@ class Sides(ImageSource):
         source, number = self.others[side], int(self.partners[side][index])
         try:
             image = to_rgb(source.read(number))
-        except (MemoryError, UserError):
+        except (MemoryError, UserError, TooManyPixels):
             raise
         except Exception as error:
             raise OSError(f"its {side} {source.name(number)}: {error}") from error  # the warning names the main image

@@ -10,11 +10,18 @@ from PIL import Image
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """RGB as ADM makes it: alpha is dropped, EXIF orientation ignored; 16-bit grey keeps its upper 8 bits' scale."""
+    """RGB as ADM makes it: alpha is dropped, EXIF orientation ignored, of several frames the first is taken.
+
+    16-bit grey is scaled to 8 bits. Raises ValueError for pixels that are no colours: floating-point and 32-bit ones.
+    """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):  # convert() would clip 16-bit values at 255
-        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("32-bit pixels")
         image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
     elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours; the direct way prints a warning per image

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..data import ImageSource, open_source
+from ..data import MAX_PIXELS, ImageSource, open_source
 from ..data.sides import Sides
 from ..diffusion.aggregation import WEIGHTS
 from ..diffusion.process import GaussianDiffusion
@@ -94,14 +94,14 @@ def _check_rows(saved: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def open_images(config: Config, class_names: Sequence[str] | None = None) -> ImageSource:
+def open_images(config: Config, class_names: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """The images of --data_dir, with those of --paired_dir beside them. Raises UserError where one can't be opened."""
-    source, paired = open_source(config.data_dir, class_names=class_names), {}
+    source, paired = open_source(config.data_dir, class_names=class_names, max_pixels=max_pixels), {}
     for name, side in zip(roles_of(config).slots, roles_of(config).sides[1:], strict=True):
         folder = row_config(config, name).paired_dir
         if not folder:
             raise UserError(f"--paired_dir is missing: the folder or archive with the images of --mt_task {name}")
-        paired[side] = open_source(folder)
+        paired[side] = open_source(folder, max_pixels=max_pixels)
     return Sides(source, paired, config.mt_image) if paired else source
 
 
@@ -131,6 +131,11 @@ def check_labels(config: Config, images: ImageSource) -> None:
         raise UserError(
             f"{images.path}: {why} needs classes (sub-folders, names like CLASS_0001.png, or arr_1 in an .npz), "
             f"and {images.without_class()} has none"
+        )
+    lacking = int((images.labels < 0).sum())
+    if lacking and config.class_cond:
+        raise UserError(
+            f"{images.path}: {lacking} of {len(images)} images have no class, which {why} needs; leave them out"
         )
     most = len(images.class_names)
     if most > config.num_classes:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.sources.formats import open_image
+from ..data.transforms import to_rgb
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..modalities import patch_mask
@@ -42,9 +45,9 @@ def make_mask(words: Sequence[str] | str, size: int, patch: int, streams: Sample
 
 def _from_file(path: str, size: int) -> Tensor:
     try:
-        with Image.open(path) as image:
-            picture = np.asarray(image.convert("L").resize((size, size), Image.Resampling.NEAREST))
-    except OSError as error:
+        image = to_rgb(open_image(Path(path).read_bytes())).convert("L")
+        picture = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
+    except (OSError, ValueError) as error:
         raise UserError(f"--mask image {path}: can't be read ({error})") from None
     if not (picture > 127).any():
         raise UserError(f"--mask image {path}: masks nothing; white is masked, black stays")

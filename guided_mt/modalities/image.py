@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..data import ImageSource, load_images, open_source
 from ..data.images import from_uint8, to_nhwc
-from ..data.sources import IMAGE_SUFFIXES
+from ..data.sources.formats import IMAGE_SUFFIXES, open_image
 from ..data.transforms import center_crop_arr
 from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError, reason
@@ -136,8 +135,7 @@ def read_pictures(text: str, name: str, size: int) -> Tensor:
             return from_uint8(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
         try:
-            with Image.open(path) as picture:
-                pixels = center_crop_arr(picture, size)
+            pixels = center_crop_arr(open_image(path.read_bytes()), size)
         except (OSError, ValueError) as error:
             raise UserError(f"--given {name}={text}: can't be read ({reason(error)})") from None
         return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))[None]

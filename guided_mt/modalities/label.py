@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import ImageSource
+from ..data.sources.classes import is_number
 from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError, reason
 from ..runs.distributed import Processes
 from .base import Images, Modality
 from .classes import class_id
 from .tokens import rms
+
+log = logging.getLogger("guided_mt")
 
 _PASS = 64  # classes per forward pass while a table is filled: bounds the memory
 
@@ -109,10 +113,10 @@ class LabelModality(Modality):
         """A class name or id, or an .npz with ids in arr_1 (or `labels`)."""
         names = list(classes) if classes else [str(i) for i in range(self.num_classes)]
         if text.endswith(".npz"):
-            return self._read_file(Path(text), len(names))
+            return self._read_file(Path(text), names)
         return torch.tensor([class_id(text, names, f"--given {self.name}={text}")])
 
-    def _read_file(self, path: Path, count: int) -> Tensor:
+    def _read_file(self, path: Path, names: Sequence[str]) -> Tensor:
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = next((file[key] for key in ("arr_1", "labels", "label") if key in file.files), None)
@@ -120,9 +124,14 @@ class LabelModality(Modality):
             raise UserError(f"--given {self.name}={path}: can't be read as .npz ({reason(error)})") from None
         if found is None or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
             raise UserError(f"--given {self.name}={path}: needs class ids [N] as array arr_1 or labels")
-        if found.min() < 0 or found.max() >= count:
+        if found.min() < 0 or found.max() >= len(names):
             raise UserError(
-                f"--given {self.name}={path}: ids run from {found.min()} to {found.max()}, this model has {count} classes"
+                f"--given {self.name}={path}: ids run from {found.min()} to {found.max()}, this model has {len(names)} classes"
+            )
+        other = next((k for k in found.tolist() if is_number(names[k]) and int(names[k]) != k), None)
+        if other is not None:
+            log.info(
+                "--given %s=%s: its numbers are ids of the model: %d is class %s", self.name, path, other, names[other]
             )
         return torch.from_numpy(found.astype(np.int64))
 

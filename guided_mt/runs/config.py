@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
+from ..data import MAX_PIXELS
 from ..diffusion.sampling import CONDITIONINGS, SAMPLERS
 from ..diffusion.schedules import SCHEDULES
 from ..diffusion.targets import TARGETS
@@ -126,6 +127,7 @@ class DataConfig:
     random_crop: bool = option(False, "random instead of centre crops")
     random_flip: bool = option(True, "mirror half of the images")
     data_workers: int = option(2, "decoding processes per training process", least=0)
+    max_pixels: int = option(MAX_PIXELS, "width times height of the largest photo that is read", least=1)
 
 
 @dataclass

@@ -66,9 +66,21 @@ class ClassifierLoopConfig(FlagLoopConfig):
     eval_interval: int = option(5, "steps between validation batches", least=1)
 
 
+@dataclass
+class ClassifierDataConfig(DataConfig):
+    """Data"""
+
+    random_crop: bool = redefined(
+        DataConfig,
+        "random_crop",
+        True,
+        help="random instead of centre crops, as in ADM's; validation is cropped in the centre",
+    )
+
+
 def classifier_run_sections() -> tuple[type, ...]:
     """What a classifier run's config.yaml holds."""
-    return (*classifier_sections(), DataConfig, ClassifierLoopConfig)
+    return (*classifier_sections(), ClassifierDataConfig, ClassifierLoopConfig)
 
 
 class ClassifierLoop(Loop):

@@ -15,13 +15,13 @@ from guided_mt.errors import UserError
 from guided_mt.modalities.registry import TASKS
 from guided_mt.modalities.settings import row_of
 from guided_mt.runs import precision, resume
-from guided_mt.runs.checkpoint import read_config
+from guided_mt.runs.checkpoint import read_classes, read_config
 from guided_mt.runs.config import make_section
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.processes.claim import Claim
 from guided_mt.runs.resume import newest_checkpoint
 
-from ..data import LatentCache
+from ..data import LatentCache, StreamedData
 from ..first_stage.latents import first_stage_hash
 from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs.configuration import load_config, replaced
@@ -139,6 +139,8 @@ def _train(
     folder.config_yaml = command.yaml
     if newest is not None:
         check_resumed(newest, config)
+        if isinstance(data, StreamedData) and reads_labels(model):
+            data.use_classes(read_classes(newest))
     module = wrap(model)
     module.base_rate = learning_rate_of(config["model"], images)
     if trainer.is_global_zero:
@@ -180,6 +182,13 @@ def _precision(options: Mapping[str, Any]) -> str:
     """Lightning's present name of `precision`."""
     word = str(options.get("precision") or "32-true")
     return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(word, word)
+
+
+def reads_labels(model: Any) -> bool:
+    """Whether training uses the images' classes, whose ids then stay what they were when the run began."""
+    names = getattr(model, "modality_names", ())
+    by_condition = getattr(model, "cond_stage_key", None) == "class_label"
+    return by_condition or any(row_of(model.config, name).needs_labels for name in names)
 
 
 def learning_rate_of(model: dict[str, Any], images: int) -> float:
@@ -237,6 +246,8 @@ def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
         raise UserError(
             f"model.params.mt_tasks.{needing[0]}.num_classes {known}: the data have {count} classes; raise it"
         )
+    if model.cond_stage_key == "class_label":
+        _check_each_has_class(data)
     if isinstance(data.source, LatentCache):
         data.source.check(first_stage_hash(model.first_stage_model))
         found = data.source.shape[-1]
@@ -252,3 +263,14 @@ def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
         raise UserError(
             f"latents of {found} pixels can't be halved as often as unet_config.channel_mult asks: take a multiple of {divisor}"
         )
+
+
+def _check_each_has_class(data: Any) -> None:
+    """Raises UserError where an item of training or validation has no class, or nobody has one."""
+    for source in (data.source, data.val_source):
+        lacking = 0 if source is None else len(source) if source.labels is None else int((source.labels < 0).sum())
+        if lacking:
+            raise UserError(
+                f"{source.path}: {lacking} of {len(source)} items have no class, which model.params.cond_stage_key class_label "
+                f"needs; leave them out"
+            )

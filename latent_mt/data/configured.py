@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from guided_mt.data import ImageSource, ImageStream, Sides, open_source
+from guided_mt.data import MAX_PIXELS, ImageSource, ImageStream, Sides, open_source
+from guided_mt.data.sources.classes import renumbered
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
 
@@ -18,11 +20,14 @@ from .layouts import DIRECTIONS, LAYOUTS, check_choice, open_pairs
 from .pair_classes import CLASSES_FROM, class_names_of, set_classes
 from .pairs import PairSource
 
+logger = logging.getLogger("latent_mt.data")
+
 
 class StreamedData:
     """A training source, a validation source and the training stream.
 
-    batch_size is per process and forward pass. A source is a LatentCache where `latents` names a folder of caches.
+    batch_size is per process and forward pass. A source is a LatentCache where `latents` names a folder of caches. max_pixels:
+    larger images are left out.
     """
 
     def __init__(
@@ -34,12 +39,14 @@ class StreamedData:
         random_flip: bool,
         num_workers: int,
         latents: str | None,
+        max_pixels: int,
     ):
         for key, value, least in (
             ("image_size", image_size, 1),
             ("batch_size", batch_size, 1),
             ("limit", limit, 1),
             ("num_workers", num_workers, 0),
+            ("max_pixels", max_pixels, 1),
         ):
             if value is not None and value < least:
                 raise UserError(f"data.params.{key} {value}: must be at least {least}")
@@ -49,8 +56,13 @@ class StreamedData:
             )
         self.image_size, self.batch_size, self.limit = image_size, batch_size, limit
         self.random_crop, self.random_flip, self.num_workers = random_crop, random_flip, num_workers
-        self.latents = latents
+        self.latents, self.max_pixels = latents, max_pixels
+        self.class_names: list[str] | None = None  # those of a run that goes on; None: those of the data
         self._pixels: dict[str, ImageSource] = {}  # by split, those opened so far
+
+    def use_classes(self, names: Sequence[str] | None) -> None:
+        """Keep the class ids of a run that goes on, which are places in `names`. To be called before anything is opened."""
+        self.class_names = list(names) if names else None
 
     def pixel_source(self, split: str) -> ImageSource:
         """The images of a split, whether or not their latents are cached; opened once. Raises UserError."""
@@ -118,6 +130,9 @@ class StreamedData:
         cache = LatentCache(Path(self.latents) / split, limit=self.limit)
         cache.item_shape(self.image_size)
         self._check_cache(cache)
+        if self.class_names and cache.labels is not None:
+            cache.labels = renumbered(cache.path, cache.labels, cache.class_names, self.class_names)
+            cache.class_names = self.class_names
         return cache
 
     def _check_cache(self, cache: LatentCache) -> None:
@@ -152,8 +167,9 @@ class PairData(StreamedData):
         latents: str | None = None,
         computed: Mapping[str, str] | None = None,
         labels: str | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
-        super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents)
+        super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents, max_pixels)
         check_choice("data.params.layout", layout, ("auto", *LAYOUTS))
         check_choice("data.params.direction", direction, DIRECTIONS)
         if labels is not None:
@@ -185,12 +201,13 @@ class PairData(StreamedData):
             classes=self.classes,
             sides=self.sides,
             limit=limit,
+            max_pixels=self.max_pixels,
         )
 
     def _set_classes(self, source: ImageSource, of_training: Sequence[str]) -> None:
         """Classes by the names of the files; of_training: all names of training, whose classes are known."""
         assert self.labels is not None
-        set_classes(source, self.labels, class_names_of(self.path, of_training, self.labels))
+        set_classes(source, self.labels, self.class_names or class_names_of(self.path, of_training, self.labels))
 
     def _open(self, split: str) -> ImageSource:
         source = super()._open(split)
@@ -245,8 +262,9 @@ class ImageData(StreamedData):
         paired: Mapping[str, str] | None = None,
         val_paired: Mapping[str, str] | None = None,
         side: str = "image",
+        max_pixels: int = MAX_PIXELS,
     ):
-        super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents)
+        super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents, max_pixels)
         self.path, self.val_path, self.side = path, val_path, side
         self.paired = _mapping("paired", paired, "depth: depth.zip")
         self.val_paired = _mapping("val_paired", val_paired, "depth: val-depth.zip")
@@ -266,17 +284,29 @@ class ImageData(StreamedData):
         paths = {"train": self.path} | ({"val": self.val_path} if self.val_path else {})
         if split not in paths:
             raise UserError(f"split {split}{nearest(split, paths)}: ImageData has train (path) and val (val_path)")
-        # Validation classes get the ids of training, as the network knows them.
-        source = open_source(paths[split], self._images.class_names or None) if split == "val" else self._images
+        source = self._validation(paths["val"]) if split == "val" else self._images
         paired = self.val_paired if split == "val" else self.paired
         if paired:
-            source = Sides(source, {side: open_source(path) for side, path in paired.items()}, self.side)
+            others = {side: open_source(path, max_pixels=self.max_pixels) for side, path in paired.items()}
+            source = Sides(source, others, self.side)
         return source if self.limit is None else Subset(source, np.arange(min(self.limit, len(source))))
 
     @cached_property
     def _images(self) -> ImageSource:
-        """Those of training, whole and alone."""
-        return open_source(self.path)
+        """Those of training, whole and alone. Ids are those of the run, else those of cached latents, else the data's own."""
+        known = self.class_names
+        if known is None and self.latents and (Path(self.latents) / "train").is_dir():
+            known = LatentCache(Path(self.latents) / "train").class_names or None
+        return open_source(self.path, known, max_pixels=self.max_pixels)
+
+    def _validation(self, path: str) -> ImageSource:
+        """Those of validation. Their classes get the ids of training, as the network knows them."""
+        known = self._images.class_names or None
+        source = open_source(path, known, max_pixels=self.max_pixels)
+        if known and source.labels is None:
+            logger.info("%s: has no classes, unlike %s: %s has none", path, self.path, source.without_class())
+            source.labels, source.class_names = np.full(len(source), -1), known
+        return source
 
     def _check_cache(self, cache: LatentCache) -> None:
         if cache.direction != "AtoB" or (cache.side_names and not self.paired):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from evaluations.files.palettes import CITYSCAPES, Palette, nearest_class, palette_of, parse_classes, training_ids
+from guided_mt.data.sources.formats import MAX_PIXELS, open_image
 from guided_mt.errors import UserError
 
 LARGEST_CLASS = 255  # indices are kept as uint8
@@ -49,12 +49,13 @@ class LabelReader:
         for value, index in indices.items():
             self._table[value] = index
 
-    def read(self, content: bytes, name: str) -> np.ndarray:
+    def read(self, content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """uint8 [H, W] of class indices, void among them.
 
-        Raises UserError where an index or a colour is none of the palette's; whatever Pillow raises for a broken file.
+        Raises UserError where an index or a colour is none of the palette's; TooManyPixels, and whatever Pillow raises for a
+        broken file.
         """
-        image: Image.Image = Image.open(io.BytesIO(content))
+        image = open_image(content, max_pixels)
         image.load()
         if image.mode == "P" and self._is_painted(image):
             image = image.convert("RGB")

@@ -3,23 +3,28 @@
 cityscapes  leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png, gtFine/SPLIT/CITY/NAME_gtFine_{labelIds,labelTrainIds,color}.png;
             also a folder with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip
 aligned     SPLIT/NAME.jpg, A on the left and B on the right, as in pix2pix
+folders     SPLITA/NAME.jpg and SPLITB/NAME.jpg, each the other's partner by its name. Only where it is asked for: CycleGAN's
+            data sets look the same, and are not pairs
 camvid      SPLIT/images/NAME.jpg, SPLIT/labels/NAME.png and classes.txt (lines `index name R G B`)
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from guided_mt.data import open_source
+from guided_mt.data import MAX_PIXELS, open_source
 from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource
 from guided_mt.errors import UserError, nearest, reason
 
 from .label_maps import LabelReader, cityscapes_reader, class_file_reader
-from .pairs import AlignedPairs, FilePairs, PairSource, Side
+from .pairs import AlignedPairs, FilePairs, ImagePairs, PairSource, Side
+
+logger = logging.getLogger("latent_mt.data")
 
 DIRECTIONS = ("AtoB", "BtoA")
 CLASS_FILE = "classes.txt"
@@ -59,12 +64,14 @@ def open_pairs(
     classes: str | Path | None = None,
     sides: Sequence[str] | None = None,
     limit: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> PairSource:
     """Open the pairs of one split, in the order of their names.
 
     path: a folder, .tar or .zip, or a folder inside one (x.tar/cityscapes). direction: AtoB puts A (the photo, the left
     half) first, BtoA the other. classes: a class file in place of camvid's classes.txt. sides: names of A and B, which
-    are else photo and map, or A and B where both are images. limit: only the first so many pairs. Raises UserError.
+    are else photo and map, or A and B where both are images. limit: only the first so many pairs. max_pixels: larger images are
+    not decoded. Raises UserError.
     """
     check_choice("layout", layout, ("auto", *LAYOUTS))
     check_choice("direction", direction, DIRECTIONS)
@@ -72,13 +79,15 @@ def open_pairs(
         raise UserError(f"limit {limit}: must be at least 1")
     if sides is not None and (isinstance(sides, str) or len(set(sides)) != 2 or len(sides) != 2):
         raise UserError(f"sides {sides}: must be two different names, of A and of B")
-    files = _open_files(path)
-    if layout == "auto":
-        layout = _layout_of(files)
+    files = _open_files(path, max_pixels)
+    guessed = layout == "auto"
+    layout = _layout_of(files) if guessed else layout
     if classes is not None and layout != "camvid":
         raise UserError(f"classes {classes}: only the layout camvid takes a class file; {path} is {layout}")
     source = LAYOUTS[layout](files, split, direction, classes, sides, limit)
     source.direction = direction
+    if guessed and isinstance(source, AlignedPairs):
+        _say_halves(source)
     return source
 
 
@@ -120,12 +129,53 @@ def _aligned(
     limit: int | None,
 ) -> PairSource:
     images = [name for name in files.places if "/" in name and name.lower().endswith(IMAGE_SUFFIXES)]
-    _check_split(files.path, split, {name.partition("/")[0] for name in images})
+    found = {name.partition("/")[0] for name in images}
+    if split not in found:
+        _refuse_unaligned(files.path, split, found)
+    elif split.endswith(("A", "B")):
+        _refuse_unaligned(files.path, split[:-1], found)
+    _check_split(files.path, split, found)
     names = sorted(name for name in images if name.startswith(f"{split}/"))[:limit]
     both = [Side(name) for name in sides or ("A", "B")]
     halves = (0, 1) if direction == "AtoB" else (1, 0)
     numbers = files.numbers(names)[:, 1]  # one source: only Cityscapes comes in two
     return AlignedPairs(files.path, [both[half] for half in halves], files.sources[0], numbers, halves)
+
+
+def _folders(
+    files: Files,
+    split: str,
+    direction: str,
+    classes: str | Path | None,
+    sides: Sequence[str] | None,
+    limit: int | None,
+) -> PairSource:
+    found: dict[str, dict[str, str]] = {}  # folder: {name without suffix: file}
+    for name in files.places:
+        folder, _, file = name.partition("/")
+        if file.lower().endswith(IMAGE_SUFFIXES):
+            stem = file.rpartition(".")[0]
+            if stem in found.setdefault(folder, {}):
+                raise UserError(
+                    f"{files.path}: {found[folder][stem]} and {name} differ only in their suffix; remove one"
+                )
+            found[folder][stem] = name
+    splits = {folder[:-1] for folder in found if {f"{folder[:-1]}A", f"{folder[:-1]}B"} <= found.keys()}
+    _check_split(files.path, split, splits)
+    both = [Side(name) for name in sides or ("A", "B")]
+    names = [found[f"{split}A"], found[f"{split}B"]]
+    for there, here, missing in ((names[0], names[1], f"{split}B"), (names[1], names[0], f"{split}A")):
+        alone = sorted(there[key] for key in there.keys() - here.keys())
+        if alone:
+            raise UserError(
+                f"{files.path}: {len(alone)} files have no partner of their name in {missing}: {_some(alone)}"
+            )
+    chosen = sorted(names[0])[:limit]
+    numbers = [files.numbers([of_side[key] for key in chosen])[:, 1] for of_side in names]
+    order = (0, 1) if direction == "AtoB" else (1, 0)
+    return ImagePairs(
+        files.path, [both[k] for k in order], files.sources[0], np.stack([numbers[k] for k in order], axis=1)
+    )
 
 
 def _camvid(
@@ -150,7 +200,12 @@ def _camvid(
     return _file_pairs(files, found[split]["images"], found[split]["labels"], reader, direction, sides, limit)
 
 
-LAYOUTS: dict[str, Callable[..., PairSource]] = {"cityscapes": _cityscapes, "aligned": _aligned, "camvid": _camvid}
+LAYOUTS: dict[str, Callable[..., PairSource]] = {
+    "cityscapes": _cityscapes,
+    "aligned": _aligned,
+    "camvid": _camvid,
+    "folders": _folders,
+}
 
 
 def _layout_of(files: Files) -> str:
@@ -172,19 +227,19 @@ def _layout_of(files: Files) -> str:
 # ---------------------------------------------------------------- what they share
 
 
-def _open_files(path: str | Path) -> Files:
+def _open_files(path: str | Path, max_pixels: int) -> Files:
     folder = Path(path).expanduser()
     zips = [folder / name for name in _CITYSCAPES_ZIPS]
     if any(file.is_file() for file in zips) and not (folder / "leftImg8bit").is_dir():
         missing = [file.name for file in zips if not file.is_file()]
         if missing:
             raise UserError(f"{folder}: no {missing[0]}; Cityscapes comes in {' and '.join(_CITYSCAPES_ZIPS)}")
-        return Files(str(path), [_file_source(file) for file in zips])
-    return Files(str(path), [_file_source(path)])
+        return Files(str(path), [_file_source(file, max_pixels) for file in zips])
+    return Files(str(path), [_file_source(path, max_pixels)])
 
 
-def _file_source(path: str | Path) -> FileSource:
-    source = open_source(path, suffixes=(*IMAGE_SUFFIXES, ".txt"))
+def _file_source(path: str | Path, max_pixels: int) -> FileSource:
+    source = open_source(path, suffixes=(*IMAGE_SUFFIXES, ".txt"), max_pixels=max_pixels)
     if not isinstance(source, FileSource):
         raise UserError(f"{path}: pairs are read from a folder, .tar or .zip")
     return source
@@ -216,10 +271,8 @@ def _file_pairs(
     for there, here, missing in ((photos, maps, "label map"), (maps, photos, "photo")):
         alone = sorted(there[key] for key in there.keys() - here.keys())
         if alone:
-            more = ", ..." if len(alone) > _SHOWN else ""
             raise UserError(
-                f"{files.path}: {len(photos)} photos and {len(maps)} label maps; {len(alone)} without a {missing}: "
-                f"{', '.join(alone[:_SHOWN])}{more}"
+                f"{files.path}: {len(photos)} photos and {len(maps)} label maps; {len(alone)} without a {missing}: {_some(alone)}"
             )
     photo, label = sides or ("photo", "map")
     both = [Side(photo), Side(label, "labels", reader.palette)]
@@ -246,6 +299,33 @@ def _class_file(files: Files, classes: str | Path | None) -> tuple[bytes, str]:
             f"{files.path}: no {CLASS_FILE} (one line per class: index name R G B); add it, or name such a file by `classes`"
         )
     return files.read_bytes(CLASS_FILE), f"{files.path}: {CLASS_FILE}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+
+
+def _refuse_unaligned(path: str, start: str, found: set[str]) -> None:
+    """Raises UserError where the folders are CycleGAN's two sets of photos, whose halves are no pairs."""
+    if {f"{start}A", f"{start}B"} <= found:
+        raise UserError(
+            f"{path}: {start}A and {start}B are two sets of single photos, as CycleGAN's, and not pairs; if {start}A/x.jpg and "
+            f"{start}B/x.jpg show the same, ask for layout: folders and split: {start}"
+        )
+
+
+def _say_halves(source: AlignedPairs) -> None:
+    """Say how the images are divided: an image that shows one thing alone divides just as well."""
+    try:
+        width, height = source.source.read(int(source.numbers[0])).size
+    except Exception:  # training tells what is broken
+        return
+    if width // 2 != height:
+        logger.warning(
+            "%s: each image is read as a pair, A its left half and B its right one, %d x %d pixels each in the first; if these are "
+            "single images, they are no pairs",
+            *(source.path, width // 2, height),
+        )
 
 
 def _check_split(path: str, split: str, found: Mapping[str, object] | set[str]) -> None:

@@ -8,25 +8,39 @@ from collections.abc import Sequence
 import numpy as np
 
 from guided_mt.data import ImageSource
+from guided_mt.data.sources.classes import by_folder, find_places, ordered, other_folders
 from guided_mt.errors import UserError
 
-logger = logging.getLogger("latent_mt")
+logger = logging.getLogger("latent_mt.data")
 
 CLASSES_FROM = ("prefix", "folder")
 
 
-def class_of(name: str, rule: str) -> str | None:
-    """prefix: the file's name before the first "_", as ADM's; folder: the one the file lies in. None: there is none."""
-    folder, _, file = name.rpartition("/")
-    if rule == "folder":
-        return folder.rpartition("/")[2] or None
-    prefix, underscore, _ = file.partition("_")
-    return prefix if underscore and prefix else None
+def classes_of(names: Sequence[str], rule: str, known: Sequence[str] | None = None) -> list[str | None]:
+    """The class of each file, None where it has none.
+
+    prefix: its name before the first "_", as ADM's; folder: the one it lies in, as `guided_mt.data` finds classes of folders.
+    known: the classes of training; of what folders may say, that is taken which most of these files are known by.
+    """
+    if rule == "prefix":
+        parts = [name.rpartition("/")[2].partition("_") for name in names]
+        return [prefix if underscore and prefix else None for prefix, underscore, _ in parts]
+    naming = by_folder(names)
+    if naming is None:
+        return [name.rpartition("/")[0].rpartition("/")[2] or None for name in names]
+    if known is not None:
+        naming = max((naming, *other_folders(names)), key=lambda naming: _known(naming.classes, known))
+    return [name or None for name in naming.classes]
+
+
+def _known(classes: Sequence[str], known: Sequence[str]) -> int:
+    places = find_places(classes, known)
+    return sum(places[name] is not None for name in classes)
 
 
 def class_names_of(path: str, names: Sequence[str], rule: str) -> list[str]:
-    """The classes of these files, sorted. Raises UserError where they tell nothing apart."""
-    found = sorted({label for name in names if (label := class_of(name, rule)) is not None})
+    """The classes of these files, numbers by their value. Raises UserError where they tell nothing apart."""
+    found = ordered({label for label in classes_of(names, rule) if label is not None})
     if len(found) > 1:
         return found
     what = f"are all of class {found[0]}" if found else "have no class"
@@ -41,11 +55,12 @@ def set_classes(source: ImageSource, rule: str, known: Sequence[str]) -> None:
 
     Says how many are of none.
     """
-    rank = {name: i for i, name in enumerate(known)}
-    classes = [class_of(source.name(k), rule) for k in range(len(source))]
-    labels = np.array([-1 if name is None else rank.get(name, -1) for name in classes], dtype=np.int64)
+    classes = classes_of([source.name(k) for k in range(len(source))], rule, known)
+    rank = find_places((name for name in classes if name is not None), known)
+    places = [None if name is None else rank[name] for name in classes]
+    labels = np.array([-1 if place is None else place for place in places], dtype=np.int64)
     source.labels, source.class_names = labels, list(known)
-    unknown = sorted({name for name in classes if name is not None} - set(known))
+    unknown = sorted(name for name, place in rank.items() if place is None)
     lacking = int((labels < 0).sum())
     if lacking:
         not_trained = f" ({', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}: not in training)" if unknown else ""

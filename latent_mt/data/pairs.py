@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image
 
 from evaluations.files.palettes import Palette
 from guided_mt.data.sources import FileSource, ImageSource
+from guided_mt.data.sources.formats import TooManyPixels, without_pillows_limit
 from guided_mt.data.transforms import (
     crop_window,
     random_short_side,
@@ -117,9 +117,11 @@ class FilePairs(PairSource):
     def _classes(self, index: int, photo_size: tuple[int, int]) -> np.ndarray:
         """uint8 [H, W]. Raises UserError where the aspect ratio is not that of a photo of (width, height) `photo_size`."""
         file = self._name(self.maps[index])
+        source, number = self.maps[index]
         try:
-            classes = self.label_reader.read(self._bytes(self.maps[index]), f"{self.path}: {file}")
-        except (MemoryError, UserError):
+            content = self.sources[source].read_bytes(int(number))
+            classes = self.label_reader.read(content, f"{self.path}: {file}", self.sources[source].max_pixels)
+        except (MemoryError, UserError, TooManyPixels):
             raise
         except Exception as error:
             raise OSError(f"{file}: {error}") from error  # the warning names the photo
@@ -132,10 +134,8 @@ class FilePairs(PairSource):
         return classes
 
     def _photo(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self._bytes(self.photos[index])))
-
-    def _bytes(self, place: np.ndarray) -> bytes:
-        return self.sources[place[0]].read_bytes(int(place[1]))
+        source, number = self.photos[index]
+        return self.sources[source].read(int(number))
 
     def _name(self, place: np.ndarray) -> str:
         return self.sources[place[0]].name(int(place[1]))
@@ -164,7 +164,31 @@ class AlignedPairs(PairSource):
                 f"width side by side, so the width must be even"
             )
         image, width = to_rgb(image), image.width // 2
-        return [image.crop((half * width, 0, (half + 1) * width, image.height)) for half in self.halves]
+        with without_pillows_limit():
+            return [image.crop((half * width, 0, (half + 1) * width, image.height)) for half in self.halves]
+
+
+class ImagePairs(PairSource):
+    """Two images in a file each. numbers: int64 [N, 2], the files of the sides."""
+
+    def __init__(self, path: str, sides: Sequence[Side], source: FileSource, numbers: np.ndarray):
+        super().__init__(path, sides)
+        self.source, self.numbers = source, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.numbers[index, 0]))
+
+    def read_sides(self, index: int) -> list[Image.Image | np.ndarray]:
+        first, second = (self.source.read(int(number)) for number in self.numbers[index])
+        if first.size != second.size:
+            raise UserError(
+                f"{self.path}: {self.name(index)} has {first.width}x{first.height} pixels and its partner "
+                f"{self.source.name(int(self.numbers[index, 1]))} {second.width}x{second.height}; make them equal"
+            )
+        return [to_rgb(first), to_rgb(second)]
 
 
 def resize_classes(classes: np.ndarray, photo_size: tuple[int, int], short_side: int) -> np.ndarray:

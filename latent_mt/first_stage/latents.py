@@ -144,6 +144,9 @@ def _same_cache(folder: Path, meta: dict[str, Any]) -> LatentCache:
     cache = LatentCache(folder)
     # What JSON makes of it: tuples are lists there.
     known = ADDED_LATER | cache.meta
+    # The order of class ids may be that of an earlier version; the labels that are there go with it.
+    if sorted(known["class_names"]) == sorted(meta["class_names"]):
+        meta = meta | {"class_names": known["class_names"]}
     different = [key for key, value in json.loads(json.dumps(meta)).items() if known.get(key) != value]
     if different:
         raise UserError(

@@ -317,6 +317,38 @@ def test_cityscapes_label_ids(tmp_path, capsys):
     assert "35 is none of Cityscapes' label ids" in complaint(tmp_path / "p3.npz", tmp_path / "r3.npz", "--label_ids")
 
 
+@pytest.mark.parametrize("ids", [(7, 8, 11, 23), (7, 8, 11, 17)])
+def test_predictions_in_label_ids(ids, tmp_path, capsys):
+    """As cityscapesScripts ask for them, in files of any name: told by a flag, and suspected where nothing tells them."""
+    labels = np.array([ids] * 2, np.uint8)[None].repeat(2, 0)
+    pred, ref = write(tmp_path / "pred", labels), write(tmp_path / "ref", labels)
+    assert score(pred, ref, "--label_ids", "--pred_label_ids")["per_pixel_accuracy"] == 1
+    assert "looks like" not in capsys.readouterr().err
+    if max(ids) > 18:
+        text = complaint(pred, ref, "--label_ids")
+        assert "index 23" in text and text.endswith("if these are Cityscapes' label ids: --pred_label_ids")
+        assert complaint(pred, ref).endswith("if these are Cityscapes' label ids: --pred_label_ids")
+        return
+    assert score(pred, ref, "--label_ids")["per_pixel_accuracy"] == 0
+    assert "PRED looks like Cityscapes' label ids" in capsys.readouterr().err
+    assert score(pred, ref, "--pred_label_ids")["per_pixel_accuracy"] == 0
+    assert "REF looks like Cityscapes' label ids" in capsys.readouterr().err
+    score(pred, ref)
+    err = capsys.readouterr().err
+    assert "PRED looks like" in err and "REF looks like" in err
+
+
+def test_training_ids_are_not_suspected(tmp_path, classes, capsys):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 19, (4, 16, 16)).astype(np.uint8)
+    guessed = np.where(rng.random(labels.shape) < 0.9, rng.integers(0, 19, labels.shape), labels).astype(np.uint8)
+    score(write(tmp_path / "pred", guessed), write(tmp_path / "ref", labels))
+    assert "looks like" not in capsys.readouterr().err
+    assert "--pred_label_ids are Cityscapes' label ids and do not go with --classes" in complaint(
+        tmp_path / "pred", tmp_path / "ref", "--pred_label_ids", "--classes", classes
+    )
+
+
 def test_cityscapes_palette():
     assert len(CITY.classes) == 19 and [entry.index for entry in CITY.classes] == list(range(19))
     assert [entry.name for entry in CITY.void] == ["void"] and len(set(map(tuple, CITY.colours.tolist()))) == 20

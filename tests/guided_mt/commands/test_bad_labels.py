@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny import DIGITS, ROOT, assert_same, contents, flags, progress, step_folder, words
 
-from guided_mt.commands import nll, restore, sample, train
+from guided_mt.commands import classifier_train, nll, restore, sample, train
 from guided_mt.data import open_source
 from guided_mt.errors import UserError
 from guided_mt.modalities import LabelModality, MaskedImage, VectorModality
@@ -54,6 +54,25 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         needed = {"representation_file": folder / "vectors.npz"} if name == "vectors" else {}
         train.main(training(log_dir=folder / name, **row, **needed))
     return {name: folder / name for name in RUNS}
+
+
+def test_images_without_a_class_are_refused_where_each_needs_one(tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((9, 8, 8, 3), np.uint8), np.arange(9) - 1)
+    values = {"data_dir": tmp_path / "x.npz", "log_dir": tmp_path / "run"}
+    text = complaint(train, training(**values, mt_task="none", class_cond=True))
+    assert "1 of 9 images have no class, which --class_cond True needs; leave them out" in text
+    with pytest.raises(UserError, match="1 of 9 images have no class, which a classifier needs"):
+        classifier_train.main(
+            words(**values, image_size=8, num_classes=10, classifier_width=64, total_steps=1, device="cpu")
+        )
+
+
+def test_numbers_of_a_file_are_ids_of_the_model(tmp_path, caplog):
+    np.savez(tmp_path / "x.npz", arr_1=np.array([0, 2]))
+    names = ["0", "1", "10", "2"]  # of a run whose classes were sorted as words
+    caplog.set_level(logging.INFO)
+    read = LabelModality(4).read(str(tmp_path / "x.npz"), 8, names)
+    assert read.tolist() == [0, 2] and "its numbers are ids of the model: 2 is class 10" in caplog.text
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from conftest import ROOT
 from PIL import Image
 
 from guided_mt.data import ImageStream, StreamOrder, center_crop_arr, load_images, open_source, random_crop_arr
-from guided_mt.data.folders import CloudFolderSource
+from guided_mt.data.sources.folders import CloudFolderSource
 from guided_mt.errors import UserError
 
 SHARED = ROOT.parent / "shared" / "data"

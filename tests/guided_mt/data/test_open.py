@@ -12,8 +12,8 @@ import torch
 from test_data import make_files, png, same, stream_of, write
 
 from guided_mt.data import SOURCES, ImageSource, SourceKind, load_images, open_source
-from guided_mt.data.joined import Joined
 from guided_mt.data.open import _split
+from guided_mt.data.sources.joined import Joined
 from guided_mt.data.subset import Subset, spread
 from guided_mt.errors import UserError
 

@@ -71,6 +71,22 @@ def test_names_stay_unique(tmp_path):
     assert len(set(zipfile.ZipFile(tmp_path / "out.zip").namelist())) == 4
 
 
+def test_photos_are_turned_where_that_is_asked_for(tmp_path):
+    """Pixels lie as they are stored, as in ADM, else; 6: the stored right is the bottom."""
+    array = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    Image.fromarray(array).save(tmp_path / "in" / "x.png", exif=exif)
+    for paths, out, upright, expected in (
+        ("{}", "stored.zip", False, array),
+        ("{}", "turned.zip", True, np.rot90(array, -1)),
+        ("{},{}", "both.zip", True, np.rot90(array, -1)),
+    ):
+        prepare(paths.replace("{}", str(tmp_path / "in")), tmp_path / out, 8, workers=0, upright=upright)
+        assert np.array_equal(open_source(tmp_path / out).read(0), expected)
+
+
 def test_broken_images_are_left_out_up_to_one_percent(folder, tmp_path, caplog):
     (folder / "cat" / "000.jpg").write_bytes(b"not an image")
     assert prepare(str(folder), tmp_path / "out.zip", 16, workers=1) == 69

@@ -27,11 +27,13 @@ from tiny import (
     words,
 )
 
-from guided_mt.commands.classifier_train import main
+from guided_mt.commands.classifier_train import main, resolve
+from guided_mt.data import ImageStream
 from guided_mt.errors import UserError
 from guided_mt.generation.noisy_classifier import load_classifier
 from guided_mt.networks.classifier import create_classifier
 from guided_mt.runs import checkpoint
+from guided_mt.training import classifier_loop, loop
 
 NETWORK = {
     "image_size": 8,
@@ -92,6 +94,35 @@ def mt_run(folder: Path, classifier: torch.nn.Module | None, **config) -> Path:
     return folder
 
 
+# ---------------------------------------------------------------- crops
+
+
+def test_training_crops_at_random_and_validation_in_the_centre(tmp_path, monkeypatch):
+    """As in ADM's classifier_train.py, where nothing is said; a run goes on with the crops that it began with."""
+    cropped = {}
+
+    def stream(source, *args, **values):
+        cropped[source.path] = values.get("random_crop", False)
+        return ImageStream(source, *args, **values)
+
+    for module in (loop, classifier_loop):
+        monkeypatch.setattr(module, "ImageStream", stream)
+    few_steps(tmp_path / "run", 1, val_data_dir="builtin:digits-test", data_workers=0)
+    assert cropped == {"builtin:digits": True, "builtin:digits-test": False}
+    config = step_folder(tmp_path / "run", 1) / "config.yaml"
+    assert "random_crop: true" in config.read_text()
+    for text, crops in (
+        ("random_crop: true", True),
+        ("random_crop: false", False),
+        ("", False),
+    ):  # "": a run of version 0.1
+        config.write_text(config.read_text().replace("random_crop: true", text))
+        assert resolve(flags(log_dir=tmp_path / "run", iterations=2))[0].random_crop is crops
+        config.write_text(config.read_text().replace(text, "random_crop: true") if text else config.read_text())
+    typed, _ = resolve(flags(log_dir=tmp_path / "run", iterations=2, random_crop=True))
+    assert typed.random_crop is True
+
+
 # ---------------------------------------------------------------- resuming and processes
 
 
@@ -150,7 +181,7 @@ def test_batch_size_is_that_of_each_process(tmp_path, capsys):
 
 def test_it_learns_the_digits(tmp_path):
     values = {"val_data_dir": "builtin:digits-test", "global_batch_size": 32, "log_interval": 20, "random_flip": False}
-    run = few_steps(tmp_path, 60, lr=1e-3, **values)
+    run = few_steps(tmp_path, 60, lr=1e-3, random_crop=False, **values)
     assert column(run, "loss")[-1] < 0.8 * np.log(10)
     assert column(run, "acc@1")[-1] > 0.35 and column(run, "val_acc@1")[-1] > 0.25  # by chance 0.1
     assert column(run, "acc@1_q0")[-1] > column(run, "acc@1_q3")[-1]  # little noise is easier

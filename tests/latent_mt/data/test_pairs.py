@@ -356,7 +356,7 @@ def refuses(message: str, path: Path, **kwargs) -> None:
 def test_messages_for_settings(tmp_path):
     path = write("tar", camvid_files(), tmp_path)
     refuses(
-        r"layout 'camvod': must be one of auto, cityscapes, aligned, camvid \(did you mean camvid\?\)",
+        r"layout 'camvod': must be one of auto, cityscapes, aligned, camvid, folders \(did you mean camvid\?\)",
         path,
         layout="camvod",
     )

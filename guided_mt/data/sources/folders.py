@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import UserError
-from .sources import IMAGE_SUFFIXES, FileSource, is_image_name
+from ...errors import UserError
+from .base import FileSource
+from .formats import IMAGE_SUFFIXES, is_hidden, is_image_name, say_left_out
 
 
 class FolderSource(FileSource):
@@ -17,11 +18,13 @@ class FolderSource(FileSource):
         self, path: str, folder: Path, class_names: Sequence[str] | None, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
     ):
         try:
-            names = sorted(_walk(str(folder), "", frozenset(), suffixes))
+            files = sorted(_walk(str(folder), "", frozenset()))
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        names = [name for name, there in files if there and is_image_name(name, suffixes)]
         if not names:
             raise UserError(f"{path}: no images in this folder or below; give a folder of .jpg or .png files")
+        say_left_out(path, [name for name, there in files if not (there and is_image_name(name, suffixes))])
         super().__init__(path, names, class_names)
         self.folder = os.path.abspath(folder)
 
@@ -40,9 +43,11 @@ class CloudFolderSource(FileSource):
             files = [f"{folder.rstrip('/')}/{file}" for folder, _, files in blobfile.walk(root) for file in files]
         except Exception as error:
             raise UserError(f"{path}: cannot be listed ({error}); check the address and your credentials") from error
-        names = sorted(name for name in (file.removeprefix(root) for file in files) if is_image_name(name))
+        below = sorted(file.removeprefix(root) for file in files)
+        names = [name for name in below if is_image_name(name)]
         if not names:
             raise UserError(f"{path}: no images in this cloud folder; archives have to be copied here first")
+        say_left_out(path, [name for name in below if not is_image_name(name)])
         super().__init__(path, names, class_names)
         self.root = root
 
@@ -53,16 +58,18 @@ class CloudFolderSource(FileSource):
             return handle.read()
 
 
-def _walk(folder: str, prefix: str, above: frozenset[str], suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Names of images below `folder`, relative to the root; `above`: real paths of the folders we are in."""
+def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, bool]]:
+    """(name, whether there is a file) of all below `folder` but in hidden folders: a link may lead nowhere.
+
+    Names are relative to the root; above: real paths of the folders we are in.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return  # a link that leads back up
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from _walk(entry.path, name + "/", above | {real}, suffixes)
-            elif is_image_name(name, suffixes):
-                yield name
+            if not entry.is_dir():
+                yield name, entry.is_file()
+            elif not is_hidden(entry.name):
+                yield from _walk(entry.path, name + "/", above | {real})

@@ -1,24 +1,19 @@
-"""What an image source is, and how its class ids follow from file names."""
+"""What an image source is: of arrays, of files, or of anything else."""
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ..errors import UserError, nearest
-from .transforms import center_crop_arr, random_crop_arr
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-
-
-class UnknownClassError(UserError):
-    """The data have a class that a checkpoint's classes don't hold."""
+from ..transforms import center_crop_arr, random_crop_arr
+from .classes import class_ids, first_without_class
+from .formats import MAX_PIXELS, open_image
 
 
 class ImageSource:
@@ -91,10 +86,28 @@ class ArraySource(ImageSource):
 class FileSource(ImageSource):
     """Images that are files of a folder or archive; subclasses say how the bytes of file number i are read."""
 
+    max_pixels = MAX_PIXELS  # of one image; one with more is not decoded
+    upright = False  # whether photos are turned as their EXIF orientation says, which ADM does not
+
     def __init__(self, path: str, names: Sequence[str], class_names: Sequence[str] | None):
         self.path = path
         self.names = list(names)
-        self.labels, self.class_names = class_ids(path, self.names, class_names)
+        self._known = None if class_names is None else list(class_names)
+        if class_names is not None:
+            _ = self._classes  # refuses a class that is not known
+
+    @cached_property
+    def _classes(self) -> tuple[np.ndarray | None, list[str]]:
+        """Found when they are first asked for: what was guessed is said then, and not where nobody wants classes."""
+        return class_ids(self.path, self.names, self._known)
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:  # type: ignore[override]
+        return self._classes[0]
+
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        return self._classes[1]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -103,16 +116,14 @@ class FileSource(ImageSource):
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.read_bytes(index)))
+        image = open_image(self.read_bytes(index), self.max_pixels)
+        return ImageOps.exif_transpose(image) if self.upright else image
 
     def name(self, index: int) -> str:
         return self.names[index]
 
     def without_class(self) -> str:
-        in_folders = any("/" in name for name in self.names)
-        return next(
-            name for name in self.names if ("/" not in name if in_folders else not all(name.partition("_")[:2]))
-        )
+        return first_without_class(self.names)
 
 
 class ProcessFile:
@@ -135,45 +146,3 @@ class ProcessFile:
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "_handle": None, "_pid": -1}
-
-
-def is_image_name(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
-    """Whether a "/"-separated name is a file to read: one of the suffixes, no dotfile, no macOS resource fork."""
-    if not name.lower().endswith(suffixes):
-        return False
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def class_of_each(names: Sequence[str]) -> list[str] | None:
-    """The class of each file: its parent folder where all files have one, else ADM's prefix NAME_..., else None."""
-    parents = [name.rpartition("/")[0].rpartition("/")[2] for name in names]
-    if all(parents):
-        return parents
-    parts = [name.rpartition("/")[2].partition("_") for name in names]
-    if all(prefix and underscore for prefix, underscore, _ in parts):
-        return [prefix for prefix, _, _ in parts]
-    return None
-
-
-def class_ids(
-    path: str, names: Sequence[str], class_names: Sequence[str] | None
-) -> tuple[np.ndarray | None, list[str]]:
-    """(int64 ids [N] or None, class names). Ids are ranks of the sorted names, or places in `class_names`."""
-    classes = class_of_each(names)
-    if classes is None:
-        return None, []
-    known = sorted(set(classes)) if class_names is None else list(class_names)
-    check_classes(path, set(classes), known)
-    rank = {name: i for i, name in enumerate(known)}
-    return np.array([rank[name] for name in classes], dtype=np.int64), known
-
-
-def check_classes(path: str, found: Iterable[str], known: Sequence[str]) -> None:
-    """Raises UnknownClassError for a class of the data that is not among the known ones."""
-    unknown = sorted(set(found) - set(known))
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UnknownClassError(
-            f"{path}: class {unknown[0]!r}{more} is not one of the {len(known)} saved classes"
-            f"{nearest(unknown[0], known)}; rename it, or leave it out of the data"
-        )

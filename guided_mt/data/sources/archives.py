@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError, nearest
-from .sources import IMAGE_SUFFIXES, FileSource, ProcessFile, is_image_name
+from ...errors import UserError, nearest
+from .base import FileSource, ProcessFile
+from .formats import IMAGE_SUFFIXES, is_image_name, say_left_out
 
 _TAR_BLOCK = 512
 
@@ -30,6 +31,7 @@ class TarSource(FileSource):
         suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
     ):
         entries: dict[str, tuple[int, int]] = {}  # name: offset, bytes
+        others: list[str] = []
         try:
             with tarfile.open(file, "r:") as archive:
                 for member in archive:
@@ -38,6 +40,8 @@ class TarSource(FileSource):
                         entries[name] = entries[_clean(member.linkname)]
                     elif member.isfile() and is_image_name(name, suffixes):
                         entries[name] = (member.offset_data, member.size)
+                    elif member.isfile():
+                        others.append(name)
                     archive.members.clear()  # type: ignore[attr-defined]  # the index is `entries`; tarfile's own is many times as large
                 end = archive.offset
             # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros
@@ -47,7 +51,7 @@ class TarSource(FileSource):
             raise UserError(f"{file}: not a whole tar archive ({error}); copy or pack it again") from error
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
-        names, found = _inside(path, file, inner, entries)
+        names, found = _inside(path, file, inner, entries, others)
         super().__init__(path, names, class_names)
         self._file = ProcessFile(file)
         self._offsets, self._sizes = np.array([entries[name] for name in found], dtype=np.int64).T
@@ -68,11 +72,13 @@ class ZipSource(FileSource):
         suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
     ):
         entries: dict[str, tuple[int, int, int, int]] = {}  # name: offset of the header, bytes in the file, method, CRC
+        others: list[str] = []
         try:
             with zipfile.ZipFile(file) as archive:
                 for info in archive.infolist():
                     name = _clean(info.filename)
                     if info.is_dir() or not is_image_name(name, suffixes):
+                        others += [] if info.is_dir() else [name]
                         continue
                     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                         raise UserError(
@@ -83,7 +89,7 @@ class ZipSource(FileSource):
             raise UserError(f"{file}: not a whole zip archive ({error}); copy or pack it again") from error
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
-        names, found = _inside(path, file, inner, entries)
+        names, found = _inside(path, file, inner, entries, others)
         super().__init__(path, names, class_names)
         self._file = ProcessFile(file)
         self._entries = np.array([entries[name] for name in found], dtype=np.int64)  # [N, 4]
@@ -109,8 +115,13 @@ def _clean(name: str) -> str:
     return name
 
 
-def _inside(path: str, file: Path, inner: str, entries: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
-    """(names relative to folder `inner`, their keys in `entries`), sorted by name. Raises UserError where none is."""
+def _inside(
+    path: str, file: Path, inner: str, entries: Mapping[str, tuple[int, ...]], others: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """(names relative to folder `inner`, their keys in `entries`), sorted by name. Says which of the `others` there are left out.
+
+    Raises UserError where no image is there.
+    """
     prefix = "" if inner == "." else inner + "/"
     found = sorted(name for name in entries if name.startswith(prefix))
     if not found and entries:
@@ -118,4 +129,5 @@ def _inside(path: str, file: Path, inner: str, entries: Mapping[str, tuple[int, 
         raise UserError(f"{path}: no folder {inner} with images in {file}{nearest(inner, folders)}")
     if not found:
         raise UserError(f"{path}: no images in this archive; it must hold .jpg or .png files")
+    say_left_out(path, [name[len(prefix) :] for name in others if name.startswith(prefix)])
     return [name[len(prefix) :] for name in found], found

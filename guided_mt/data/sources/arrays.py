@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import NPZ_ERRORS, UserError, nearest
-from .sources import ArraySource, UnknownClassError, check_classes
+from ...errors import NPZ_ERRORS, UserError, nearest
+from .base import ArraySource
+from .classes import UnknownClassError, class_places, numbers_of
+
+logger = logging.getLogger("guided_mt.data")
 
 BUILTIN = ("digits", "digits-test")
 _DIGITS_HELD_OUT = 5  # every fifth digit is held out
@@ -63,8 +67,8 @@ def open_builtin(path: str, class_names: Sequence[str] | None) -> ArraySource:
     labels = digits.target[chosen].astype(np.int64)
     found = [str(digit) for digit in range(10)]
     known = found if class_names is None else list(class_names)
-    check_classes(path, found, known)
-    ids = np.array([known.index(digit) for digit in found], dtype=np.int64)
+    places = class_places(path, found, known)
+    ids = np.array([places[digit] for digit in found], dtype=np.int64)
     return ArraySource(path, images, ids[labels], known)
 
 
@@ -116,8 +120,30 @@ def _check_labels(
         return None, []
     if class_names is None:
         return labels, [str(i).zfill(len(str(largest))) for i in range(largest + 1)]
-    if largest >= len(class_names):
+    labels = _by_number(file, labels, class_names)
+    if labels.max() >= len(class_names):
         raise UnknownClassError(
             f"{file}: class id {largest} in arr_1, but there are {len(class_names)} saved classes; leave it out of the data"
         )
     return labels, list(class_names)
+
+
+def _by_number(file: Path, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Ids [N] of labels [N]: where the saved classes are called by numbers, a label is the class of its number, not the id.
+
+    Where there is a label that no class is called, all are ids. Says what was taken where the two differ.
+    """
+    numbers = numbers_of(class_names)
+    if numbers is None or all(number == place for number, place in numbers.items()):
+        return labels
+    found = np.unique(labels[labels >= 0]).tolist()
+    other = next((k for k in found if k not in numbers), None)
+    if other is not None:
+        if other < len(class_names):
+            text = "%s: no class is called %d, so that arr_1 is taken for ids and not for the names of classes: %d is class %s"
+            logger.warning(text, file, other, other, class_names[other])
+        return labels
+    example = next((k for k in found if numbers[k] != k), found[0])
+    text = "%s: arr_1 is taken for the names of classes, which are numbers, and not for ids: class %d has the id %d"
+    logger.info(text, file, example, numbers[example])
+    return np.array([-1 if k < 0 else numbers[k] for k in labels.tolist()], dtype=np.int64)

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ...errors import UserError
 from .arrays import NpzSource
-from .sources import ImageSource, check_classes
+from .base import ImageSource
+from .classes import is_number, ordered, renumbered
 
-logger = logging.getLogger("guided_mt")
+logger = logging.getLogger("guided_mt.data")
 
 
 class Joined(ImageSource):
     """The images of each source in turn; a name is the one within its own source, so it may come twice.
 
-    class_names: the names whose places are the class ids; None: the sorted names of all sources, after the numbers of .npz
+    class_names: the names whose places are the class ids; None: the names of all sources in order, after the numbers of .npz
     files, which stay what they are. Where some sources have classes, the items of the others have the id -1.
     Raises UserError where items differ in type or in their sides, UnknownClassError for a class that is not in class_names.
     """
@@ -80,10 +81,13 @@ def _join_labels(
 
 
 def _all_names(sources: Sequence[ImageSource]) -> list[str]:
-    """The numbers of the .npz with the most classes, so that each id stays its own place, then all other names sorted."""
+    """The numbers of the .npz with the most classes, so that each id stays its own place, then all other names in order.
+
+    A folder called 2 is the class 2 of an .npz, however many digits that is written with.
+    """
     numbers = max((source.class_names for source in sources if isinstance(source, NpzSource)), key=len, default=[])
     named = {name for source in sources if not isinstance(source, NpzSource) for name in source.class_names}
-    return [*numbers, *sorted(named - set(numbers))]
+    return [*numbers, *ordered(name for name in named if not (is_number(name) and int(name) < len(numbers)))]
 
 
 def _ids(path: str, source: ImageSource, known: Sequence[str]) -> np.ndarray:
@@ -92,7 +96,4 @@ def _ids(path: str, source: ImageSource, known: Sequence[str]) -> np.ndarray:
         return np.full(len(source), -1)
     if isinstance(source, NpzSource):
         return source.labels
-    check_classes(path, source.class_names, known)
-    rank = {name: i for i, name in enumerate(known)}
-    ids = np.array([*(rank[name] for name in source.class_names), -1], dtype=np.int64)  # the id -1 finds the last
-    return ids[source.labels]
+    return renumbered(path, source.labels, source.class_names, known)
