@@ -16,7 +16,7 @@ from ..runs.checkpoint import checkpoints, find_weights, read_classes
 from ..runs.config import Config, parse
 from ..training.classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
 from .console import announce, rename_flag, run
-from .training import check_run, run_lines, train
+from .training import check_run, keep_clipping, run_lines, train
 
 ADM_BATCH_SIZE = 4  # per process, where none is given
 
@@ -54,7 +54,9 @@ def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:
     else:
         return first, None
     base = saved_settings(start) if first.resume_checkpoint else {}
-    return parse(argv, sections, description=__doc__, base=base), read_classes(start.parent)
+    config = parse(argv, sections, description=__doc__, base=base)
+    keep_clipping(config, run_folder(config))
+    return config, read_classes(start.parent)
 
 
 def run_folder(config: Config) -> Path:
