@@ -13,7 +13,7 @@ from torch import nn
 
 from guided_mt.training.optim import Ema, Optimizer
 
-from .table import Row, by_choice
+from .table import Row
 
 BATCH = 8
 README: dict[str, Any] = {
@@ -39,7 +39,7 @@ def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> tu
 
 def row(what: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> Row:
     times, own, other = ratio(ours, theirs, rounds)
-    return by_choice(what, f"{own:.0f} ms, {other:.0f} ms", f"{times:.2f} times as fast")
+    return Row(what, f"{own:.0f} ms, {other:.0f} ms", f"{times:.2f} times as fast")
 
 
 def adm(rounds: int) -> list[Row]:
