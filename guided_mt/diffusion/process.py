@@ -83,14 +83,13 @@ class GaussianDiffusion(ADMLoops):
         map_of = np.arange(len(betas)) if timestep_map is None else np.asarray(timestep_map, dtype=np.int64)
         self._tabulate(betas, aggregation or Aggregation(), map_of)
 
-    def respace(self, timesteps: Sequence[int], *, final_alpha_cumprod: float | None = None) -> GaussianDiffusion:
+    def respace(self, timesteps: Sequence[int], *, final_alpha_cumprod: float = 1.0) -> GaussianDiffusion:
         """The process that keeps abar_t and alpha-tilde_t at `timesteps` (local indices), so all kept marginals; nothing else
-        changes (docs/method.md, section 2.3), but for `final_alpha_cumprod` where it is given."""
+        changes (docs/method.md, section 2.3), but for `final_alpha_cumprod`."""
         kept = sorted(set(timesteps))
         abar = self.alphas_cumprod[kept]
         respaced = copy.copy(self)
-        if final_alpha_cumprod is not None:
-            respaced.final_alpha_cumprod = final_alpha_cumprod
+        respaced.final_alpha_cumprod = final_alpha_cumprod
         respaced._tabulate(
             1 - abar / np.append(1.0, abar[:-1]), self.aggregation.respace(kept), self.timestep_map[kept]
         )
@@ -264,7 +263,8 @@ class GaussianDiffusion(ADMLoops):
 
     def p_sample_step(self, p: Mapping[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
         """y_{t-1} ~ N(mean, variance); no noise is added at t = 0."""
-        return p["mean"] + self._unless_last(t, noise) * torch.exp(0.5 * p["log_variance"]) * noise
+        not_last = (t != 0).to(noise.dtype).view(-1, *[1] * (noise.ndim - 1))
+        return p["mean"] + not_last * torch.exp(0.5 * p["log_variance"]) * noise
 
     def ddim_step(
         self,
@@ -284,10 +284,6 @@ class GaussianDiffusion(ADMLoops):
         rest = (1 - abar_to - sigma**2).clamp(min=0)
         mean = pred_xstart * torch.sqrt(abar_to) + torch.sqrt(rest) * eps
         return mean if noise is None else mean + sigma * noise  # sigma is 0 in a step to abar = 1
-
-    @staticmethod
-    def _unless_last(t: Tensor, like: Tensor) -> Tensor:
-        return (t != 0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
     def condition_eps(self, eps: Tensor, gradient: Tensor, t: Tensor) -> Tensor:
         """eps | condition = eps - sqrt(1 - abar_t) grad log p(condition | state): Bayes' rule for the score."""
