@@ -18,9 +18,7 @@ def check_run(config: Config, *, averaged: bool = True) -> None:
     averaged: whether it needs an --ema_rate.
     """
     diffusion = config[DiffusionConfig]
-    if (
-        diffusion.timestep_respacing
-    ):  # in training ADM's flag says what to train on; what a run saves of it is no wish for sampling
+    if diffusion.timestep_respacing:  # here ADM's flag says what to train on; as saved it would be a wish for sampling
         if diffusion.trained_timesteps not in ("", diffusion.timestep_respacing):
             raise UserError(
                 f"--timestep_respacing {diffusion.timestep_respacing} contradicts --trained_timesteps "

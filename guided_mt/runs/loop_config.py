@@ -30,7 +30,7 @@ class LoopConfig:
     lr_warmup_steps: int = option(0, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
     grad_clip: float = option(
-        0.0, "largest norm of the gradient; 0: no clipping, as in ADM. The presets clip at 1", least=0
+        0.0, "largest norm of the gradient; 0: no clipping, as in ADM and latent-diffusion", least=0
     )
     seed: int = option(0, "seed of initialisation, data order, noise and masks", least=0, most=2**32 - 1)
 
