@@ -103,7 +103,7 @@ class Data:
 
 # The digits are scans of 8 x 8 pixels: at that size a step costs a quarter of what it does at the presets' 16.
 SMALL = "--image_size 8 --channel_mult 1,2 --attention_resolutions 4 --classifier_attention_resolutions 4"
-CLASSIFIER = "--num_classes 10 --noise_schedule cosine --classifier_pool adaptive --data_workers 0 --log_interval 100"
+CLASSIFIER = "--num_classes 10 --noise_schedule cosine --classifier_pool adaptive --grad_clip 1 --data_workers 0 --log_interval 100"
 DATA = {
     "digits": Data(
         "builtin:digits",

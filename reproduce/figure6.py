@@ -164,6 +164,7 @@ def folder(config: Config, name: str, seed: int) -> Path:
 def command(config: Config, network: Config, name: str, seed: int, passed_on: Sequence[str]) -> list[str]:
     """The flags of classifier_train.py. The network is that of the joint model in both series."""
     settings = {key: value for key, value in network.as_dict().items() if key != "timestep_respacing"}
+    settings["grad_clip"] = 1.0  # another one may be passed on
     last = {"data_dir": config.data_dir, "total_steps": config.iterations, "save_interval": config.eval_interval}
     last |= {"seed": seed, "log_dir": folder(config, name, seed), "device": config.device, "keep_checkpoints": 0}
     if name == "finetuned":

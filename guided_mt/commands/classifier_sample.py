@@ -11,7 +11,7 @@ import numpy as np
 from ..data.images import make_grid, save_png, to_nhwc
 from ..diffusion.sampling.guidance import classifier_guidance
 from ..errors import UserError
-from ..generation.generate import Generator, output_path, parse_seeds
+from ..generation.generate import Generator, adm_path, parse_seeds
 from ..generation.noisy_classifier import find_classifier, load_classifier
 from ..generation.sharded import run_sharded
 from ..modalities.classes import choose_classes
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     )
     check_pair(config, guide)
     names = class_names(config, weights, guide)
-    out = output_path(config, f"guided_{config.num_samples}x{config.image_size}x{config.image_size}x3.npz")
+    shape = f"{config.num_samples}x{config.image_size}x{config.image_size}x3"
+    out = adm_path(config, f"guided_{shape}.npz", f"samples_{shape}.npz")
     shown = ", ".join(f"{key} {value}" for key, value in guide.as_dict().items() if key.startswith("classifier_"))
     if announce(config, processes, f"classifier {weights}: {guide.num_classes} classes, {shown}", f"writing {out}"):
         return
@@ -79,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
 
     signature = {**config.as_dict(), **guide.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
     signature |= {"classifier": str(weights)}
-    arrays = run_sharded(out, config.num_samples, config.batch_size, processes, signature, make)
+    arrays = run_sharded(
+        out, config.num_samples, config.batch_size, processes, signature, make, fill=config.fill_batches
+    )
     if arrays is not None:
         save_png(make_grid(arrays["arr_0"][:GRID], columns=8), out.with_suffix(".png"))
         print(f"{out}: {', '.join(f'{name} {array.dtype} {list(array.shape)}' for name, array in arrays.items())}")

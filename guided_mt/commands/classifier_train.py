@@ -17,7 +17,7 @@ from ..runs.config import Config, parse
 from ..runs.processes.claim import Claim
 from ..training.classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
 from .console import announce, rename_flag, run
-from .training import check_run, run_lines, train
+from .training import check_run, keep_clipping, run_lines, train
 
 ADM_BATCH_SIZE = 4  # per process, where none is given
 
@@ -58,7 +58,9 @@ def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:
     base = saved_settings(start) if first.resume_checkpoint else {}
     if own:  # runs of version 0.1 began with centre crops where nothing was said
         base |= {"random_crop": (read_config(start) or {}).get("random_crop", False)}
-    return parse(argv, sections, description=__doc__, base=base), read_classes(start.parent)
+    config = parse(argv, sections, description=__doc__, base=base)
+    keep_clipping(config, run_folder(config))
+    return config, read_classes(start.parent)
 
 
 def run_folder(config: Config) -> Path:

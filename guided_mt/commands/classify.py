@@ -19,7 +19,7 @@ from ..data.images import from_uint8, save_npz
 from ..data.subset import spread
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
-from ..generation.build import build_diffusion
+from ..generation.build import trained_process
 from ..generation.classification import classifier_probabilities, head_estimates, read_timesteps
 from ..generation.generate import Generator, samples_folder
 from ..generation.noisy_classifier import build_process, classifier_sections, find_classifier, load_classifier
@@ -27,7 +27,7 @@ from ..generation.sharded import content_hash, run_sharded
 from ..modalities.settings import loss_weights, row_of, task_names
 from ..runs import distributed
 from ..runs.checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
-from ..runs.config import Config, option, parse
+from ..runs.config import Config, SampleConfig, option, parse, redefined
 from .console import announce, split_flags, with_saved_config
 
 
@@ -53,6 +53,11 @@ class ClassifyConfig:
     seed: int = option(0, "seed of the noise", least=0, most=2**32 - 1)
     out: str = option("", "the .npz to write. Empty: classified_STEP.npz in the run folder, or classifier_STEP.npz")
     batch_size: int = option(64, "images per forward pass", least=1)
+    fill_batches: bool = redefined(
+        SampleConfig,
+        "fill_batches",
+        help="on a CPU, fill smaller batches up to 16: an image's result is then the same to the bit in any batch",
+    )
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
     dry_run: bool = option(False, "print the resolved configuration, then stop")
 
@@ -102,7 +107,9 @@ def classify_images(network: Network) -> Classified | None:
         return arrays | ({} if loaded.labels is None else {"labels": loaded.labels[batch].numpy()})
 
     signature = {**config.as_dict(), "weights": str(weights), "images": content_hash(loaded.images.numpy())}
-    arrays = run_sharded(out, len(loaded.images), config.batch_size, processes, signature, make)
+    arrays = run_sharded(
+        out, len(loaded.images), config.batch_size, processes, signature, make, fill=config.fill_batches
+    )
     if arrays is not None:
         names = network.classes or (source.class_names if loaded.labels is not None else [])
         arrays |= {"classes": np.array(names)} if names else {}
@@ -121,8 +128,8 @@ def open_head(argv: Sequence[str]) -> Network:
     config = with_saved_config(argv, (ClassifyConfig,), __doc__)
     weights = find_weights(config.model_path, config.ema)
     label = check_head(config, weights)
-    diffusion = build_diffusion(config)
-    timesteps = read_timesteps(config.timesteps, config.diffusion_steps, diffusion.aggregation)
+    diffusion = trained_process(config)
+    timesteps = read_timesteps(config.timesteps, diffusion.num_timesteps, diffusion.aggregation)
 
     def load(device: torch.device) -> Callable[..., Tensor]:
         generator = Generator.load(config, device)
@@ -178,12 +185,13 @@ def open_classifier(argv: Sequence[str]) -> Network:
         raise UserError(
             f"--timesteps {config.timesteps}: {config.classifier_path} was trained on clean images; leave the flag out"
         )
-    timesteps = read_timesteps(config.timesteps, config.diffusion_steps) if noised else [0]
+    diffusion = build_process(found)
+    timesteps = read_timesteps(config.timesteps, diffusion.num_timesteps) if noised else [0]
 
     def load(device: torch.device) -> Callable[..., Tensor]:
         classifier = load_classifier(config.classifier_path, ema=config.ema, settings=settings, device=device).model
         draws = config.draws if noised else 0
-        return partial(classifier_probabilities, classifier, build_process(found), timesteps=timesteps, draws=draws)
+        return partial(classifier_probabilities, classifier, diffusion, timesteps=timesteps, draws=draws)
 
     reads = noisy(timesteps, config.draws) if noised else "clean images, as in its training"
     return Network(config, weights, read_classes(weights.parent), reads, load)

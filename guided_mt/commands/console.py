@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..errors import Interrupted, ProcessError, ToldElsewhere, UserError, needed_install
 from ..generation.build import model_sections, sampling_may_change, saved_config
+from ..generation.drawing import take_parents_sampler
 from ..runs import precision
 from ..runs.checkpoint import differing_keys, find_weights, read_config
 from ..runs.config import Config, parse
@@ -140,6 +141,8 @@ def with_saved_config(argv: Sequence[str], sections: Sequence[type], description
         raise UserError(
             f"{first.model_path}: was trained with other settings: {', '.join(different)}; leave these flags out"
         )
+    if hasattr(config, "sampler"):
+        take_parents_sampler(config)
     for section in config.sections():
         if hasattr(section, "model_path"):
             section.model_path = str(weights)  # looked up once: beside a running training the newest weights change

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..generation.batches import take_images
-from ..generation.build import build_diffusion, check_labels, open_images
-from ..generation.generate import Generator, output_path
+from ..generation.build import check_labels, open_images, trained_process
+from ..generation.generate import Generator, adm_path
 from ..generation.masks import make_mask
 from ..modalities import Images
 from ..runs import distributed
@@ -37,12 +38,13 @@ class NllConfig:
 
 
 SECTIONS = (SampleConfig, NllConfig)
+ADM_TERMS = ("vb", "mse", "xstart_mse")  # of which ADM writes NAME_terms.npz
 
 
 def main(argv: Sequence[str]) -> None:
     config = with_saved_config(argv, SECTIONS, __doc__)
     processes = distributed.setup(config.device)
-    out = output_path(config, "nll.npz")
+    out = adm_path(config, "nll.npz")
     if announce(config, processes, f"writing {out}"):
         return
     if not config.data_dir:
@@ -53,19 +55,23 @@ def main(argv: Sequence[str]) -> None:
     for modality in generator.modalities.values():
         modality.prepare(source)
     loaded = load_images(source, config.image_size, config.num_samples)
-    diffusion = build_diffusion(config, config.timestep_respacing)
+    diffusion = trained_process(config, config.timestep_respacing)
     count = len(loaded.images)
     starts = range(0, count, config.batch_size)[processes.rank :: processes.world_size]
     columns: dict[str, list[torch.Tensor]] = {}
+    by_timestep = torch.zeros(len(ADM_TERMS), diffusion.num_timesteps, dtype=torch.float64)
     for start in tqdm(starts, unit="batch", disable=not processes.is_main):
         part = slice(start, min(start + config.batch_size, count))
         images = take_images(loaded, part, generator.modalities, processes.device, source.side_names)
         streams = SampleStreams(0, torch.arange(part.start, part.stop), device=processes.device)
-        for name, values in bound_terms(config, generator, diffusion, images, streams).items():
+        values_of, terms = bound_terms(config, generator, diffusion, images, streams)
+        for name, values in values_of.items():
             columns.setdefault(name, []).append(values.float())
+        by_timestep += torch.stack([terms[name].double().sum(dim=0) for name in ADM_TERMS]).cpu()
     names = sorted(columns) if columns else []
     table = torch.stack([torch.cat(columns[name]) for name in names], dim=1) if names else torch.zeros(0, 1)
     rows = gather_rows(processes, table, count, config.batch_size)
+    sums = processes.all_gather(by_timestep.flatten().to(processes.device)).view(-1, *by_timestep.shape).sum(dim=0)
     if processes.is_main:
         save_npz(out, {name: rows[:, i].numpy() for i, name in enumerate(names)})
         for i, name in enumerate(names):
@@ -74,14 +80,26 @@ def main(argv: Sequence[str]) -> None:
             error = float(values.std() / np.sqrt(len(values))) if len(values) > 1 else float("nan")
             print(f"{name:24s} {values.mean():10.4f} +- {error:.4f}")
         print(f"{out}: one value per image, {count} images, {diffusion.num_timesteps} timesteps")
+        for name, terms_file, means in zip(ADM_TERMS, term_files(config, out), sums.cpu().numpy() / count, strict=True):
+            save_npz(terms_file, {"arr_0": means.astype(np.float32)})
+            print(f"{terms_file}: {name} by timestep, mean over the images, the largest timestep first")
     processes.close()
+
+
+def term_files(config: Config, out: Path) -> list[Path]:
+    """Where the means by timestep go: ADM's names, after that of --out where it is given, so that two runs keep apart."""
+    before = f"{out.stem}_" if config.out else ""
+    return [out.with_name(f"{before}{name}_terms.npz") for name in ADM_TERMS]
 
 
 def bound_terms(
     config: Config, generator: Generator, diffusion: GaussianDiffusion, images: Images, streams: SampleStreams
-) -> dict[str, torch.Tensor]:
-    """Theorem 1 per image [B]: L0_prior, L1_denoising, L3_decoder and their sum in bits per dimension; L2 per modality, the mean
-    over timesteps of KL_i in the unit of its loss (mean squared error or nats), NaN for an image that lacks it."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(Theorem 1 per image [B], what `calc_bpd_loop` returns).
+
+    Per image: L0_prior, L1_denoising, L3_decoder and their sum in bits per dimension; L2 per modality, the mean over timesteps of
+    KL_i in the unit of its loss (mean squared error or nats), NaN for an image that lacks it.
+    """
     modalities, gives, x_start = generator.modalities, generator.gives, images.x_start
     data = {}
     for name, modality in modalities.items():
@@ -113,8 +131,9 @@ def bound_terms(
     )
     kl |= {name: torch.where(mask, kl[name], torch.nan) for name, mask in present.items()}
     vb = terms["vb"]
-    result = {"total_bpd": terms["total_bpd"], "L0_prior_bpd": terms["prior_bpd"], "L3_decoder_bpd": vb[:, 0]}
-    return result | {"L1_denoising_bpd": vb[:, 1:].sum(dim=1)} | {f"L2_{name}": values for name, values in kl.items()}
+    result = {"total_bpd": terms["total_bpd"], "L0_prior_bpd": terms["prior_bpd"], "L3_decoder_bpd": vb[:, -1]}
+    result |= {"L1_denoising_bpd": vb[:, :-1].sum(dim=1)} | {f"L2_{name}": values for name, values in kl.items()}
+    return result, terms
 
 
 def gather_rows(processes: distributed.Processes, table: torch.Tensor, count: int, batch_size: int) -> torch.Tensor:

@@ -111,7 +111,7 @@ def restore_images(config: Config, processes: Processes, load: Callable[[Config,
 
     signature = {**config.as_dict(), "weights": str(find_weights(config.model_path, config.ema))}
     signature |= {"images": content_hash(loaded.images.numpy())}
-    arrays = run_sharded(out, count, config.batch_size, processes, signature, make)
+    arrays = run_sharded(out, count, config.batch_size, processes, signature, make, fill=config.fill_batches)
     if arrays is not None:
         save_png(triples(arrays), out.with_suffix(".png"))
         report(arrays, config.exact_known)

@@ -12,7 +12,7 @@ import torch
 from ..data.images import make_grid, save_png, to_nhwc
 from ..diffusion.random import SampleStreams, Stream
 from ..errors import UserError, nearest
-from ..generation.generate import Generator, output_path, parse_seeds
+from ..generation.generate import Generator, adm_path, parse_seeds
 from ..generation.sharded import content_hash, run_sharded
 from ..modalities.classes import choose_classes
 from ..modalities.settings import absent_names
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     argv = rename_flag(argv, "--class", "--class_name")
     config = with_saved_config(join_given(argv), SECTIONS, __doc__)
     processes = distributed.setup(config.device)
-    out = output_path(config, f"samples_{config.num_samples}x{config.image_size}x{config.image_size}x3.npz")
+    out = adm_path(config, f"samples_{config.num_samples}x{config.image_size}x{config.image_size}x3.npz")
     if announce(config, processes, f"writing {out}"):
         return
     seeds = parse_seeds(config.seeds, config.num_samples)
@@ -75,7 +75,9 @@ def main(argv: Sequence[str]) -> None:
 
     hashes = {f"given {name}": content_hash(x.numpy()) for name, x in given.items()}
     signature = {**config.as_dict(), **hashes, "weights": str(find_weights(config.model_path, config.ema))}
-    arrays = run_sharded(out, config.num_samples, config.batch_size, processes, signature, make)
+    arrays = run_sharded(
+        out, config.num_samples, config.batch_size, processes, signature, make, fill=config.fill_batches
+    )
     if arrays is not None:
         shown = [arrays[name][:GRID] for name in arrays if arrays[name].ndim == 4]
         columns = min(8, len(shown[0]))

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..generation.build import (
-    build_diffusion,
     build_model,
     check_labels,
     check_tasks,
@@ -18,6 +17,7 @@ from ..generation.build import (
     needs_labels,
     open_images,
     run_sections,
+    trained_process,
 )
 from ..runs import distributed
 from ..runs.config import Config, parse
@@ -25,7 +25,7 @@ from ..runs.loop_config import TrainConfig
 from ..runs.processes.claim import Claim
 from ..training.train_loop import TrainLoop
 from .console import announce, run
-from .training import check_run, run_lines, saved_classes, train
+from .training import check_run, keep_clipping, run_lines, saved_classes, train
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,10 +35,11 @@ def main(argv: Sequence[str]) -> None:
     validate(config)
     processes = distributed.setup(config.device)
     folder = run_folder(config)
+    keep_clipping(config, folder)
     # Built without memory, to refuse flags that don't fit together before anything is read.
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(config).parameters()) / 1e6
-    build_diffusion(config)
+    trained_process(config)
     if announce(config, processes, *run_lines(config, processes, folder, parameters), run=folder):
         return
     with processes.sole_writer(Claim(folder)):

@@ -5,19 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError
-from ..runs.checkpoint import checkpoints, read_classes
-from ..runs.config import Config
+from ..runs.checkpoint import checkpoints, read_classes, read_config
+from ..runs.config import Config, DiffusionConfig
 from ..runs.distributed import Processes
+from ..runs.loop_config import LoopConfig
 from ..training.loop import Loop, batch_sizes
 
 
 def check_run(config: Config, *, averaged: bool = True) -> None:
-    """What can be said of a run's settings before anything is built. averaged: whether it needs an --ema_rate.
+    """What can be said of a run's settings before anything is built, where ADM's flag becomes ours. Raises UserError.
 
-    Raises UserError.
+    averaged: whether it needs an --ema_rate.
     """
-    if config.timestep_respacing:
-        raise UserError("--timestep_respacing is for sampling; training uses all of --diffusion_steps")
+    diffusion = config[DiffusionConfig]
+    if diffusion.timestep_respacing:  # here ADM's flag says what to train on; as saved it would be a wish for sampling
+        if diffusion.trained_timesteps not in ("", diffusion.timestep_respacing):
+            raise UserError(
+                f"--timestep_respacing {diffusion.timestep_respacing} contradicts --trained_timesteps "
+                f"{diffusion.trained_timesteps}; give one of them"
+            )
+        diffusion.trained_timesteps, diffusion.timestep_respacing = diffusion.timestep_respacing, ""
     for rate in config.ema_rate.split(",") if averaged or config.ema_rate else []:
         try:
             inside = 0 <= float(rate) < 1
@@ -29,6 +36,14 @@ def check_run(config: Config, *, averaged: bool = True) -> None:
             )
     if not config.data_dir:
         raise UserError("--data_dir is missing: a folder, .tar or .zip of images, an .npz, or builtin:digits")
+
+
+def keep_clipping(config: Config, folder: Path) -> None:
+    """A run that goes on clips its gradient as it began, where no --grad_clip is given: the default was once 1."""
+    found = checkpoints(folder)
+    if found and "grad_clip" not in config.typed:
+        saved = read_config(found[-1] / "model.safetensors") or {}
+        config[LoopConfig].grad_clip = saved.get("grad_clip", config.grad_clip)
 
 
 def run_lines(config: Config, processes: Processes, folder: Path, parameters: float) -> list[str]:

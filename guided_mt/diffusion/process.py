@@ -49,10 +49,13 @@ class GaussianDiffusion(ADMLoops):
     """ADM's diffusion process for betas [T], carrying the Aggregation of the same timesteps.
 
     timestep_map [T]: the timestep that the network is told, one of 0..original_num_steps-1; identity unless respaced.
-    model_mean_type: what the network predicts, a name of `targets.TARGETS`. timestep_weights: one of
-    `weighting.TIMESTEP_WEIGHTS`. All arrays are float64 numpy [T], with ADM's names. Raises ValueError for betas outside (0, 1],
-    an unknown name, and timestep weights where no squared error is weighted.
+    final_alpha_cumprod: the abar at which DDIM's last step ends, 1 unless respaced to another. model_mean_type: what the network
+    predicts, a name of `targets.TARGETS`. timestep_weights: one of `weighting.TIMESTEP_WEIGHTS`. All arrays are float64 numpy [T],
+    with ADM's names. Raises ValueError for betas outside (0, 1], an unknown name, and timestep weights where no squared error is
+    weighted.
     """
+
+    final_alpha_cumprod = 1.0
 
     def __init__(
         self,
@@ -80,12 +83,13 @@ class GaussianDiffusion(ADMLoops):
         map_of = np.arange(len(betas)) if timestep_map is None else np.asarray(timestep_map, dtype=np.int64)
         self._tabulate(betas, aggregation or Aggregation(), map_of)
 
-    def respace(self, timesteps: Sequence[int]) -> GaussianDiffusion:
+    def respace(self, timesteps: Sequence[int], *, final_alpha_cumprod: float = 1.0) -> GaussianDiffusion:
         """The process that keeps abar_t and alpha-tilde_t at `timesteps` (local indices), so all kept marginals; nothing else
-        changes (docs/method.md, section 2.3)."""
+        changes (docs/method.md, section 2.3), but for `final_alpha_cumprod`."""
         kept = sorted(set(timesteps))
         abar = self.alphas_cumprod[kept]
         respaced = copy.copy(self)
+        respaced.final_alpha_cumprod = final_alpha_cumprod
         respaced._tabulate(
             1 - abar / np.append(1.0, abar[:-1]), self.aggregation.respace(kept), self.timestep_map[kept]
         )
@@ -102,6 +106,7 @@ class GaussianDiffusion(ADMLoops):
         alphas = 1.0 - betas
         self.alphas_cumprod = np.cumprod(alphas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.ddim_alphas_cumprod_prev = np.append(self.final_alpha_cumprod, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
@@ -258,7 +263,8 @@ class GaussianDiffusion(ADMLoops):
 
     def p_sample_step(self, p: Mapping[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
         """y_{t-1} ~ N(mean, variance); no noise is added at t = 0."""
-        return p["mean"] + self._unless_last(t, noise) * torch.exp(0.5 * p["log_variance"]) * noise
+        not_last = (t != 0).to(noise.dtype).view(-1, *[1] * (noise.ndim - 1))
+        return p["mean"] + not_last * torch.exp(0.5 * p["log_variance"]) * noise
 
     def ddim_step(
         self,
@@ -269,19 +275,15 @@ class GaussianDiffusion(ADMLoops):
         eta: float = 0.0,
         to: Tensor | None = None,
     ) -> Tensor:
-        """y at the timestep `to` [B] (default t - 1; -1 is z_0) by DDIM eq. 12. noise may be None where eta = 0."""
+        """y at the timestep `to` [B] (default t - 1; -1: z_0, see `final_alpha_cumprod`) by DDIM eq. 12; noise: None if eta = 0."""
         eps = self.predict_eps_from_xstart(x, t, pred_xstart)
         abar = self.at("alphas_cumprod", t, x)
-        abar_to = self.at("alphas_cumprod_prev", t if to is None else to + 1, x)
+        abar_to = self.at("ddim_alphas_cumprod_prev", t if to is None else to + 1, x)
         sigma = eta * torch.sqrt((1 - abar_to) / (1 - abar)) * torch.sqrt(1 - abar / abar_to)
         # From pure noise with eta = 1 nothing of eps is left, and rounding must not make it less than nothing.
         rest = (1 - abar_to - sigma**2).clamp(min=0)
         mean = pred_xstart * torch.sqrt(abar_to) + torch.sqrt(rest) * eps
-        return mean if noise is None else mean + self._unless_last(t, x) * sigma * noise
-
-    @staticmethod
-    def _unless_last(t: Tensor, like: Tensor) -> Tensor:
-        return (t != 0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+        return mean if noise is None else mean + sigma * noise  # sigma is 0 in a step to abar = 1
 
     def condition_eps(self, eps: Tensor, gradient: Tensor, t: Tensor) -> Tensor:
         """eps | condition = eps - sqrt(1 - abar_t) grad log p(condition | state): Bayes' rule for the score."""
@@ -371,8 +373,9 @@ class GaussianDiffusion(ADMLoops):
     ) -> dict[str, Tensor]:
         """The whole variational bound for x_start [B, C, H, W]: total_bpd [B], prior_bpd [B], vb, xstart_mse, mse [B, T].
 
-        `encodings` puts modalities into the frame, `noise_fn(step)` replaces the random draw, `on_predictions(predictions,
-        t)` sees what the modality heads say at every timestep. vb[:, 0] is the decoder term of t = 0.
+        The columns run as ADM's, from t = T - 1 down to 0: vb[:, -1] is the decoder's term. `encodings` puts modalities into the
+        frame, `noise_fn(step)` replaces the random draw, `on_predictions(predictions, t)` sees what the modality heads say at
+        every timestep.
         """
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for step in self.reversed_steps(progress):
@@ -387,6 +390,6 @@ class GaussianDiffusion(ADMLoops):
             columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
             eps = self.predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             columns["mse"].append(mean_flat((eps - noise) ** 2))
-        terms = {key: torch.stack(values[::-1], dim=1) for key, values in columns.items()}
+        terms = {key: torch.stack(values, dim=1) for key, values in columns.items()}
         prior_bpd = self.prior_bpd(x_start)
         return {"total_bpd": terms["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **terms}

@@ -14,7 +14,7 @@ from ..data import MAX_PIXELS, ImageSource, open_source
 from ..data.sides import Sides
 from ..diffusion.aggregation import WEIGHTS
 from ..diffusion.process import GaussianDiffusion
-from ..diffusion.respacing import create_gaussian_diffusion
+from ..diffusion.respacing import create_gaussian_diffusion, kept_timesteps
 from ..diffusion.schedules import get_named_beta_schedule
 from ..errors import UserError, nearest
 from ..modalities import Modality, Pixels, Space
@@ -71,7 +71,13 @@ def saved_config(weights: Path) -> dict[str, Any]:
                 "run the file that adds it to TASKS (docs/new_modality.md)"
             )
     # What later versions added, at the value that says what runs without it did.
-    later = {"mt_backbone": "unet", "prediction": "eps", "predict_v": False, "timestep_weights": "uniform"}
+    later = {
+        "mt_backbone": "unet",
+        "prediction": "eps",
+        "predict_v": False,
+        "timestep_weights": "uniform",
+        "trained_timesteps": "",
+    }
     saved = {**later, **saved} if saved else {}
     if "mt_loss_weight" in saved:
         saved["mt_loss_weight"] = str(saved["mt_loss_weight"])  # a number in runs of version 0.1
@@ -222,7 +228,7 @@ def track_variances(model: MultiTask, config: Config, modalities: Mapping[str, M
 
 
 def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDiffusion:
-    """The process of a configuration, on all its timesteps or on those kept by `timestep_respacing`.
+    """The process of a configuration, on all its timesteps or on those kept by `timestep_respacing`, trained on or not.
 
     Raises UserError where --diffusion_steps are too few for the schedule.
     """
@@ -236,9 +242,29 @@ def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDif
     options: dict[str, Any] = config.as_dict(DiffusionConfig)
     options["steps"] = options.pop("diffusion_steps")
     options["timestep_respacing"] = timestep_respacing
+    del options["trained_timesteps"]
     try:
         return create_gaussian_diffusion(**options, mt_weights=weights_names(config))
     except ValueError as error:  # what its formulas say of bad settings, in the words of the flags
+        raise UserError(str(error)) from None
+
+
+def trained_process(config: Config, timestep_respacing: str = "") -> GaussianDiffusion:
+    """The process on the timesteps that the network is trained on, or on those kept of them by `timestep_respacing`.
+
+    Raises UserError where the counts can't be had.
+    """
+    if not config.trained_timesteps:
+        return build_diffusion(config, timestep_respacing)
+    trained = build_diffusion(config, config.trained_timesteps)
+    return respaced(trained, timestep_respacing) if timestep_respacing else trained
+
+
+def respaced(full: GaussianDiffusion, respacing: str) -> GaussianDiffusion:
+    """The process on the timesteps that `--timestep_respacing` keeps. Raises UserError where the counts can't be had."""
+    try:
+        return full.respace(kept_timesteps(full, respacing))
+    except ValueError as error:
         raise UserError(str(error)) from None
 
 

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ..diffusion.process import GaussianDiffusion
-from ..diffusion.respacing import kept_timesteps
 from ..diffusion.sampling import SAMPLERS, Sample, sample
 from ..diffusion.spacing import solver_timesteps
-from ..errors import UserError
 from ..modalities import Modality
-from ..runs.config import SamplingOptions
+from ..runs.config import Config, SamplingOptions
+from .build import respaced
 
 FAR_FROM_NOISE = 0.5  # alpha-tilde_T of an unknown modality that a start at N(0, I) bears
 
@@ -28,6 +27,15 @@ def start_warning(full: GaussianDiffusion, options: SamplingOptions, unknown: Co
         f"the aggregation weights end at alpha-tilde {largest:.1f} on this schedule, so z_T is far from N(0, I), where drawing "
         "begins; only new noise in each step forgets that: take --sampler sde-dpm++ or ddpm, or a model trained with bridge weights"
     )
+
+
+def take_parents_sampler(config: Config) -> None:
+    """Where `--timestep_respacing` says which timesteps to visit and no flag by which sampler, take the one of the code that the
+    name comes from: ADM's ancestral steps for its counts, latent-diffusion's DDIM for "ldmN"."""
+    respacing = config.timestep_respacing
+    if not respacing or config.use_ddim or "sampler" in config.typed or respacing.startswith(("solver", "frame")):
+        return
+    config[SamplingOptions].sampler = "ddim" if respacing.startswith("ldm") else "ddpm"
 
 
 def visited(
@@ -46,14 +54,6 @@ def visited(
         return respaced(full, str(count))
     coefficients = [full.aggregation.coefficients[name] for name in in_frame]
     return full.respace(solver_timesteps(full.alphas_cumprod, coefficients, count))
-
-
-def respaced(full: GaussianDiffusion, respacing: str) -> GaussianDiffusion:
-    """The process on the timesteps that `--timestep_respacing` keeps. Raises UserError where the counts can't be had."""
-    try:
-        return full.respace(kept_timesteps(full, respacing))
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def draw(
@@ -94,5 +94,6 @@ def draw(
         start=start,
         guidance_scale=options.guidance_scale,
         cond_fn=cond_fn,
+        clip_before_guidance=options.use_ddim,
         absent=absent,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ..modalities.settings import roles_of, weights_names
 from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
-from .build import bind, build_diffusion, build_modalities, build_model, needs_labels, sees_plain_noise
+from .build import bind, build_modalities, build_model, needs_labels, sees_plain_noise, trained_process
 from .drawing import draw, start_warning, visited
 
 log = logging.getLogger("guided_mt")
@@ -35,7 +36,8 @@ class Generator:
     """A trained model with everything that drawing from it needs, in pixels or in latents.
 
     config: of the model; classes: the names of its classes, where it had some. space: Z, None for pixels. process: on all
-    timesteps, None for that of `config`. network: the model as it is called, `model` itself unless it stands in something else.
+    timesteps of training, None for that of `config`. network: the model as it is called, `model` itself unless it stands in
+    something else.
     """
 
     config: Config
@@ -49,7 +51,7 @@ class Generator:
 
     def __post_init__(self) -> None:
         self.space = Pixels(self.config.image_size) if self.space is None else self.space
-        self.process = build_diffusion(self.config) if self.process is None else self.process
+        self.process = trained_process(self.config) if self.process is None else self.process
         self.network = self.model if self.network is None else self.network
         self.roles, self._role = roles_of(self.config), 0
         for modality in self.modalities.values():
@@ -331,6 +333,14 @@ def output_path(config: Config, default_name: str) -> Path:
     if config.out:
         return Path(config.out)
     return samples_folder(find_weights(config.model_path, config.ema)) / default_name
+
+
+def adm_path(config: Config, default_name: str, adm_name: str = "") -> Path:
+    """`output_path` of a command that ADM has too: where $OPENAI_LOGDIR is set, it is there and has ADM's name."""
+    folder = os.environ.get("OPENAI_LOGDIR")
+    if folder and not config.out:
+        return Path(folder) / (adm_name or default_name)
+    return output_path(config, default_name)
 
 
 def samples_folder(weights: Path) -> Path:

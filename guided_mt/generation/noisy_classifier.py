@@ -25,7 +25,7 @@ from ..runs.checkpoint import (
     read_weights,
 )
 from ..runs.config import ClassifierConfig, Config, DiffusionConfig, option, parse
-from .build import build_diffusion
+from .build import trained_process
 
 
 @dataclass
@@ -63,13 +63,15 @@ def build_classifier(config: Config) -> EncoderUNetModel:
 
 def build_process(config: Config) -> GaussianDiffusion:
     """The process that noises the classifier's images. Raises UserError where --diffusion_steps are too few."""
-    return build_diffusion(Config([config[DiffusionConfig], MTConfig()]))
+    return trained_process(Config([config[DiffusionConfig], MTConfig()]))
 
 
 def saved_settings(weights: Path) -> dict[str, Any]:
     """The classifier's part of the configuration beside a weights file; empty for a foreign file."""
     names = {field.name for section in classifier_sections() for field in fields(section)} - {"timestep_respacing"}
-    return {key: value for key, value in (read_config(weights) or {}).items() if key in names}
+    saved = read_config(weights) or {}
+    saved = {"trained_timesteps": "", **saved} if saved else {}  # runs of before knew none
+    return {key: value for key, value in saved.items() if key in names}
 
 
 def count_classes(state: Mapping[str, Tensor]) -> int:

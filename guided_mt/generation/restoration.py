@@ -13,7 +13,7 @@ from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..runs.config import SamplingOptions
-from .drawing import respaced
+from .build import respaced
 from .generate import Generator
 
 # RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply.

@@ -31,9 +31,12 @@ def run_sharded(
     processes: Processes,
     settings: Mapping[str, Any],
     make: Callable[[list[int]], Mapping[str, np.ndarray]],
+    *,
+    fill: bool = True,
 ) -> dict[str, np.ndarray] | None:
     """Call make(sample indices) -> {name: array [b, ...]} for each batch, and write all of it to `out` (.npz).
 
+    fill: whether batches of fewer than SAFE_BATCH samples are filled up on a CPU.
     Finished batches wait in OUT.parts, so that a run that was stopped goes on where it was; `settings` must be the same
     then. Returns the arrays on the main process, None on the others. Raises UserError for other settings, where `out` can't be
     written, and where another process writes it; Interrupted for Ctrl-C.
@@ -71,7 +74,7 @@ def _make_all(
     for batch in tqdm(mine, desc=out.name, unit="batch", disable=not processes.is_main, mininterval=1.0):
         part = folder / f"{batch.start:08d}.npz"
         if not _is_whole(part):
-            made = make(_filled(batch, processes.device))
+            made = make(_filled(batch, processes.device) if fill else list(batch))
             save_npz(part, {name: array[: len(batch)] for name, array in made.items()})
     processes.barrier()
     arrays = None
@@ -96,7 +99,7 @@ def _take_up(folder: Path, signature: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(signature, default=str))
     if file.exists() and any(folder.glob("*.npz")):
         old = json.loads(file.read_text())
-        different = [f"{key} was {old.get(key)}" for key in wanted if old.get(key) != wanted[key]]
+        different = [f"{key} was {old[key]}" for key in wanted if key in old and old[key] != wanted[key]]
         if different:
             raise UserError(
                 f"{folder}: holds part of a run with other settings ({', '.join(different)}); "

@@ -92,8 +92,12 @@ class DiffusionConfig:
     noise_schedule: str = option("linear", "beta schedule", SCHEDULES)
     timestep_respacing: str = option(
         "",
-        "timesteps to keep: ADM's '250', 'ddim25', '10,15,20', or 'solver20' as few-step samplers want them; training uses all",
+        "timesteps to keep: ADM's '250', 'ddim25', '10,15,20' (ancestral steps, unless a sampler is named), or 'solver20' as "
+        "few-step samplers want them; in training those to train on",
         free=True,
+    )
+    trained_timesteps: str = option(
+        "", "timesteps that the network was trained on, as timestep_respacing, which says it in training; empty: all"
     )
     use_kl: bool = option(False, "train on the variational bound")
     prediction: str = option("eps", "what the network predicts", TARGETS)
@@ -134,12 +138,16 @@ class DataConfig:
 class SamplingOptions:
     """How each sample is drawn"""
 
-    sampler: str = option("dpm++", "rule of each step", SAMPLERS)
+    sampler: str = option(
+        "dpm++", "rule of each step; where only ADM's timestep_respacing is given, ddpm as there", SAMPLERS
+    )
     steps: int = option(
         50, "network calls, whatever the model was trained with; timestep_respacing overrides it", least=1
     )
     eta: float = option(0.0, "noise of the ddim sampler: 0 is deterministic", least=0, most=1)
-    use_ddim: bool = option(False, "ADM's name for --sampler ddim")
+    use_ddim: bool = option(
+        False, "--sampler ddim as ADM's: where a classifier guides, z_0 is clipped before its gradient is added"
+    )
     clip_denoised: bool = option(True, "clip the predicted z_0 to [-1, 1]")
     dynamic_threshold: float = option(
         0.0,
@@ -168,6 +176,11 @@ class SampleConfig(SamplingOptions):
     model_path: str = option("", "run folder, checkpoint folder or weights file (.safetensors, ADM's .pt)")
     out: str = option("", "the .npz to write; a .png grid is put beside it. Empty: inside the run folder")
     batch_size: int = option(16, "samples per forward pass", least=1)
+    fill_batches: bool = option(
+        True,
+        "on a CPU, fill smaller batches up to 16: a sample is then the same to the bit in any batch, and one costs what 16 cost; "
+        "False: it is the same to rounding",
+    )
     seeds: str = option("", "one seed per sample, as '0-99' or '3,5,10-20'; empty: 0, 1, 2, ...")
     ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")

@@ -29,7 +29,9 @@ class LoopConfig:
     ema_rate: str = option("0.9999", "comma-separated rates of the averaged weights")
     lr_warmup_steps: int = option(0, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", least=0)
+    grad_clip: float = option(
+        0.0, "largest norm of the gradient; 0: no clipping, as in ADM and latent-diffusion", least=0
+    )
     seed: int = option(0, "seed of initialisation, data order, noise and masks", least=0, most=2**32 - 1)
 
 

@@ -116,7 +116,8 @@ class ClassifierLoop(Loop):
 
     def saved_settings(self, weights: Path) -> dict[str, Any]:
         known = {field.name for section in classifier_run_sections() for field in dataclasses.fields(section)}
-        return check_keys(checkpoint.read_config(weights) or {}, known, weights.parent / "config.yaml")
+        saved = check_keys(checkpoint.read_config(weights) or {}, known, weights.parent / "config.yaml")
+        return {"trained_timesteps": "", **saved} if saved else {}
 
     def extra_state(self) -> dict[str, Any]:
         return {"val_averages": self.val_averages.state_dict()} if self.val_source else {}

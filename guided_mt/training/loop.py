@@ -39,11 +39,13 @@ class Loop:
     build: config -> untrained network. names: the values that `losses` records, of which the first is minimised. scalars: more
     0-dim values, fed to `self.averages.add_scalars` in steps that measure them. dropout: the network's, 0 where it draws nothing.
     `timeless`: those of `names` whose mean by timestep says nothing. `preview_interval`: steps between pictures, 0 for none.
+    `annealing_lag`: see `optim.learning_rate`.
     A subclass has to have `losses`, `start_from`, `fixed_settings` and `saved_settings`, and may have what stands after them.
     """
 
     timeless: Sequence[str] = ()
     preview_interval = 0
+    annealing_lag = 0
 
     def __init__(
         self,
@@ -270,7 +272,8 @@ class Loop:
         self.averages.add_scalars({"grad_norm": norm})
 
     def _rate(self, step: int) -> float:
-        return learning_rate(step, self.config.lr, self.config.lr_warmup_steps, self.config.lr_anneal_steps)
+        config = self.config
+        return learning_rate(step, config.lr, config.lr_warmup_steps, config.lr_anneal_steps, lag=self.annealing_lag)
 
     # ------------------------------------------------------------ what the policy asks (see runs.policy.Trained)
 

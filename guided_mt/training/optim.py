@@ -148,8 +148,12 @@ class Ema:
             parameter.data, average.data = average.data, parameter.data
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int, anneal_steps: int) -> float:
-    """The rate of 0-based `step`: linear warm-up, then ADM's linear fall to 0 over `anneal_steps` of the whole run."""
+def learning_rate(step: int, lr: float, warmup_steps: int, anneal_steps: int, lag: int = 0) -> float:
+    """The rate of 0-based `step`: linear warm-up, and ADM's linear fall to 0 over `anneal_steps` of the whole run.
+
+    lag: by how many steps the fall comes late: 1 in ADM's image_train.py, which sets the rate after each step, 0 in its
+    classifier_train.py, which sets it before.
+    """
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    left = max(0.0, 1 - step / anneal_steps) if anneal_steps else 1.0
+    left = max(0.0, 1 - max(0, step - lag) / anneal_steps) if anneal_steps else 1.0
     return lr * warm * left

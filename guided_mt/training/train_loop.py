@@ -5,6 +5,7 @@ The run around it is `loop.Loop`. Everything random belongs to a sample.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,12 +22,12 @@ from ..errors import UserError
 from ..generation.batches import load_beside, split_sides, take_images
 from ..generation.build import (
     bind,
-    build_diffusion,
     build_modalities,
     build_model,
     model_sections,
     needs_labels,
     saved_config,
+    trained_process,
 )
 from ..generation.generate import Generator
 from ..modalities import Images, Modality
@@ -51,6 +52,7 @@ class TrainLoop(Loop):
     """A run of MT-Diffusion, or of one of the single-task models it is compared with."""
 
     model: MTModel
+    annealing_lag = 1
 
     def __init__(self, config: Config, processes: Processes, source: ImageSource, folder: Path):
         self.modalities = build_modalities(config)
@@ -71,7 +73,7 @@ class TrainLoop(Loop):
             source,
             folder,
             build=self.make_model,
-            diffusion=build_diffusion(config),
+            diffusion=trained_process(config),
             names=["loss", *self.terms, *self.timeless],
             scalars=[
                 *(f"spread_{name}" for name in self.spread),
@@ -180,7 +182,8 @@ class TrainLoop(Loop):
         self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
 
     def learn(self, record: Record) -> None:
-        learn_variances(self.model, record, self.modalities)
+        on_all = dataclasses.replace(record, timesteps=self.diffusion.network_timesteps(record.timesteps))
+        learn_variances(self.model, on_all, self.modalities)
 
     def extra_state(self) -> dict[str, Any]:
         return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}

@@ -29,6 +29,7 @@ from guided_mt.data.images import from_uint8, make_grid, save_png, to_nhwc
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError, nearest
 from guided_mt.generation.batches import load_beside, split_sides
+from guided_mt.generation.drawing import take_parents_sampler
 from guided_mt.generation.generate import parse_seeds, samples_folder
 from guided_mt.generation.sharded import content_hash, run_sharded
 from guided_mt.modalities import Images
@@ -68,7 +69,9 @@ class TranslateConfig:
     num_samples: int = option(-1, f"how many; -1: the whole split, or {DEFAULT_COUNT} from nothing", least=1)
     timesteps: str = option("", "route read: timesteps to read at, as in 0,20; empty: four of little noise")
     draws: int = option(1, "route read: noise draws per timestep", least=1)
-    timestep_respacing: str = option("", "timesteps to visit, as in guided_mt, or ldm50 for LDM's 50; overrides steps")
+    timestep_respacing: str = option(
+        "", "timesteps to visit, as in guided_mt, or ldm50 for LDM's DDIM with 50; overrides steps"
+    )
     class_id: int = option(-1, "the class, for a class-conditional latent diffusion model; -1: at random", least=0)
 
 
@@ -92,6 +95,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(join_given(argv), (LatentSampleConfig, TranslateConfig), description=__doc__)
     given = read_words(config.given)
     check_flags(config, given)
+    take_parents_sampler(config)
     weights = checkpoint.find_weights(config.model_path, config.ema)
     saved = read_saved(weights, config.config)
     out = Path(config.out) if config.out else samples_folder(weights)
@@ -231,7 +235,9 @@ def of_data(
             return {"arr_0": arrays.pop(target), **arrays}
 
         settings = {**signature, **hashes, "route": route, "images": content_hash(loaded.images.numpy())}
-        arrays = run_sharded(out / f"{name}.npz", len(stems), config.batch_size, processes, settings, make)
+        arrays = run_sharded(
+            out / f"{name}.npz", len(stems), config.batch_size, processes, settings, make, fill=config.fill_batches
+        )
         if arrays is not None:
             made = {target: arrays["arr_0"], **{side: arrays[side] for side in open_sides if side in arrays}}
             rows = [truth[side] for side in sides if side in given] + [truth[side] for side in made]
@@ -365,7 +371,9 @@ def of_values(
     kind = "pairs" if len(sides) == 2 and not given.values else "samples"
     file = out / f"{kind}{f'_of_{given.title}' if given.values else ''}_{count}.npz"
     hashes = {f"given {name}": content_hash(x.numpy()) for name, x in read.items()}
-    arrays = run_sharded(file, count, config.batch_size, processes, {**signature, **hashes}, make)
+    arrays = run_sharded(
+        file, count, config.batch_size, processes, {**signature, **hashes}, make, fill=config.fill_batches
+    )
     if arrays is not None:
         images = {first: arrays["arr_0"], **{side: arrays[side] for side in names if side in arrays}}
         rows = [x[start : start + GRID] for start in range(0, min(count, 32), GRID) for x in images.values()]

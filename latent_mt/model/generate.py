@@ -65,7 +65,7 @@ class LatentGenerator(Generator):
 
         respacing: timesteps to visit, as `LatentMTDiffusion.respaced`. Raises UserError for what the model was not trained for.
         """
-        process = self.latent.respaced(respacing) if respacing else None
+        process = self.latent.respaced(respacing, settings.rule) if respacing else None
         drawn = self.draw(seeds, settings, known, target=target, absent=absent, process=process)
         return {self.roles.sides[self.role_for(list(known), target, absent)]: drawn.x_start, **drawn.modalities}
 

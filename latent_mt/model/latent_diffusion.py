@@ -20,8 +20,7 @@ from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.resample import UniformSampler
 from guided_mt.diffusion.targets import TARGETS
 from guided_mt.errors import UserError
-from guided_mt.generation.build import bind, build_modalities, complete, track_variances
-from guided_mt.generation.drawing import respaced
+from guided_mt.generation.build import bind, build_modalities, complete, respaced, track_variances
 from guided_mt.modalities import Modality
 from guided_mt.modalities.settings import loss_weights, roles_of, task_names, weights_names
 from guided_mt.networks.model import MTModel
@@ -187,14 +186,18 @@ class LatentMTDiffusion(LatentCodec):
         """Let the modalities know of the network as it is by now, and of their heads' variances in `role`."""
         bind(self.modalities, self.config, self.network, role)
 
-    def respaced(self, timestep_respacing: str = "") -> GaussianDiffusion:
+    def respaced(self, timestep_respacing: str = "", sampler: str = "ddim") -> GaussianDiffusion:
         """The process on fewer timesteps: as guided_mt's `timestep_respacing`, or "ldmN" for LDM's N DDIM steps.
 
+        The last of these ends at abar_0, as LDM's, where the sampler is DDIM; other rules go on to z_0.
         Raises UserError where the counts can't be had.
         """
+        full = self.diffusion
         if timestep_respacing.startswith("ldm") and timestep_respacing[3:].isdecimal():
-            return self.diffusion.respace(ddim_timesteps(int(timestep_respacing[3:]), self.diffusion.num_timesteps))
-        return respaced(self.diffusion, timestep_respacing)
+            kept = ddim_timesteps(int(timestep_respacing[3:]), full.num_timesteps)
+            final = float(full.alphas_cumprod[0]) if sampler == "ddim" else 1.0
+            return full.respace(kept, final_alpha_cumprod=final)
+        return respaced(full, timestep_respacing)
 
     def to_fast_layout(self) -> LatentMTDiffusion:
         """Network and first stage in the device's fastest memory format; call after moving. Returns self."""

@@ -22,7 +22,6 @@ class RunConfig(LoopConfig):
     save_interval: int = redefined(LoopConfig, "save_interval", 5_000)
     ema_rate: str = redefined(LoopConfig, "ema_rate", help="rate of the averaged weights; empty: none")
     weight_decay: float = redefined(LoopConfig, "weight_decay", 0.01)
-    grad_clip: float = redefined(LoopConfig, "grad_clip", 0.0)
     sample_interval: int = redefined(TrainConfig, "sample_interval", help="steps between PNG grids; 0: none")
     val_interval: int = option(0, "steps between evaluations on the validation split; 0: none", least=0)
     images_per_step: int = option(

@@ -36,7 +36,7 @@ LATENT_TRACES = {
 
 def loss_trace(name: str, run: Path) -> list[float]:
     """The losses of steps 1..20 of a row of TRACES, trained in the folder `run`."""
-    main(flags(log_dir=run, total_steps=STEPS, lr=1e-3, **TRACES[name]))
+    main(flags(log_dir=run, total_steps=STEPS, lr=1e-3, grad_clip=1.0, **TRACES[name]))
     return column(run, "loss")
 
 

@@ -41,6 +41,7 @@ def sample(
     start: tuple[Tensor, int] | None = None,
     guidance_scale: float = 1.0,
     cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    clip_before_guidance: bool = False,
     dynamic_threshold: float = 0.0,
     absent: Collection[str] = (),
 ) -> Sample:
@@ -60,6 +61,7 @@ def sample(
     With a further modality unknown it is approximate: y_t is then known only as far as that one is.
     cond_fn: (y_t [B, C, H, W], the network's timesteps [B]) -> scaled gradient of log p(condition | y_t), as of a separate
     classifier: ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
+    clip_before_guidance: clip z_0 before that shift and not after it, as ADM's DDIM does, whose z_0 may then leave [-1, 1].
     dynamic_threshold: clip z_0 to that percentile of each sample's values, if it is above 1, and scale back (Imagen); 0: off.
     absent: modalities that the samples are to have none of, as images in training that lacked them: they stand in no frame, and the
     model is told by `absent` {name: bool [B]}, see `MTModel`. Others are known or unknown.
@@ -83,6 +85,7 @@ def sample(
             conditioning_scale=conditioning_scale,
             guidance_scale=guidance_scale,
             cond_fn=cond_fn,
+            clip_before_guidance=clip_before_guidance,
             shifts_mean=rule.shifts_mean,
             clip_denoised=clip_denoised,
             dynamic_threshold=dynamic_threshold,

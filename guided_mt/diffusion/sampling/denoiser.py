@@ -76,6 +76,7 @@ class Denoiser:
         conditioning_scale: float = 1.0,
         guidance_scale: float = 1.0,
         cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        clip_before_guidance: bool = False,
         shifts_mean: bool = False,
         clip_denoised: bool = True,
         dynamic_threshold: float = 0.0,
@@ -90,6 +91,7 @@ class Denoiser:
         self.fixed = {name: modalities[name].encode(x) for name, x in in_frame.items()}
         self.conditioning_scale, self.guidance_scale = conditioning_scale, guidance_scale
         self.cond_fn, self.shifts_mean = cond_fn, shifts_mean
+        self.clip_before_guidance = clip_before_guidance
         self.clip_denoised, self.dynamic_threshold = clip_denoised, dynamic_threshold
         self.encodings = self._encode()
 
@@ -103,6 +105,7 @@ class Denoiser:
         variance, log_variance = diffusion.p_variance(seen.output, y, t)
         outside = None if self.cond_fn is None else self.cond_fn(y, diffusion.model_timesteps(t))
         in_eps = None if self.shifts_mean else outside
+        in_eps, after_clipping = (None, in_eps) if self.clip_before_guidance else (in_eps, None)
         if self.fixed or self.guidance_scale != 1 or in_eps is not None:
             eps = diffusion.predict_eps(seen.output, self._state_seen(z, t, y, seen.predictions), t)
             if seen.head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
@@ -115,8 +118,11 @@ class Denoiser:
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
         else:
             x_start = diffusion.predict_xstart(seen.output, y, t)
-        # Last, where ADM clips before an outside gradient: at high noise a little error in it is far out of range in z_0.
+        # After an outside gradient, unless asked otherwise: at high noise a little error in it is far out of range in z_0.
         x_start = self._limit(x_start)
+        if after_clipping is not None:
+            eps = diffusion.condition_eps(diffusion.predict_eps_from_xstart(y, t, x_start), after_clipping, t)
+            x_start = diffusion.predict_xstart_from_eps(y, t, eps)
         return Estimate(x_start, self.encodings, variance, log_variance, outside if self.shifts_mean else None)
 
     def _state_seen(self, z: Tensor, t: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps
 from guided_mt.diffusion.sampling import SAMPLERS, sample
 from guided_mt.errors import UserError
-from guided_mt.generation.drawing import draw, start_warning, visited
-from guided_mt.runs.config import SamplingOptions
+from guided_mt.generation.drawing import draw, start_warning, take_parents_sampler, visited
+from guided_mt.runs.config import Config, DiffusionConfig, SampleConfig, SamplingOptions
 
 
 def full(schedule: str = "cosine", weights: str = "paper"):
@@ -61,3 +61,21 @@ def test_a_start_far_from_the_marginal_is_said_where_it_is_carried_along(sampler
     assert not start_warning(full("linear"), options, [])
     assert not start_warning(full("linear", "bridge"), options, ["x"])
     assert not start_warning(full("cosine"), options, ["x"])
+
+
+@pytest.mark.parametrize(
+    ("respacing", "typed", "use_ddim", "rule"),
+    [
+        ("250", (), False, "ddpm"),
+        ("ldm50", (), False, "ddim"),
+        ("frame20", (), False, "dpm++"),
+        ("", (), False, "dpm++"),
+        ("250", ("sampler",), False, "dpm++"),
+        ("ddim25", (), True, "ddim"),
+    ],
+)
+def test_timesteps_named_as_a_parents_are_walked_by_its_sampler(respacing, typed, use_ddim, rule):
+    sections = [SampleConfig(use_ddim=use_ddim), DiffusionConfig(timestep_respacing=respacing)]
+    config = Config(sections, frozenset({"timestep_respacing", *typed}))
+    take_parents_sampler(config)
+    assert config[SampleConfig].rule == rule

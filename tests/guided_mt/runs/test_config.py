@@ -31,15 +31,15 @@ def test_later_sources_win(tmp_path):
     """dataclass < checkpoint < preset < --config < flag."""
     file = tmp_path / "mine.yaml"
     file.write_text("lr: 0.5\nweight_decay: 0.25\n")
-    base = {"lr": 0.125, "weight_decay": 0.125, "total_steps": 7, "grad_clip": 3.0, "log_interval": 3}
+    base = {"lr": 0.125, "weight_decay": 0.125, "total_steps": 7, "fp16_scale_growth": 3.0, "log_interval": 3}
     argv = ["--preset", "masked-digits", "--config", str(file), "--weight_decay", "0.75"]
     preset = load_preset("masked-digits")
-    assert {"lr", "total_steps", "log_interval"} <= set(preset) and "grad_clip" not in preset
+    assert {"lr", "total_steps", "log_interval"} <= set(preset) and "fp16_scale_growth" not in preset
     config = resolved(*argv, base=base)
     assert config.weight_decay == 0.75  # the flag, over all
     assert config.lr == 0.5  # --config, over the preset
     assert config.total_steps == preset["total_steps"] != 7  # the preset, over the checkpoint
-    assert config.grad_clip == 3.0  # the checkpoint, over the dataclass
+    assert config.fp16_scale_growth == 3.0  # the checkpoint, over the dataclass
     assert config.keep_checkpoints == preset.get("keep_checkpoints", 0)
     assert config.seed == TrainConfig().seed
     assert config.typed == {*preset, "lr", "weight_decay"}  # what the user set, the checkpoint not

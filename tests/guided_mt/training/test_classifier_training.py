@@ -306,7 +306,7 @@ def test_a_model_without_a_classifier(tmp_path):
         ({"val_data_dir": "gone"}, "gone: no such file"),
         ({"resume_checkpoint": "gone.pt"}, "gone.pt: no such file"),
         ({"ema_rate": "2"}, "--ema_rate '2': write rates"),
-        ({"timestep_respacing": "10"}, "--timestep_respacing is for sampling"),
+        ({"timestep_respacing": "x"}, "timestep_respacing 'x': write"),
         ({"eval_interval": 0}, "--eval_interval must be at least 1"),
         ({"iteration": 3}, r"unknown flag --iteration"),
         ({"sample_interval": 3}, "unknown flag --sample_interval"),

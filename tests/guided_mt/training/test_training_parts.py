@@ -229,6 +229,7 @@ def test_ema_and_swap():
 def test_learning_rate():
     assert [learning_rate(s, 1.0, 4, 0) for s in (0, 1, 3, 100)] == [0.25, 0.5, 1.0, 1.0]
     assert [learning_rate(s, 2.0, 0, 10) for s in (0, 5, 10, 20)] == [2.0, 1.0, 0.0, 0.0]
+    assert [learning_rate(s, 2.0, 0, 10, lag=1) for s in (0, 1, 6, 11)] == [2.0, 2.0, 1.0, 0.0]
 
 
 def test_moments_are_read_in_the_parameters_memory_format():
