@@ -1,5 +1,6 @@
-"""What a state dict looks like it is, from the names and shapes of its entries: ours, the parents', and other projects' that end up in
-`--model_path`. A further kind is one row of KINDS.
+"""What a state dict looks like, from the names and shapes of its entries: ours, the parents', other projects'.
+
+A further kind is one row of KINDS.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ LDM_UNET, OWN_HEAD = "model.diffusion_model.", ("heads.", "condition_in.", "cont
 
 @dataclass(frozen=True)
 class Kind:
-    """name: with its article, as in "looks like a Stable Diffusion 2 model". loads_it: what to do with it, an imperative."""
+    """name: with its article, as in "has the keys of a Stable Diffusion 2 model". loads_it: what to do with it, an imperative.
+
+    family: which part of this project it is for: "pixel", "latent", "first stage", "classifier", or "" for none.
+    """
 
     name: str
     loads_it: str
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,13 @@ class Signature:
     accepts: Callable[[Shapes], bool]
     name: str
     loads_it: str
+    family: str = ""
 
 
 def recognise(shapes: Shapes) -> Kind | None:
     """The kind of a state dict {name: shape}, without prefixes of wrappers (see `weights.unwrapped`); None: none that is known."""
     row = next((row for row in KINDS if row.accepts(shapes)), None)
-    return None if row is None else Kind(row.name, row.loads_it)
+    return None if row is None else Kind(row.name, row.loads_it, row.family)
 
 
 def looks_like(shapes: Shapes) -> str:
@@ -131,9 +137,11 @@ KINDS: tuple[Signature, ...] = (
         _SD_VARIANT,
     ),
     Signature(_has("control_model.input_blocks."), "a ControlNet", _SD_VARIANT),
-    Signature(_all(_LDM, _has("cond_stage_model.model.")), "a Stable Diffusion 2 model", _NOT_SD),
-    Signature(_all(_LDM, _has("cond_stage_model.transformer.text_model.")), "a Stable Diffusion 1 model", _NOT_SD),
-    Signature(_all(_LDM, _context(1024)), "a Stable Diffusion 2 U-Net without its text encoder", _NOT_SD),
+    Signature(_all(_LDM, _has("cond_stage_model.model.")), "a Stable Diffusion 2 model", _NOT_SD, "latent"),
+    Signature(
+        _all(_LDM, _has("cond_stage_model.transformer.text_model.")), "a Stable Diffusion 1 model", _NOT_SD, "latent"
+    ),
+    Signature(_all(_LDM, _context(1024)), "a Stable Diffusion 2 U-Net without its text encoder", _NOT_SD, "latent"),
     Signature(_has("joint_blocks.0."), "a Stable Diffusion 3 transformer", _ELSEWHERE),
     Signature(_has("model.diffusion_model.joint_blocks."), "a Stable Diffusion 3 model", _ELSEWHERE),
     Signature(_holds("double_blocks.0.", "single_blocks.0."), "a FLUX transformer", _ELSEWHERE),
@@ -143,21 +151,25 @@ KINDS: tuple[Signature, ...] = (
         _all(_LDM, _has(*(f"{LDM_UNET}{OWN_HEAD[0]}",))),
         "a latent model of this project",
         "give it to latent-sample, latent-restore or latent-classify as --model_path, with config.yaml beside it or --config FILE",
+        "latent",
     ),
     Signature(
         _LDM,
         "a latent-diffusion (LDM) model",
         "give it to latent-sample as --model_path with --config FILE (its YAML file), or to latent-train as model.params.ckpt_path",
+        "latent",
     ),
     Signature(
         _all(_has("encoder.down.", "decoder.up."), _has("quantize.embedding.")),
         "a latent-diffusion (LDM) VQ autoencoder",
         "name it as ckpt_path of first_stage_config.params with target ldm.models.autoencoder.VQModelInterface",
+        "first stage",
     ),
     Signature(
         _has("encoder.down.", "decoder.up."),
         "a latent-diffusion (LDM) KL autoencoder",
         "name it as ckpt_path of first_stage_config.params with target ldm.models.autoencoder.AutoencoderKL",
+        "first stage",
     ),
     Signature(
         _all(_has("input_blocks.0.0.", "output_blocks."), _bare_latent_unet, _none("heads.")),
@@ -169,6 +181,7 @@ KINDS: tuple[Signature, ...] = (
         _all(_ADM, _OUR_HEADS),
         "a pixel-space model of this project",
         "give it to sample, restore or classify as --model_path, with config.yaml beside it or the training's model flags",
+        "pixel",
     ),
     Signature(
         _all(_ADM, _has("output_blocks.", "label_emb."), _takes("", 6)),
@@ -184,16 +197,19 @@ KINDS: tuple[Signature, ...] = (
         _all(_ADM, _has("output_blocks.", "label_emb.")),
         "a class-conditional model of guided-diffusion (ADM)",
         "give it to sample as --model_path with its model flags, --class_cond True among them",
+        "pixel",
     ),
     Signature(
         _all(_ADM, _has("output_blocks.")),
         "an unconditional model of guided-diffusion (ADM)",
         "give it to sample as --model_path with its model flags and --class_cond False",
+        "pixel",
     ),
     Signature(
         _ADM,
         "a noisy classifier of guided-diffusion (ADM)",
         "give it to classifier-sample as --classifier_path with its classifier flags",
+        "classifier",
     ),
     # other diffusion projects
     Signature(

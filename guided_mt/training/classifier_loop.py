@@ -94,7 +94,7 @@ class ClassifierLoop(Loop):
 
     def start_from(self, path: str) -> None:
         file = checkpoint.find_weights(path, "none", "--resume_checkpoint")
-        checkpoint.load_classifier_weights(self.model, file, shape_settings(self.config))
+        checkpoint.load_classifier_weights(self.model, file, shape_settings(self.config), averaged=False)
         if self.processes.is_main:
             log.info("started from %s; every entry was found", file)
 

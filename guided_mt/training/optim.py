@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..runs.skipped import SkippedSteps
+from ..runs.weights import is_finite
 
 INITIAL_LOG2_SCALE = 20.0  # ADM's INITIAL_LOG_LOSS_SCALE
 
@@ -90,8 +92,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """`optimizer.load_state_dict`, with every moment in its parameter's memory format.
 
     Runs on GPUs save them channels-last, and fused kernels walk through memory without a look at strides: resumed on a CPU, the
-    moments of other weights would be read.
+    moments of other weights would be read. Raises UserError for moments that are not finite.
     """
+    moments_of = {f"{k}.{name}": x for k, own in state["state"].items() for name, x in own.items()}
+    bad = [name for name, x in moments_of.items() if torch.is_tensor(x) and not is_finite(x)]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of the optimiser's moments hold NaN or infinity (first {bad[0]}); go on from an earlier checkpoint, or "
+            "begin a run with these weights"
+        )
     optimizer.load_state_dict(dict(state))
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():

@@ -91,7 +91,7 @@ class TrainLoop(Loop):
 
     def start_from(self, path: str) -> None:
         file = checkpoint.find_weights(path, "none")
-        new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict())
+        new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict(), averaged=False)
         if self.processes.is_main:
             log.info("started from %s; %s", file, f"new: {len(new)} entries" if new else "every entry was found")
             theirs, ours = checkpoint.read_classes(file.parent), self.source.class_names

@@ -17,7 +17,7 @@ def shapes(*names: str) -> dict[str, list[int]]:
 
 def released(file: str) -> dict[str, dict[str, list[int]]]:
     """{name: {entry: shape}} of the parents' released models."""
-    content = json.loads(gzip.open(GOLDEN / f"{file}_keys.json.gz").read())
+    content = json.loads(gzip.decompress((GOLDEN / f"{file}_keys.json.gz").read_bytes()))
     return {name: entry["state_dict"] for name, entry in content.items()}
 
 
