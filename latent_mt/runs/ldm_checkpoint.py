@@ -249,7 +249,7 @@ def _whole(content: LDMCheckpoint) -> dict[str, Tensor]:
 
 def schedule_buffers(betas: np.ndarray) -> dict[str, Tensor]:
     """The entries that LDM keeps of a noise schedule, float32 [T], from betas [T] (its v_posterior is 0)."""
-    diffusion = GaussianDiffusion(betas=np.asarray(betas, dtype=np.float64))
+    diffusion = GaussianDiffusion(betas=np.asarray(betas, dtype=np.float64), model_mean_type="v")  # no table is v's
     tables = {name: getattr(diffusion, name) for name in SCHEDULE_BUFFERS}
     # ADM gives t = 0 the logarithm of the next timestep's variance; LDM bounds it from below.
     tables["posterior_log_variance_clipped"] = np.log(np.maximum(diffusion.posterior_variance, 1e-20))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..network import Denoising
 from ..process import GaussianDiffusion
 from ..random import SampleStreams
+from ..schedules import LEAST_SIGNAL
 
 CONDITIONINGS = ("own-head", "algorithm1", "network")
 
@@ -103,7 +104,8 @@ class Denoiser:
         variance, log_variance = diffusion.p_variance(seen.output, y, t)
         outside = None if self.cond_fn is None else self.cond_fn(y, diffusion.model_timesteps(t))
         in_eps = None if self.shifts_mean else outside
-        if self.fixed or self.guidance_scale != 1 or in_eps is not None:
+        guided = self.fixed or self.guidance_scale != 1 or in_eps is not None
+        if guided and diffusion.alphas_cumprod[step] >= LEAST_SIGNAL:
             eps = diffusion.predict_eps(seen.output, self._state_seen(z, t, y, seen.predictions), t)
             if seen.head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
                 eps = diffusion.condition_eps(eps, self.conditioning_scale * seen.head_gradient, t)
@@ -115,6 +117,10 @@ class Denoiser:
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
         else:
             x_start = diffusion.predict_xstart(seen.output, y, t)
+            if seen.unconditional is not None and seen.bare is not None:
+                # In pure noise (zero terminal SNR) eps says nothing of z_0: guidance by z_0 itself, and none by a gradient.
+                x_start_u = diffusion.predict_xstart(seen.unconditional, seen.bare, t)
+                x_start = x_start_u + self.guidance_scale * (x_start - x_start_u)
         # Last, where ADM clips before an outside gradient: at high noise a little error in it is far out of range in z_0.
         x_start = self._limit(x_start)
         return Estimate(x_start, self.encodings, variance, log_variance, outside if self.shifts_mean else None)
