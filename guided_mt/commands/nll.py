@@ -17,6 +17,7 @@ from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..generation.batches import take_images
 from ..generation.build import build_diffusion, check_labels, open_images
+from ..generation.drawing import refuse_not_finite
 from ..generation.generate import Generator, output_path
 from ..generation.masks import make_mask
 from ..modalities import Images
@@ -61,7 +62,9 @@ def main(argv: Sequence[str]) -> None:
         part = slice(start, min(start + config.batch_size, count))
         images = take_images(loaded, part, generator.modalities, processes.device, source.side_names)
         streams = SampleStreams(0, torch.arange(part.start, part.stop), device=processes.device)
-        for name, values in bound_terms(config, generator, diffusion, images, streams).items():
+        terms = bound_terms(config, generator, diffusion, images, streams)
+        refuse_not_finite("the terms of the bound", terms["total_bpd"])
+        for name, values in terms.items():
             columns.setdefault(name, []).append(values.float())
     names = sorted(columns) if columns else []
     table = torch.stack([torch.cat(columns[name]) for name in names], dim=1) if names else torch.zeros(0, 1)
