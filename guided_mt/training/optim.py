@@ -117,9 +117,11 @@ class Ema:
         self.averages = {rate: [p.detach().clone() for p in self.parameters] for rate in rates}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, warming: int | None = None) -> None:
+        """warming: the number of this update, from 1 on, where averages warm up: see `warmed`. None: the plain rate, as ADM."""
         for rate, average in self.averages.items():
-            torch._foreach_lerp_(average, self.parameters, 1.0 - float(rate))
+            kept = float(rate) if warming is None else warmed(float(rate), warming)
+            torch._foreach_lerp_(average, self.parameters, 1.0 - kept)
 
     def state_dict(self, rate: str, model: nn.Module) -> dict[str, Tensor]:
         """A whole state dict of `model` with the averaged weights of `rate` in the place of its own."""
@@ -155,6 +157,11 @@ class Ema:
         """Exchange the model's weights and the average, in place; a second call exchanges them back."""
         for parameter, average in zip(self.parameters, self.averages[rate], strict=True):
             parameter.data, average.data = average.data, parameter.data
+
+
+def warmed(rate: float, updates: int) -> float:
+    """The rate of the n-th update, min(rate, (1 + n) / (10 + n)) (latent-diffusion's LitEma): the initial weights are soon gone."""
+    return min(rate, (1 + updates) / (10 + updates))
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, anneal_steps: int) -> float:
