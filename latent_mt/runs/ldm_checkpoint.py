@@ -208,18 +208,22 @@ def write_ldm(path: str | Path, content: LDMCheckpoint) -> None:
     LDM's own samplers use the averages (`ema_scope`), which begin as random weights where a file has none: give `ema`.
     `content.unknown` is names alone and is not written. Raises UserError.
     """
-    path = Path(path)
+    write_state(Path(path), _whole(content), content.step)
+
+
+def write_state(path: Path, state: Mapping[str, Tensor], step: int | None) -> None:
+    """Write {"state_dict": state, "global_step": step} as LDM does. Raises UserError."""
     if path.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"{path}: the file to write must end in .ckpt or .safetensors")
-    state = _whole(content)
+    state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
     temporary = path.with_name(f".tmp_{path.name}")
-    step = {} if content.step is None else {"global_step": content.step}
+    beside = {} if step is None else {"global_step": step}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".ckpt":
-            torch.save({"state_dict": state, **step}, temporary)
+            torch.save({"state_dict": state, **beside}, temporary)
         else:
-            save_file(state, str(temporary), metadata={key: json.dumps(value) for key, value in step.items()} or None)
+            save_file(state, str(temporary), metadata={key: json.dumps(value) for key, value in beside.items()} or None)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         with contextlib.suppress(OSError):
@@ -244,7 +248,7 @@ def _whole(content: LDMCheckpoint) -> dict[str, Tensor]:
     state |= content.buffers
     if content.scale_factor is not None:
         state["scale_factor"] = torch.tensor(content.scale_factor, dtype=torch.float32)
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+    return state
 
 
 def schedule_buffers(betas: np.ndarray) -> dict[str, Tensor]:
