@@ -62,11 +62,15 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        weight_decay = self.adamw.param_groups[0]["weight_decay"]
-        load_optimizer(self.adamw, state["adamw"])
-        self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
+        self.load_moments(state["adamw"])
         self.log2_scale = state["log2_scale"].to(self.log2_scale)
         self.skipped.load_total(state["skipped"])
+
+    def load_moments(self, state: Mapping[str, Any]) -> None:
+        """A state dict of `adamw`. Raises UserError for moments that are not finite."""
+        weight_decay = self.adamw.param_groups[0]["weight_decay"]
+        load_optimizer(self.adamw, state)
+        self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
 
 
 @torch.no_grad()
