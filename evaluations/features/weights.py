@@ -50,6 +50,15 @@ ALEXNET = Weights(
 )
 
 
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+NO_WEIGHTS = {
+    b"version https://git-lfs": "a Git LFS pointer, the file itself was not fetched (git lfs pull)",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+    b"<?xml": "a server's message (XML)",
+}
+
+
 def cache_folder() -> Path:
     """`$MT_DIFFUSION_CACHE`, else `mt-diffusion` in the user's cache folder."""
     own = os.environ.get("MT_DIFFUSION_CACHE")
@@ -154,24 +163,35 @@ def _alone(part: Path) -> Iterator[None]:
 
 
 def read_tensors(path: Path, takes: str) -> dict[str, Tensor]:
-    """A state dict from .pth or .safetensors; nothing in the file is run. `takes` says in an error what the flag takes.
+    """A state dict from a file of torch.save or safetensors, whatever its name; nothing in the file is run. `takes` says in an
+    error what the flag takes.
 
     Raises EvaluationError for any other file, or one that holds other objects than tensors.
     """
     import torch
 
+    with open(path, "rb") as file:
+        head = file.read(256)
+    for beginning, what in NO_WEIGHTS.items():
+        if head.lstrip().lower().startswith(beginning):
+            raise EvaluationError(f"{path}: is {what}, no weights file; {takes}")
     try:
-        if Path(path).suffix.lower() == ".safetensors":
+        if head[8:9] == b"{":
             from safetensors.torch import load_file
 
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a file that is something else fails in as many ways as there are files
         raise EvaluationError(f"{path}: not a PyTorch file of tensors, or a damaged one; {takes}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise EvaluationError(f"{path}: holds no state dict of tensors; {takes}")
+    while state and all(key.startswith(WRAPPERS) for key in state):
+        state = {key.partition(".")[2]: value for key, value in state.items()}
     return state

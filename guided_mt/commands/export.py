@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError
 from ..runs.checkpoint import adm_state_dict, find_weights, read_weights
 from ..runs.config import option, parse
+from ..runs.weights import refuse_foreign, refuse_not_finite
 from .console import run
 
 
@@ -29,8 +30,10 @@ def main(argv: Sequence[str]) -> None:
     if not config.out.endswith(".pt"):
         raise UserError("--out is missing: the .pt file to write")
     weights = find_weights(config.model_path, config.ema)
-    state = read_weights(weights)
+    state = read_weights(weights, averaged=config.ema != "none")
+    refuse_foreign(state, weights, "pixel", "classifier")
     exported = adm_state_dict(state)
+    refuse_not_finite(exported, weights)
     out = Path(config.out)
     temporary = out.with_name(f".tmp_{out.name}")
     try:

@@ -18,6 +18,7 @@ from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..generation.batches import take_images
 from ..generation.build import check_labels, open_images, trained_process
+from ..generation.drawing import refuse_not_finite
 from ..generation.generate import Generator, adm_path
 from ..generation.masks import make_mask
 from ..modalities import Images
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
         images = take_images(loaded, part, generator.modalities, processes.device, source.side_names)
         streams = SampleStreams(0, torch.arange(part.start, part.stop), device=processes.device)
         values_of, terms = bound_terms(config, generator, diffusion, images, streams)
+        refuse_not_finite("the terms of the bound", values_of["total_bpd"])
         for name, values in values_of.items():
             columns.setdefault(name, []).append(values.float())
         by_timestep += torch.stack([terms[name].double().sum(dim=0) for name in ADM_TERMS]).cpu()

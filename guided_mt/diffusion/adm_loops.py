@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .schedules import LEAST_SIGNAL
+
 
 class ADMLoops:
     """The part of ADM's `GaussianDiffusion` that draws samples; arguments and returned keys as there."""
@@ -19,6 +21,7 @@ class ADMLoops:
     predict_eps_from_xstart: Callable[[Tensor, Tensor, Tensor], Tensor]
     predict_xstart_from_eps: Callable[[Tensor, Tensor, Tensor], Tensor]
     condition_eps: Callable[[Tensor, Tensor, Tensor], Tensor]
+    at: Callable[[str, Tensor, Tensor], Tensor]
     q_posterior_mean_variance: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     p_mean_variance: Callable[..., dict[str, Tensor]]
     p_sample_step: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
@@ -47,6 +50,8 @@ class ADMLoops:
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         eps = self.predict_eps_from_xstart(x, t, p["pred_xstart"])
         pred_xstart = self.predict_xstart_from_eps(x, t, self.condition_eps(eps, gradient, t))
+        # In pure noise (zero terminal SNR) eps says nothing of z_0, so that no gradient can move it.
+        pred_xstart = torch.where(self.at("alphas_cumprod", t, x) < LEAST_SIGNAL, p["pred_xstart"], pred_xstart)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         return {**p, "pred_xstart": pred_xstart, "mean": mean}
 

@@ -56,8 +56,11 @@ _PEAK = 25.0 * np.sqrt(5.0) / 16.0  # the largest value of both is 1
 
 
 def _weights_of(coefficients: np.ndarray, betas: np.ndarray) -> np.ndarray:
-    """w_t = alpha-tilde_t / sqrt(alpha_t) - alpha-tilde_{t-1}: eq. 4 solved for the weights."""
-    return coefficients / np.sqrt(1.0 - betas) - np.append(0.0, coefficients[:-1])
+    """w_t = alpha-tilde_t / sqrt(alpha_t) - alpha-tilde_{t-1}: eq. 4 solved for the weights. Where a schedule ends in pure noise,
+    alpha_t = 0, alpha-tilde_t is 0 whatever they are."""
+    roots = np.sqrt(1.0 - betas)
+    ratios = np.divide(coefficients, roots, out=np.zeros_like(coefficients), where=roots > 0)
+    return ratios - np.append(0.0, coefficients[:-1])
 
 
 def _constant(betas: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from .adm_loops import ADMLoops
 from .aggregation import Aggregation
 from .likelihood import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .network import ModelOutput, as_denoising, as_output
+from .schedules import refuse_pure_noise, with_signal
 from .targets import TARGETS, ModelMeanType
 from .weighting import timestep_weights as weights_of
 
@@ -51,8 +52,8 @@ class GaussianDiffusion(ADMLoops):
     timestep_map [T]: the timestep that the network is told, one of 0..original_num_steps-1; identity unless respaced.
     final_alpha_cumprod: the abar at which DDIM's last step ends, 1 unless respaced to another. model_mean_type: what the network
     predicts, a name of `targets.TARGETS`. timestep_weights: one of `weighting.TIMESTEP_WEIGHTS`. All arrays are float64 numpy [T],
-    with ADM's names. Raises ValueError for betas outside (0, 1], an unknown name, and timestep weights where no squared error is
-    weighted.
+    with ADM's names. Raises ValueError for betas outside (0, 1], an unknown name, timestep weights where no squared error is
+    weighted, and eps on a schedule that ends in pure noise.
     """
 
     final_alpha_cumprod = 1.0
@@ -98,21 +99,25 @@ class GaussianDiffusion(ADMLoops):
     def _tabulate(self, betas: np.ndarray, aggregation: Aggregation, timestep_map: np.ndarray) -> None:
         """Everything that follows from the timesteps."""
         betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or not ((betas > 0).all() and (betas <= 1).all()):
-            raise ValueError("betas must be a vector of numbers in (0, 1]")
+        if betas.ndim != 1 or not ((betas > 0).all() and (betas <= 1).all() and (betas[:-1] < 1).all()):
+            raise ValueError("betas must be a vector of numbers in (0, 1], of which the last alone may be 1")
         self.betas, self.num_timesteps = betas, len(betas)
         self.aggregation, self.timestep_map = aggregation, timestep_map
 
         alphas = 1.0 - betas
         self.alphas_cumprod = np.cumprod(alphas)
+        if self.predicts_eps:
+            refuse_pure_noise(self.alphas_cumprod)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.ddim_alphas_cumprod_prev = np.append(self.final_alpha_cumprod, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+        recip = 1.0 / with_signal(
+            self.alphas_cumprod
+        )  # in pure noise eps = y - z_0 / sqrt(recip) is y, as it should be
+        self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod = np.sqrt(recip), np.sqrt(recip - 1)
         # q(y_{t-1} | y_t, z_0), DDPM eq. 6 and 7. Its variance at t = 0 is 0; the clipped logarithm uses that of t = 1.
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]

@@ -20,6 +20,9 @@ def _cosine_betas(steps: int, max_beta: float = 0.999) -> np.ndarray:
     return np.minimum(1 - abar[1:] / abar[:-1], max_beta)
 
 
+# abar below which nothing of z_0 is left beside the noise in float32, sqrt(abar) < 2^-24: zero terminal SNR (Lin et al. 2023).
+LEAST_SIGNAL = 2.0**-48
+
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": _linear_betas, "cosine": _cosine_betas}
 
 
@@ -30,6 +33,20 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 
+def with_signal(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """abar_t, at least LEAST_SIGNAL: for what divides by it or takes its logarithm, where a schedule ends in pure noise."""
+    return np.maximum(alphas_cumprod, LEAST_SIGNAL)
+
+
+def refuse_pure_noise(alphas_cumprod: np.ndarray) -> None:
+    """ValueError where a network that predicts eps can't say z_0 at the last timestep."""
+    if alphas_cumprod[-1] < LEAST_SIGNAL:
+        raise ValueError(
+            f"the schedule ends in pure noise (zero terminal SNR, abar {alphas_cumprod[-1]:.2g}), where eps says nothing of z_0: "
+            "let the network predict v or x0, or take other betas"
+        )
+
+
 def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
     """lambda_t = log(sqrt(abar_t) / sqrt(1 - abar_t)), the time of DPM-Solver and UniPC, float64 [T]."""
-    return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+    return 0.5 * (np.log(with_signal(alphas_cumprod)) - np.log1p(-alphas_cumprod))

@@ -17,6 +17,7 @@ from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..modalities import Modality
+from .drawing import refuse_not_finite
 
 DEFAULT_TIMESTEPS = (0.0, 0.04, 0.08, 0.12)  # of T: little noise
 SMALL_FRAME = 0.05  # a larger alpha-tilde would let the first guess of the label colour what the head sees
@@ -73,6 +74,7 @@ def head_estimates(
                 sums[n] += modality.estimate(predictions[n])
         unknown = {n: x / draws for n, x in sums.items()}
         total += unknown[name]
+    refuse_not_finite("what the head says", total)
     return total / len(timesteps)
 
 
@@ -95,7 +97,9 @@ def classifier_probabilities(
         for _ in range(max(1, draws)):
             y_t = diffusion.q_sample(x_start, t, streams.normal(*x_start.shape[1:])) if draws else x_start
             seen.append(classifier(y_t, diffusion.model_timesteps(t)).float().softmax(dim=-1))
-    return torch.stack(seen).mean(dim=0)
+    probabilities = torch.stack(seen).mean(dim=0)
+    refuse_not_finite("the classifier's probabilities", probabilities)
+    return probabilities
 
 
 @torch.no_grad()

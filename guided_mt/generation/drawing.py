@@ -10,6 +10,7 @@ from torch import Tensor
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.sampling import SAMPLERS, Sample, sample
 from ..diffusion.spacing import solver_timesteps
+from ..errors import UserError
 from ..modalities import Modality
 from ..runs.config import Config, SamplingOptions
 from .build import respaced
@@ -75,8 +76,9 @@ def draw(
     """One sample of `shape` (C, H, W) per seed, on the timesteps of `process`; see `sampling.sample`.
 
     gives: the `known` modalities are handed to the network (forms X and any) instead of standing in the frame (U).
+    Raises NotFinite.
     """
-    return sample(
+    drawn = sample(
         network,
         process,
         modalities,
@@ -97,3 +99,20 @@ def draw(
         clip_before_guidance=options.use_ddim,
         absent=absent,
     )
+    made = [x for name, x in drawn.modalities.items() if name not in (known or {})]
+    refuse_not_finite("the samples", drawn.x_start, *made)
+    return drawn
+
+
+class NotFinite(UserError):
+    """What a network made holds NaN or infinity: as pictures it would be black, as figures nothing."""
+
+
+def refuse_not_finite(what: str, *made: Tensor) -> None:
+    """Raises NotFinite where one of the floating-point tensors `made` is not finite. Waits for the device: once per batch."""
+    values = [x for x in made if x.is_floating_point()]
+    if values and not bool(torch.stack([torch.isfinite(x).all() for x in values]).all()):
+        raise NotFinite(
+            f"{what} became NaN or infinite, and nothing is made of them: half precision overflowed (take --precision fp32), or "
+            "these are the weights of a run that diverged (take an earlier checkpoint, or other averages)"
+        )

@@ -64,7 +64,7 @@ class Generator:
         weights = Weights.find(config.model_path, config.ema)
         modalities = build_modalities(config)
         model = build_model(config, modalities)
-        load_weights(model, weights.file, allow_new=weights.settings is None)
+        load_weights(model, weights.file, allow_new=weights.settings is None, averaged=config.ema != "none")
         model = model.to(device).to_fast_layout().eval().requires_grad_(False)
         bind(modalities, config, model)
         return cls(config, model, modalities, weights.classes)

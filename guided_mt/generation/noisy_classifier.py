@@ -93,7 +93,7 @@ def find_classifier(
     classes is read off the weights. Raises UserError where no classifier is in the file.
     """
     weights = find_weights(path, ema, flag)
-    state = classifier_state(read_weights(weights), weights)
+    state = classifier_state(read_weights(weights, ema != "none"), weights)
     known = {**(defaults or {}), "num_classes": max(1, count_classes(state)), **saved_settings(weights)}
     return weights, parse([], classifier_sections(), description="", base={**known, **(settings or {})})
 
@@ -110,6 +110,6 @@ def load_classifier(
     """The classifier of a run, a checkpoint or a weights file, ready to classify on `device`; see `find_classifier`."""
     weights, config = find_classifier(path, ema, settings, defaults, flag)
     model = build_classifier(config)
-    load_classifier_weights(model, weights, shape_settings(config))
+    load_classifier_weights(model, weights, shape_settings(config), averaged=ema != "none")
     model = model.to(device).to_fast_layout().eval().requires_grad_(False)
     return NoisyClassifier(model, read_classes(weights.parent), config)

@@ -14,6 +14,7 @@ from ..diffusion.random import SampleStreams
 from ..errors import UserError
 from ..runs.config import SamplingOptions
 from .build import respaced
+from .drawing import refuse_not_finite
 from .generate import Generator
 
 # RePaint's published setting, with jumps of 10 repeated 10 times; --steps and --sampler don't apply.
@@ -101,4 +102,5 @@ def repaint(
         y = diffusion.p_sample_step(diffusion.p_mean_variance_from_output(output, y, t), t, noise)
         at_level = known if to == 0 else diffusion.q_sample(known, t - 1, streams.normal(*known.shape[1:]))
         y = torch.where(keep > 0, at_level, y)
+    refuse_not_finite("the restored images", y)
     return y

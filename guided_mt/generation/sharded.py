@@ -54,7 +54,7 @@ def run_sharded(
                 refused = error
         processes.agree(refused)
         try:
-            return _make_all(out, folder, count, batch_size, processes, make)
+            return _make_all(out, folder, count, batch_size, processes, make, fill)
         except KeyboardInterrupt:
             kept = len(list(folder.glob("*.npz")))
             raise Interrupted(f"interrupted: {kept} batches wait in {folder}; the same command goes on") from None
@@ -67,6 +67,7 @@ def _make_all(
     batch_size: int,
     processes: Processes,
     make: Callable[[list[int]], Mapping[str, np.ndarray]],
+    fill: bool,
 ) -> dict[str, np.ndarray] | None:
     """What `run_sharded` does once the folder is its own."""
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]

@@ -3,18 +3,17 @@
     RUN/config.yaml
     RUN/checkpoints/step_00010000/{config.yaml, model.safetensors, ema_0.9999.safetensors, training_state.pt, classes.json}
 
-Weights are safetensors with ADM's keys plus ours. Foreign `.pt` files are read with weights_only=True: nothing is unpickled.
+Weights are safetensors with ADM's keys plus ours. How files are read, foreign ones too, is in `weights`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,16 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .config import ModelConfig
+from .recognise import recognise
+from .weights import RefusedFile as RefusedFile
+from .weights import read_state as read_state
+from .weights import read_weights as read_weights
+from .weights import refuse_foreign, refuse_not_finite, shapes_of
 
 OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.")
 CLASSIFIER_HEAD = "heads.label.classifier."  # where a run with the E head keeps ADM's classifier
@@ -65,11 +69,11 @@ def save_checkpoint(
             save_file(contiguous, str(temporary / f"{stem}.safetensors"))
         torch.save(dict(training_state), temporary / "training_state.pt")
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -81,12 +85,21 @@ def save_checkpoint(
     return final
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+# What network, FUSE and shared file systems answer to an fsync of a folder that they have no notion of.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR)
+
+
+def sync(path: Path) -> None:
+    """Write a file or a folder's entries through to the disk. A file system that can't do that for folders is left to its own."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 # ---------------------------------------------------------------- finding
@@ -175,53 +188,27 @@ def read_classes(checkpoint: Path) -> list[str] | None:
 # ---------------------------------------------------------------- reading
 
 
-class RefusedFile(UserError):
-    """A weights file that holds objects other than tensors, or is damaged: nothing of it was unpickled."""
-
-
-def read_state(path: Path) -> Any:
-    """Tensors of a .safetensors or a .pt file, on the CPU. Raises UserError for a damaged file or one that holds code."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(str(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))  # torch's first line is only advice to load it all the same
-        first = named.group(1) if named else (str(error).splitlines() or ["not a weights file"])[0][:160]
-        raise RefusedFile(f"{path}: refused, it is damaged or holds objects other than tensors ({first})") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: is truncated or no weights file ({reason}); copy it again, or take another checkpoint"
-        ) from None
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict {key: tensor}. Raises UserError where the file holds something else, such as an optimiser's state."""
-    state = read_state(path)
-    if (isinstance(state, dict) and "param_groups" in state) or (isinstance(state, dict) and "optimizer" in state):
-        raise UserError(
-            f"{path}: holds an optimiser's state, not a model; give the model*.pt, ema*.pt or .safetensors file"
-        )
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no state dict of tensors")
-    return state
-
-
 def load_weights(
-    model: nn.Module, path: Path, *, allow_new: bool = False, settings: Mapping[str, Any] | None = None
+    model: nn.Module,
+    path: Path,
+    *,
+    allow_new: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    averaged: bool = True,
 ) -> list[str]:
-    """Load a weights file into `model`; float16 files are widened.
+    """Load a weights file into `model`; float16 files are widened. averaged: see `weights.find_state`.
 
     allow_new: keys of ours (heads, condition inputs) may be missing, as in ADM's released files; the new inputs are then set
     to zero, so that the model's output is the loaded one's exactly. settings: the model's configuration, to compare with the
-    one saved beside the file. Returns the new keys. Raises UserError naming what differs.
+    one saved beside the file. Returns the new keys. Raises UserError naming what differs, or what holds NaN.
     """
-    state = read_weights(path)
-    what = difference(state, model.state_dict(), optional=is_own if allow_new else None)
+    state = read_weights(path, averaged)
+    own = model.state_dict()
+    what = difference(state, own, optional=is_own if allow_new else None)
     if what:
         different = differing_keys(read_config(path) or {}, _network_settings(settings or {}))
-        raise UserError(f"{path}: another architecture: {what}; compare {', '.join(different) or 'the model flags'}")
+        raise UserError(f"{path}: {mismatch(state, own, what, ', '.join(different) or 'the model flags')}")
+    refuse_not_finite(state, path)
     return fill(model, state)
 
 
@@ -238,6 +225,17 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
             if key.startswith("condition_in."):
                 model.get_parameter(key).zero_()
     return new
+
+
+def mismatch(state: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str, compare: str) -> str:
+    """What to say where `what` (see `difference`) keeps `state` from being loaded into a model with the entries `own`.
+
+    compare: the settings to look at, where both are of the same family; else what `state` looks like, and what loads it.
+    """
+    theirs, ours = recognise(shapes_of(state)), recognise(shapes_of(own))
+    if theirs and ours and theirs.family != ours.family:
+        return f"has the keys of {theirs.name}, and this model is {ours.name}; {theirs.loads_it}"
+    return f"another architecture: {what}; compare {compare}"
 
 
 def difference(
@@ -262,6 +260,7 @@ def difference(
 
 def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """ADM's noisy classifier in a state dict: all of it, or what a run with the E head holds. Raises UserError for neither."""
+    refuse_foreign(state, path, "classifier", "pixel")
     inside = {
         key.removeprefix(CLASSIFIER_HEAD): value for key, value in state.items() if key.startswith(CLASSIFIER_HEAD)
     }
@@ -273,18 +272,20 @@ def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     return inside or dict(state)
 
 
-def load_classifier_weights(model: nn.Module, path: Path, settings: Mapping[str, Any]) -> None:
+def load_classifier_weights(model: nn.Module, path: Path, settings: Mapping[str, Any], averaged: bool = True) -> None:
     """Load the classifier of a weights file (see `classifier_state`) into `model`; float16 files are widened.
 
-    settings: the model's configuration, to compare with the one saved beside the file. Raises UserError naming what differs.
+    settings: the model's configuration, to compare with the one saved beside the file. averaged: see `weights.find_state`. Raises
+    UserError naming what differs, or what holds NaN.
     """
-    state = classifier_state(read_weights(path), path)
+    state = classifier_state(read_weights(path, averaged), path)
     what = difference(state, model.state_dict())
     if what:
         different = differing_keys(read_config(path) or {}, settings)
         raise UserError(
             f"{path}: another classifier: {what}; compare {', '.join(different) or 'the classifier flags and --num_classes'}"
         )
+    refuse_not_finite(state, path)
     model.load_state_dict(state)
 
 

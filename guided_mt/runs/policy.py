@@ -152,7 +152,11 @@ class RunPolicy:
 
     def _preview(self) -> None:
         if self.reporter:
-            picture = self.trained.preview()
+            try:
+                picture = self.trained.preview()
+            except UserError as error:  # what can't be shown now is no reason to end the run
+                log.warning("no picture after step %d: %s", self.step, error)
+                picture = None
             if picture is not None:
                 save_png(picture, self.folder / "grids" / f"step_{self.step:08d}.png")
                 self.reporter.image("preview", torch.from_numpy(picture).permute(2, 0, 1), self.step)

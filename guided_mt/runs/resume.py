@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError, reason
 from . import checkpoint
 from .distributed import Processes
+from .weights import refuse_not_finite
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -35,7 +36,9 @@ def read_average(newest: Path, rate: str, setting: str) -> dict[str, Tensor]:
     file = newest / f"ema_{rate}.safetensors"
     if not file.exists():
         raise UserError(f"{newest}: has no averaged weights for {setting} {rate}; keep the run's ema_rate")
-    return checkpoint.read_weights(file)
+    state = checkpoint.read_weights(file)
+    refuse_not_finite(state, file)
+    return state
 
 
 @contextlib.contextmanager
@@ -43,6 +46,8 @@ def fitting(newest: Path) -> Iterator[None]:
     """Inside, what goes wrong when objects take up the checkpoint's training state is told as a UserError."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{newest / 'training_state.pt'}: {error}") from None
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{newest / 'training_state.pt'}: does not fit this run ({reason(error)})") from None
 

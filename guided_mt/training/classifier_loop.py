@@ -104,11 +104,12 @@ class ClassifierLoop(Loop):
 
     # ------------------------------------------------------------ set-up
 
-    def start_from(self, path: str) -> None:
+    def start_from(self, path: str) -> Path:
         file = checkpoint.find_weights(path, "none", "--resume_checkpoint")
-        checkpoint.load_classifier_weights(self.model, file, shape_settings(self.config))
+        checkpoint.load_classifier_weights(self.model, file, shape_settings(self.config), averaged=False)
         if self.processes.is_main:
             log.info("started from %s; every entry was found", file)
+        return file
 
     def fixed_settings(self) -> dict[str, Any]:
         settings = self.config.as_dict(*classifier_sections()) | {"noised": self.config.noised}

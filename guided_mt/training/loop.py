@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +29,12 @@ from ..runs.distributed import Processes
 from ..runs.loop_config import LoopConfig
 from ..runs.policy import RunPolicy
 from ..runs.skipped import SkippedSteps
+from .adm_run import ADMRun, go_on
 from .averages import QUARTILES, Averages
 from .optim import Ema, Optimizer, learning_rate
 from .record import Record
+
+log = logging.getLogger("guided_mt")
 
 
 class Loop:
@@ -91,8 +95,8 @@ class Loop:
         """(mean loss to minimise, 0-dim; record of the part's samples, with a value for each of `names`)."""
         raise NotImplementedError
 
-    def start_from(self, path: str) -> None:
-        """Load `--resume_checkpoint` as the start of a new run."""
+    def start_from(self, path: str) -> Path | None:
+        """Load `--resume_checkpoint` as the start of a new run; the weights file, or None where some entries are new."""
         raise NotImplementedError
 
     def fixed_settings(self) -> dict[str, Any]:
@@ -135,10 +139,10 @@ class Loop:
         newest = resume.newest_checkpoint(self.folder)
         rates = [rate.strip() for rate in self.config.ema_rate.split(",") if rate.strip()]
         if newest is None:
-            if self.config.resume_checkpoint:
-                self.start_from(self.config.resume_checkpoint)
+            path = self.config.resume_checkpoint
+            file = self.start_from(path) if path else None
             self.ema = Ema(self.model, rates)
-            return 0
+            return self._go_on_with_adms(file) if file else 0
         self._refuse_other_settings(newest)
         checkpoint.load_weights(self.model, newest / "model.safetensors")
         self.ema = Ema(self.model, rates)
@@ -151,6 +155,22 @@ class Loop:
             self.averages.load_state_dict(state["averages"])
             self.load_extra_state(state)
         return checkpoint.checkpoint_step(newest)
+
+    def _go_on_with_adms(self, file: Path) -> int:
+        """Where `--resume_checkpoint` is a file of ADM's own run: its averages, optimiser and step. Else step 0."""
+        run = ADMRun.of(file)
+        if run is None:
+            return 0
+        total = self.config.total_steps
+        if total <= run.step:
+            raise UserError(
+                f"{file}: this run of guided-diffusion has done {run.step} steps, so --total_steps {total} leaves nothing to do; "
+                "raise it, or copy the file under another name to begin a new run with its weights"
+            )
+        found = go_on(run, self.model, self.optimizer, self.ema)
+        if self.processes.is_main:
+            log.info("going on from %s", found)
+        return run.step
 
     def _refuse_other_settings(self, newest: Path) -> None:
         """What the network, the process and the order of the data rest on must not change within a run."""

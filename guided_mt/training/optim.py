@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..runs.skipped import SkippedSteps
+from ..runs.weights import is_finite
 
 INITIAL_LOG2_SCALE = 20.0  # ADM's INITIAL_LOG_LOSS_SCALE
 
@@ -60,11 +62,15 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        weight_decay = self.adamw.param_groups[0]["weight_decay"]
-        load_optimizer(self.adamw, state["adamw"])
-        self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
+        self.load_moments(state["adamw"])
         self.log2_scale = state["log2_scale"].to(self.log2_scale)
         self.skipped.load_total(state["skipped"])
+
+    def load_moments(self, state: Mapping[str, Any]) -> None:
+        """A state dict of `adamw`. Raises UserError for moments that are not finite."""
+        weight_decay = self.adamw.param_groups[0]["weight_decay"]
+        load_optimizer(self.adamw, state)
+        self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
 
 
 @torch.no_grad()
@@ -90,8 +96,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """`optimizer.load_state_dict`, with every moment in its parameter's memory format.
 
     Runs on GPUs save them channels-last, and fused kernels walk through memory without a look at strides: resumed on a CPU, the
-    moments of other weights would be read.
+    moments of other weights would be read. Raises UserError for moments that are not finite.
     """
+    moments_of = {f"{k}.{name}": x for k, own in state["state"].items() for name, x in own.items()}
+    bad = [name for name, x in moments_of.items() if torch.is_tensor(x) and not is_finite(x)]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of the optimiser's moments hold NaN or infinity (first {bad[0]}); go on from an earlier checkpoint, or "
+            "begin a run with these weights"
+        )
     optimizer.load_state_dict(dict(state))
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
@@ -108,9 +121,11 @@ class Ema:
         self.averages = {rate: [p.detach().clone() for p in self.parameters] for rate in rates}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, warming: int | None = None) -> None:
+        """warming: the number of this update, from 1 on, where averages warm up: see `warmed`. None: the plain rate, as ADM."""
         for rate, average in self.averages.items():
-            torch._foreach_lerp_(average, self.parameters, 1.0 - float(rate))
+            kept = float(rate) if warming is None else warmed(float(rate), warming)
+            torch._foreach_lerp_(average, self.parameters, 1.0 - kept)
 
     def state_dict(self, rate: str, model: nn.Module) -> dict[str, Tensor]:
         """A whole state dict of `model` with the averaged weights of `rate` in the place of its own."""
@@ -146,6 +161,11 @@ class Ema:
         """Exchange the model's weights and the average, in place; a second call exchanges them back."""
         for parameter, average in zip(self.parameters, self.averages[rate], strict=True):
             parameter.data, average.data = average.data, parameter.data
+
+
+def warmed(rate: float, updates: int) -> float:
+    """The rate of the n-th update, min(rate, (1 + n) / (10 + n)) (latent-diffusion's LitEma): the initial weights are soon gone."""
+    return min(rate, (1 + updates) / (10 + updates))
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, anneal_steps: int, lag: int = 0) -> float:

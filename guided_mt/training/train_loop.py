@@ -37,6 +37,7 @@ from ..networks.model import MTModel
 from ..runs import checkpoint
 from ..runs.config import Config, SampleConfig
 from ..runs.distributed import Processes
+from .adm_run import ADMRun
 from .conflict import conflict_names, task_conflict
 from .loop import Loop
 from .loop import batch_sizes as batch_sizes
@@ -91,15 +92,18 @@ class TrainLoop(Loop):
         bind(self.modalities, config, model)
         return model
 
-    def start_from(self, path: str) -> None:
+    def start_from(self, path: str) -> Path | None:
         file = checkpoint.find_weights(path, "none")
-        new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict())
+        new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict(), averaged=False)
         if self.processes.is_main:
             log.info("started from %s; %s", file, f"new: {len(new)} entries" if new else "every entry was found")
             theirs, ours = checkpoint.read_classes(file.parent), self.source.class_names
             if theirs and needs_labels(self.config) and theirs != ours:
                 text = "%s knew other classes, %d of them and not %d: id 0 was '%s' and is now '%s', and so on"
                 log.warning(text, file, len(theirs), len(ours), theirs[0], ours[0])
+        if new and ADMRun.of(file) is not None and self.processes.is_main:
+            log.info("a new run begins, and what lies beside the file stays unread: this network has more than ADM's")
+        return None if new else file
 
     def fixed_settings(self) -> dict[str, Any]:
         free: tuple[str, ...] = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")

@@ -35,10 +35,11 @@ def load_model(
     saved: Mapping[str, Any], weights: Path, device: torch.device, averaged: bool = True
 ) -> LatentMTDiffusion:
     """The trained model, ready to draw from. averaged: take the averages of a foreign file. Raises UserError."""
-    params = {**(saved["model"].get("params") or {}), "ckpt_path": None}
-    # The weights file holds the first stage too.
-    stage = params.get("first_stage_config") or {}
-    params["first_stage_config"] = {**stage, "params": {**(stage.get("params") or {}), "ckpt_path": None}}
+    # The weights file holds the first stage too: where either began is not read again.
+    params = _without_file(saved["model"].get("params"))
+    stage = params.get("first_stage_config")
+    if isinstance(stage, Mapping):
+        params["first_stage_config"] = {**stage, "params": _without_file(stage.get("params"))}
     model = instantiate({"target": saved["model"]["target"], "params": params}, "model")
     if not isinstance(model, LatentMTDiffusion):
         raise UserError(f"{weights}: is no latent diffusion model but {saved['model']['target']}")
@@ -59,6 +60,10 @@ def settle_precision(model: LatentMTDiffusion) -> LatentMTDiffusion:
     for line in lines if rank_of_launcher() == 0 else ():
         print(f"# {line}", flush=True)
     return model
+
+
+def _without_file(params: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (params or {}).items() if key != "ckpt_path"}
 
 
 def load_generator(path: str, ema: str, device: torch.device, file: str = "") -> LatentGenerator:

@@ -67,12 +67,20 @@ def read_command(args: Arguments, kind: type) -> Command:
         raise UserError(
             f"{args.config}: run.ema_rate '{settings.ema_rate}': write one rate between 0 and 1, or leave it empty"
         )
+    newest = newest_checkpoint(Path(settings.log_dir))
+    if newest is not None and "ema_warmup" not in (config.get("run") or {}):
+        settings.ema_warmup = saved_run(newest)["ema_warmup"]
     config["run"] = dict(vars(settings))
     config["model"], config["data"] = with_defaults(config["model"]), with_defaults(config.get("data") or {})
     if not config.get("data"):
         raise UserError(f"{args.config}: has no 'data: {{target, params}}'")
     words = tuple(word.partition("=")[0] for word in args.overrides)
     return Command(config, settings, Path(settings.log_dir), args.dry_run, words)
+
+
+def saved_run(newest: Path) -> dict[str, Any]:
+    """The `run` section of a checkpoint's configuration. Runs before `ema_warmup` had averages without it."""
+    return {"ema_warmup": False, **((read_config(newest / "model.safetensors") or {}).get("run") or {})}
 
 
 def with_defaults(config: Any) -> Any:
@@ -213,13 +221,13 @@ def fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
     free += [option for task in TASKS.values() for option in task.file_options]
     flat = flatten(config["model"].get("params") or {}, "model.params.")
     fixed = {key: value for key, value in flat.items() if key.rpartition(".")[2] not in free}
-    return fixed | {f"run.{key}": config["run"].get(key) for key in ("seed", "images_per_step")}
+    return fixed | {f"run.{key}": config["run"].get(key) for key in ("seed", "images_per_step", "ema_warmup")}
 
 
 def check_resumed(newest: Path, config: dict[str, Any]) -> None:
     """UserError where the run in `newest` was trained with other settings than those of a resolved configuration. What
     later versions added has its default in older runs."""
-    saved = {"model": {}, "run": {}, **(read_config(newest / "model.safetensors") or {})}
+    saved = {"model": {}, **(read_config(newest / "model.safetensors") or {}), "run": saved_run(newest)}
     there, here = fixed_settings({**saved, "model": with_defaults(saved["model"])}), fixed_settings(config)
     keys = [*here, *(key for key in there if key not in here)]
     resume.refuse_other_settings(

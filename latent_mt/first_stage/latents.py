@@ -11,6 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -131,7 +132,13 @@ def _encode_into(
         for batch in batches:
             latents = encode_items(first_stage, batch.images.to(device), sides)
             shape = list(latents.shape[1:])
-            out.write(latents.cpu().numpy().astype(precision).tobytes())
+            stored = latents.cpu().numpy().astype(precision)
+            if not np.isfinite(stored).all():
+                raise UserError(
+                    f"{file.parent}: latents that are NaN, or beyond what {precision} can hold; take precision float32, or other "
+                    "weights of the first stage"
+                )
+            out.write(stored.tobytes())
             kept += batch.indices.tolist()
             bar.update(len(batch.indices))
         out.flush()

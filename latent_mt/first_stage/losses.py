@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from guided_mt.errors import UserError
 from guided_mt.runs import checkpoint
+from guided_mt.runs.weights import refuse_not_finite
 
 from .reconstruction import Reconstruction
 
@@ -201,7 +202,7 @@ class AdversarialLoss(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("perceptual_loss.")}
 
     def load_trained_state(self, state: Mapping[str, Tensor], where: str) -> None:
-        """The counterpart of `trained_state`. Raises UserError where entries differ."""
+        """The counterpart of `trained_state`. Raises UserError where entries differ, or hold NaN."""
         own = self.trained_state()
         state = {key: value for key, value in state.items() if not key.startswith("perceptual_loss.")}
         wrong = [
@@ -209,6 +210,7 @@ class AdversarialLoss(nn.Module):
         ]
         if wrong:
             raise UserError(f"{where}: 'loss.{wrong[0]}' does not fit the discriminator of lossconfig")
+        refuse_not_finite(state, where)
         self.load_state_dict(state, strict=False)
 
     def generator_parameters(self) -> list[nn.Parameter]:

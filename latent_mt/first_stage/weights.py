@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from guided_mt.errors import UserError
 from guided_mt.runs import checkpoint
+from guided_mt.runs.weights import refuse_not_finite
 
 from ..runs import ldm_checkpoint
 from ..runs.ldm_checkpoint import TRAINING_ONLY
@@ -62,4 +63,5 @@ def load_entries(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     what = checkpoint.difference(state, model.state_dict(), optional=lambda key: key.startswith(tuple(may_lack)))
     if what:
         raise UserError(f"ckpt_path {path}: another {type(model).__name__}: {what}; compare ddconfig and embed_dim")
+    refuse_not_finite(state, f"ckpt_path {path}")
     model.load_state_dict(state, strict=False)

@@ -13,6 +13,7 @@ from guided_mt.data import Batch
 from guided_mt.data.images import from_uint8
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
+from guided_mt.generation.drawing import refuse_not_finite
 from guided_mt.modalities import Images
 from guided_mt.modalities.settings import MTConfig
 
@@ -65,9 +66,11 @@ class LatentCodec(nn.Module):
             return self.scale_factor * _posterior(mean, logvar, streams)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> images [B, 3, H, W] in [-1, 1]."""
+        """Latents [B, C, h, w] -> images [B, 3, H, W] in [-1, 1]. Raises drawing.NotFinite."""
         with self._exact():
-            return self.first_stage_model.decode(z / self.scale_factor).clamp(-1, 1)
+            images = self.first_stage_model.decode(z / self.scale_factor)
+        refuse_not_finite("decoded images", images)
+        return images.clamp(-1, 1)
 
     @contextlib.contextmanager
     def _exact(self) -> Iterator[None]:

@@ -150,13 +150,16 @@ class LatentMTDiffusion(LatentCodec):
         # LDM's order of defaults: no condition wins over everything else.
         key = conditioning_key or ("concat" if concat_mode else "crossattn")
         self.conditioning_key = None if cond_stage_config == UNCONDITIONAL else key
-        self.diffusion = GaussianDiffusion(
-            betas=betas,
-            model_mean_type=parameterization,
-            model_var_type=ModelVarType.FIXED_SMALL,  # LDM's v_posterior = 0
-            loss_type=LOSSES[loss_type],
-            aggregation=Aggregation.from_weights(weights_names(config), betas),
-        )
+        try:
+            self.diffusion = GaussianDiffusion(
+                betas=betas,
+                model_mean_type=parameterization,
+                model_var_type=ModelVarType.FIXED_SMALL,  # LDM's v_posterior = 0
+                loss_type=LOSSES[loss_type],
+                aggregation=Aggregation.from_weights(weights_names(config), betas),
+            )
+        except ValueError as error:
+            raise UserError(f"model.params: {error}") from None
         network = build_network(unet, config, self.diffusion, self)
         self.model = DiffusionWrapper(network, self.conditioning_key)
         self._add_first_stage(first_stage_config)

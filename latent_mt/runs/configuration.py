@@ -96,6 +96,9 @@ def check_shape(config: Mapping[str, Any], source: str = "the configuration") ->
     for part in ("model", "data"):
         if config.get(part) and not isinstance(config[part].get("target"), str):
             raise UserError(f"{source}: {part} has no target, the dotted name of a class")
+    missing = way_out(str(model.get("target")))
+    if missing:  # before all that only such a model has
+        raise UserError(f"{source}: model: {model['target']} {missing}")
     for part in TOP_LEVEL[:3]:
         for where, target in _targets(config.get(part), part):
             try:

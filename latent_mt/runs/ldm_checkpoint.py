@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.errors import UserError, reason
 from guided_mt.runs import checkpoint
+from guided_mt.runs.weights import find_state, refuse_foreign, refuse_not_finite
 
 MODEL, FIRST_STAGE, COND_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 SCHEDULE_BUFFERS = (
@@ -62,14 +63,19 @@ LIGHTNING = (
     "native_amp_scaling_state",
     "amp_scaling_state",
 )
-# What Lightning 1.x pickled beside the weights of LDM's released files. None of it is imported: an `Inert` stands for each.
-PICKLED = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "_codecs.encode",
+# What other trainers keep there.
+TRAINERS = (
+    "model",
+    "ema",
+    "opt",
+    "optimizer",
+    "scheduler",
+    "args",
+    "config",
+    "step",
+    "steps",
+    "iteration",
+    "n_averaged",
 )
 AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "quantize.")
 TRAINING_ONLY = ("loss.", "model_ema.")  # entries of an autoencoder that only its own training needs
@@ -99,41 +105,18 @@ class LDMCheckpoint:
 # ---------------------------------------------------------------- reading
 
 
-class Inert:
-    """In the place of an object that is not loaded: takes whatever it is made of, and does nothing."""
-
-    def __init__(self, *parts: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def read_state_dict(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_state_dict(path: str | Path, kind: str, averaged: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the state dict, what stands beside it) of a .ckpt, .pt or .safetensors file of `kind` "diffusion" or "autoencoder".
 
-    Objects that Lightning 1.x left beside the weights of LDM's released files become `Inert`. Raises UserError for a damaged file,
-    one with any other objects, and one of the other kind.
+    averaged: see `weights.find_state`. Raises UserError for a damaged file, one with objects of a program, and one of another kind.
     """
     path = Path(path)
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in PICKLED]):
-            content = checkpoint.read_state(path)
-    except checkpoint.RefusedFile as error:
-        raise UserError(
-            f"{error}; if you trust where it is from, keep its weights alone: import torch; torch.save({{'state_dict': "
-            f"torch.load('{path.name}', weights_only=False)['state_dict']}}, 'weights.ckpt')"
-        ) from None
-    state, beside = content, {}
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        state, beside = content["state_dict"], {key: value for key, value in content.items() if key != "state_dict"}
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no state dict of tensors; LDM's .ckpt files have one as 'state_dict'")
-    if path.suffix == ".safetensors":
-        beside = _metadata(path)
+    read = find_state(path, averaged)
+    state, beside = read.state, read.beside
+    refuse_foreign(state, path, "latent", "first stage", "pixel", "classifier")
     found = kind_of(state)
     if found == kind:
-        return dict(state), beside
+        return state, beside
     if found == "autoencoder":
         raise UserError(
             f"{path}: is an autoencoder's checkpoint, but a diffusion model's is expected; give it as ckpt_path of "
@@ -144,6 +127,7 @@ def read_state_dict(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dic
             f"{path}: is a diffusion model's checkpoint, but an autoencoder's is expected; load it as ckpt_path of "
             "model.params, which brings its first stage along"
         )
+    refuse_foreign(state, path, "latent" if kind == "diffusion" else "first stage")
     raise UserError(
         f"{path}: is no checkpoint of latent-diffusion: no entry begins with {MODEL} or encoder. (first: '{next(iter(state))}')"
     )
@@ -157,13 +141,15 @@ def kind_of(state: Iterable[str]) -> str:
     return "autoencoder" if any(name.startswith(AUTOENCODER) for name in names) else "other"
 
 
-def read_ldm(path: str | Path, names: Iterable[str] = (), ignore: Sequence[str] = ()) -> LDMCheckpoint:
-    """A diffusion model's checkpoint in parts.
+def read_ldm(
+    path: str | Path, names: Iterable[str] = (), ignore: Sequence[str] = (), averaged: bool = True
+) -> LDMCheckpoint:
+    """A diffusion model's checkpoint in parts. averaged: see `weights.find_state`.
 
     names: the U-Net's parameters, for the averages of a file without the U-Net itself (names in the file are known anyway).
     ignore: entries that begin with one of these are left out. Raises UserError as `read_state_dict` does.
     """
-    state, beside = read_state_dict(path, "diffusion")
+    state, beside = read_state_dict(path, "diffusion", averaged)
     state = {key: value for key, value in state.items() if not key.startswith(tuple(ignore))} if ignore else state
     found = LDMCheckpoint({}, step=_whole_number(beside.get("global_step")))
     averages: dict[str, Tensor] = {}
@@ -182,7 +168,7 @@ def read_ldm(path: str | Path, names: Iterable[str] = (), ignore: Sequence[str] 
             else:
                 parts[prefix][key.removeprefix(prefix)] = value
     _read_averages(found, averages, names)
-    found.unknown += [key for key in beside if key not in LIGHTNING]
+    found.unknown += [key for key in beside if key not in (*LIGHTNING, *TRAINERS)]
     return found
 
 
@@ -213,11 +199,6 @@ def average_name(name: str) -> str:
     return f"diffusion_model.{name}".replace(".", "")
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return {key: value for key, value in (file.metadata() or {}).items() if key == "global_step"}
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -227,18 +208,22 @@ def write_ldm(path: str | Path, content: LDMCheckpoint) -> None:
     LDM's own samplers use the averages (`ema_scope`), which begin as random weights where a file has none: give `ema`.
     `content.unknown` is names alone and is not written. Raises UserError.
     """
-    path = Path(path)
+    write_state(Path(path), _whole(content), content.step)
+
+
+def write_state(path: Path, state: Mapping[str, Tensor], step: int | None) -> None:
+    """Write {"state_dict": state, "global_step": step} as LDM does. Raises UserError."""
     if path.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"{path}: the file to write must end in .ckpt or .safetensors")
-    state = _whole(content)
+    state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
     temporary = path.with_name(f".tmp_{path.name}")
-    step = {} if content.step is None else {"global_step": content.step}
+    beside = {} if step is None else {"global_step": step}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".ckpt":
-            torch.save({"state_dict": state, **step}, temporary)
+            torch.save({"state_dict": state, **beside}, temporary)
         else:
-            save_file(state, str(temporary), metadata={key: json.dumps(value) for key, value in step.items()} or None)
+            save_file(state, str(temporary), metadata={key: json.dumps(value) for key, value in beside.items()} or None)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         with contextlib.suppress(OSError):
@@ -263,12 +248,12 @@ def _whole(content: LDMCheckpoint) -> dict[str, Tensor]:
     state |= content.buffers
     if content.scale_factor is not None:
         state["scale_factor"] = torch.tensor(content.scale_factor, dtype=torch.float32)
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+    return state
 
 
 def schedule_buffers(betas: np.ndarray) -> dict[str, Tensor]:
     """The entries that LDM keeps of a noise schedule, float32 [T], from betas [T] (its v_posterior is 0)."""
-    diffusion = GaussianDiffusion(betas=np.asarray(betas, dtype=np.float64))
+    diffusion = GaussianDiffusion(betas=np.asarray(betas, dtype=np.float64), model_mean_type="v")  # no table is v's
     tables = {name: getattr(diffusion, name) for name in SCHEDULE_BUFFERS}
     # ADM gives t = 0 the logarithm of the next timestep's variance; LDM bounds it from below.
     tables["posterior_log_variance_clipped"] = np.log(np.maximum(diffusion.posterior_variance, 1e-20))
@@ -289,7 +274,7 @@ def load_ldm(
     parts that differ, for entries that the model has no place for, and for another noise schedule.
     """
     network = module.model.diffusion_model
-    found = read_ldm(path, network.state_dict(), ignore_keys)
+    found = read_ldm(path, network.state_dict(), ignore_keys, averaged=ema)
     # Averages are of parameters alone; buffers, if any, come from the network itself.
     weights = {**found.model, **found.ema} if found.ema is not None and (ema or not found.model) else found.model
     if network.roles and "label_emb.weight" not in weights:
@@ -332,6 +317,7 @@ def _load_part(module: nn.Module, state: Mapping[str, Tensor], where: str, key: 
     what = checkpoint.difference(state, module.state_dict(), optional=checkpoint.is_own if new else None)
     if what:
         raise UserError(f"{where}: another architecture: {what}; compare model.params.{key}")
+    refuse_not_finite(state, where)
     checkpoint.fill(module, state)
 
 

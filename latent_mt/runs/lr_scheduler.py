@@ -84,10 +84,11 @@ class LambdaWarmUpCosineScheduler2(Schedule):
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """Cycles that fall linearly; as in LDM the line starts from f_max at step 0 of the cycle, before its warm-up."""
+    """Cycles that fall linearly; as in LDM the line starts from f_max at step 0 of the cycle, before its warm-up. After
+    the last cycle it stays at f_min."""
 
     def decay(self, high: float, low: float, step: int, warm_up: int, length: int) -> float:
-        return low + (high - low) * (length - step) / length
+        return low + (high - low) * max(length - step, 0) / length
 
 
 def cosine(high: float, low: float, share: float) -> float:

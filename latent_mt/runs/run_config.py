@@ -21,6 +21,10 @@ class RunConfig(LoopConfig):
     log_interval: int = redefined(LoopConfig, "log_interval", 50)
     save_interval: int = redefined(LoopConfig, "save_interval", 5_000)
     ema_rate: str = redefined(LoopConfig, "ema_rate", help="rate of the averaged weights; empty: none")
+    ema_warmup: bool = option(
+        True,
+        "let the averages begin at a low rate, min(ema_rate, (1 + n) / (10 + n)) at step n, as latent-diffusion does",
+    )
     weight_decay: float = redefined(LoopConfig, "weight_decay", 0.01)
     sample_interval: int = redefined(TrainConfig, "sample_interval", help="steps between PNG grids; 0: none")
     val_interval: int = option(0, "steps between evaluations on the validation split; 0: none", least=0)

@@ -63,7 +63,18 @@ _CLIP = (
     "is not built: frozen CLIP encoders are not part of this package. Give their vectors or tokens directly: encode the "
     "data once with the original, and take cond_stage_config torch.nn.Identity"
 )
+_NO_CLASS = (
+    "is not built: this package has LatentDiffusion alone of latent-diffusion's and Stable Diffusion's models, and these weights "
+    "can't be used without the class"
+)
 _FOREIGN = {
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": _NO_CLASS,
+    "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": _NO_CLASS,
+    "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": _NO_CLASS,
+    "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": _NO_CLASS,
+    "ldm.models.diffusion.ddpm.LatentFinetuneDiffusion": _NO_CLASS,
+    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": _NO_CLASS,
+    "sgm.models.diffusion.DiffusionEngine": _NO_CLASS,
     "ldm.data.": _OUR_DATA,
     "taming.data.": _OUR_DATA,
     "main.DataModuleFromConfig": _OUR_DATA,

@@ -71,7 +71,7 @@ class TrainedModule(pl.LightningModule):
 
     def after_step(self) -> None:
         """Called after each optimiser step."""
-        self.ema.update()
+        self.ema.update(self.steps_done if self.run.ema_warmup else None)
 
     @contextlib.contextmanager
     def with_averages(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from evaluations.errors import EvaluationError
 from evaluations.features import weights
@@ -132,3 +134,31 @@ def test_names_carry_the_hash_that_is_checked():
     for known in (weights.INCEPTION_TORCH, weights.ALEXNET):
         assert known.sha256 in known.name
         assert Path(known.url).name == known.name
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.ckpt"])
+def test_content_decides_and_wrappers_are_undone(name, tmp_path):
+    state = {"a.weight": torch.ones(2)}
+    file = tmp_path / name
+    for content in (state, {"module._orig_mod.a.weight": state["a.weight"]}, {"state_dict": state, "epoch": 3}):
+        torch.save(content, file)
+        assert weights.read_tensors(file, "--x takes y").keys() == state.keys()
+    save_file(state, file)
+    assert weights.read_tensors(file, "--x takes y").keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"", "not a PyTorch file of tensors, or a damaged one"),
+    ],
+)
+def test_what_is_no_weights_file_is_told_so(content, expected, tmp_path):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(EvaluationError, match=f"x.pth: {expected}.*--x takes y"):
+        weights.read_tensors(tmp_path / "x.pth", "--x takes y")

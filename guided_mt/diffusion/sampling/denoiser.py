@@ -12,6 +12,7 @@ from torch import Tensor
 from ..network import Denoising
 from ..process import GaussianDiffusion
 from ..random import SampleStreams
+from ..schedules import LEAST_SIGNAL
 
 CONDITIONINGS = ("own-head", "algorithm1", "network")
 
@@ -106,7 +107,9 @@ class Denoiser:
         outside = None if self.cond_fn is None else self.cond_fn(y, diffusion.model_timesteps(t))
         in_eps = None if self.shifts_mean else outside
         in_eps, after_clipping = (None, in_eps) if self.clip_before_guidance else (in_eps, None)
-        if self.fixed or self.guidance_scale != 1 or in_eps is not None:
+        guided = self.fixed or self.guidance_scale != 1 or in_eps is not None
+        has_signal = diffusion.alphas_cumprod[step] >= LEAST_SIGNAL
+        if guided and has_signal:
             eps = diffusion.predict_eps(seen.output, self._state_seen(z, t, y, seen.predictions), t)
             if seen.head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
                 eps = diffusion.condition_eps(eps, self.conditioning_scale * seen.head_gradient, t)
@@ -118,9 +121,13 @@ class Denoiser:
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
         else:
             x_start = diffusion.predict_xstart(seen.output, y, t)
+            if seen.unconditional is not None and seen.bare is not None:
+                # In pure noise (zero terminal SNR) eps says nothing of z_0: guidance by z_0 itself, and none by a gradient.
+                x_start_u = diffusion.predict_xstart(seen.unconditional, seen.bare, t)
+                x_start = x_start_u + self.guidance_scale * (x_start - x_start_u)
         # After an outside gradient, unless asked otherwise: at high noise a little error in it is far out of range in z_0.
         x_start = self._limit(x_start)
-        if after_clipping is not None:
+        if after_clipping is not None and has_signal:
             eps = diffusion.condition_eps(diffusion.predict_eps_from_xstart(y, t, x_start), after_clipping, t)
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
         return Estimate(x_start, self.encodings, variance, log_variance, outside if self.shifts_mean else None)

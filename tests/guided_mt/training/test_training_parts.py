@@ -16,7 +16,7 @@ from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.modalities import ImageModality, Images, MaskedImage
 from guided_mt.networks.heads import HeadVariance
 from guided_mt.training.objective import multi_task_losses
-from guided_mt.training.optim import Ema, Optimizer, learning_rate
+from guided_mt.training.optim import Ema, Optimizer, learning_rate, warmed
 
 # ---------------------------------------------------------------- timestep samplers
 
@@ -209,6 +209,26 @@ def test_the_loss_scale_falls_on_overflow_has_a_floor_and_grows():
     (parameter**2).sum().backward()
     optimizer.step(0.1)
     assert float(optimizer.log2_scale) == 0.5
+
+
+def test_averages_that_warm_up_are_latent_diffusions():
+    """The values of LitEma(decay=0.9999) of one weight that is k after step k: rates 2/11, 3/12, 4/13, ..."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(0.0)
+    ema, expected = Ema(layer, ["0.9999", "0.2"]), [0.0, 0.0]
+    for step in range(1, 51):
+        layer.weight.data.fill_(step)
+        ema.update(step)
+        for k, rate in enumerate((0.9999, 0.2)):
+            kept = min(rate, (1 + step) / (10 + step))
+            expected[k] -= (1 - kept) * (expected[k] - step)
+    found = [float(ema.averages[rate][0]) for rate in ("0.9999", "0.2")]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert warmed(0.9999, 1) == 2 / 11 and warmed(0.9999, 10**6) == 0.9999
+    share = 1.0  # of the initial weights, after a thousand steps
+    for step in range(1, 1001):
+        share *= warmed(0.9999, step)
+    assert share < 1e-9 < 0.9 < 0.9999**1000
 
 
 def test_ema_and_swap():

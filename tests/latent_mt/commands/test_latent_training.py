@@ -15,7 +15,8 @@ import torch
 from make_golden_traces import FILE, LATENT_TRACES, latent_loss_trace
 from PIL import Image
 from pytorch_lightning.plugins.precision import MixedPrecision
-from tiny import finish, finish_group, start, words
+from safetensors.torch import load_file
+from tiny import finish, finish_group, start, step_folder, words
 from tiny_latent import LATENT, SIZE, UNET, newest_weights, train, write_config, write_pairs
 
 from guided_mt.diffusion.random import SampleStreams
@@ -90,6 +91,28 @@ def test_frozen_first_stage_and_learned_rest(pairs, tmp_path):
     assert not any(key.startswith(("first_stage_model.", "scale_factor")) for key in moved)
     assert any(".heads.paired." in key for key in moved) and any(".label_emb." in key for key in moved)
     assert any(key.startswith("model.diffusion_model.input_blocks.") for key in moved)
+
+
+def test_averages_warm_up_and_older_runs_go_on_without(pairs, tmp_path):
+    """min(rate, (1 + n) / (10 + n)) in a new run; a run whose configuration doesn't know of it keeps its constant rate."""
+    key, run = "model.diffusion_model.time_embed.0.weight", tmp_path / "a"
+    file = write_config(tmp_path / "a.yaml", pairs, run)
+
+    def after(step: int, stem: str) -> torch.Tensor:
+        return load_file(step_folder(run, step) / f"{stem}.safetensors")[key]
+
+    train(file, "run.total_steps=2", "run.save_interval=1")
+    expected = torch.lerp(after(1, "ema_0.9"), after(2, "model"), 1 - 3 / 12)
+    assert torch.allclose(after(2, "ema_0.9"), expected, atol=1e-7)
+    saved = step_folder(run, 2) / "config.yaml"
+    assert "ema_warmup: true" in saved.read_text()
+    saved.write_text(saved.read_text().replace("  ema_warmup: true\n", ""))
+    with pytest.raises(UserError, match=r"run.ema_warmup \(False there, True here\)"):
+        train(file, "run.total_steps=3", "run.ema_warmup=true")
+    train(file, "run.total_steps=3", "run.save_interval=1")
+    expected = torch.lerp(after(2, "ema_0.9"), after(3, "model"), 0.1)
+    assert torch.allclose(after(3, "ema_0.9"), expected, atol=1e-7)
+    assert "ema_warmup: false" in (step_folder(run, 3) / "config.yaml").read_text()
 
 
 def test_scale_by_std_gives_unit_latents(pairs, tmp_path):

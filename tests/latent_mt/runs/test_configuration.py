@@ -378,3 +378,30 @@ def test_another_target_starts_with_empty_params(tmp_path):
     assert config["data"] == {"target": "latent_mt.data.ImageData", "params": {"path": "faces", "batch_size": 8}}
     again = load_config(path, [*own, "data.target=latent_mt.data.ImageData"])  # the same class again keeps them
     assert again["data"] == config["data"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LatentInpaintDiffusion",
+        "LatentDepth2ImageDiffusion",
+        "LatentUpscaleDiffusion",
+        "ImageEmbeddingConditionedLatentDiffusion",
+    ],
+)
+def test_stable_diffusions_other_models_are_named_first(name, tmp_path):
+    """Not the keys, encoders and data that only they have."""
+    file = tmp_path / "sd.yaml"
+    file.write_text(f"""
+model:
+  base_learning_rate: 1.0e-04
+  target: ldm.models.diffusion.ddpm.{name}
+  params:
+    depth_stage_config: {{target: ldm.modules.midas.api.MiDaSInference}}
+    embedder_config: {{target: ldm.modules.encoders.modules.FrozenOpenCLIPImageEmbedder}}
+    low_scale_config: {{target: ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation}}
+    cond_stage_config: {{target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder}}
+data: {{target: ldm.data.laion.WebDataModuleFromConfig}}
+""")
+    with pytest.raises(UserError, match=rf"model: ldm.models.diffusion.ddpm.{name} is not built: this package has"):
+        load_config(file)
