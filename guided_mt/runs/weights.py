@@ -7,6 +7,7 @@ unpickled: files that hold other objects than tensors, and plain settings beside
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -133,7 +135,9 @@ def read_state(path: Path) -> Any:
         raise RefusedFile(f"{path}: refused, {_why_refused(str(error))}") from None
     except UserError:
         raise
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(f"{path}: is truncated or no weights file ({reason}); {AGAIN}") from None
 
@@ -172,7 +176,7 @@ def find_state(path: Path, averaged: bool = True) -> Found:
         if ours:
             if any(key in AVERAGED for key in there) and any(key in PLAIN for key in there):
                 other = next(key for key in there if (key in AVERAGED) != (ours[0] in AVERAGED))
-                log.info("%s: takes %s, not '%s'", path, _named(ours[0]), other)
+                _say(f"{path}: takes {_named(ours[0])}, not '{other}'")
             beside = {key: value for key, value in content.items() if key != ours[0]}
             return Found(unwrapped(_inner(content[ours[0]]) or {}), ours[0], beside)
     if isinstance(content, Mapping) and any(key in content for key in ("param_groups", "optimizer", "optimizers")):
@@ -180,6 +184,13 @@ def find_state(path: Path, averaged: bool = True) -> Found:
             f"{path}: holds an optimiser's state, not a model; give the model*.pt, ema*.pt or .safetensors file"
         )
     raise UserError(f"{path}: holds no state dict of tensors{_holds(content)}")
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Log it, once however often a file is read, and by the main process alone."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+        log.info("%s", text)
 
 
 def _named(key: str) -> str:
