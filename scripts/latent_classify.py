@@ -1,17 +1,6 @@
 """python scripts/latent_classify.py --model_path RUN --data_dir ..."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from guided_mt.commands.console import run
-from latent_mt.commands.latent_classify import main as classify
-from reproduce.classified import classify_and_score
-
-
-def main(argv: Sequence[str]) -> None:
-    classify_and_score(classify, argv)
-
+from reproduce.latent_classify import console
 
 if __name__ == "__main__":
-    run(main)
+    console()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, finish_group, flags, step_folder, words
+from tiny import finish_group, flags, step_folder, words
 
 from evaluations import classification as scoring
 from guided_mt.commands import classifier_train, classify, train
@@ -28,17 +26,10 @@ from guided_mt.errors import UserError
 from guided_mt.generation.classification import classifier_probabilities, head_estimates, read_timesteps
 from guided_mt.generation.noisy_classifier import build_process, load_classifier
 from guided_mt.modalities import ImageModality, LabelModality
+from reproduce import classify as image_classify
 
 COUNT = 20
 STEP = 3
-
-
-def script(name: str) -> ModuleType:
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
@@ -202,7 +193,7 @@ def test_two_processes_write_the_same_file_and_score_it(runs, digits, tmp_path):
 def test_the_file_is_what_the_evaluation_reads(runs, tmp_path, capsys):
     """Without --out it is named after the step, so that the files of a run's checkpoints make a curve."""
     values = {"data_dir": "builtin:digits-test", "num_samples": 16, "draws": 1, "timesteps": "0", "device": "cpu"}
-    script("image_classify").main(words(model_path=step_folder(runs["U"], STEP), ema="none", **values))
+    image_classify.main(words(model_path=step_folder(runs["U"], STEP), ema="none", **values))
     file = runs["U"] / "samples" / f"classified_{STEP:08d}.npz"
     assert "Expected calibration error" in capsys.readouterr().out
     table = tmp_path / "scores.csv"
@@ -220,7 +211,7 @@ def test_data_without_classes_and_with_others(runs, tmp_path, capsys):
         Image.fromarray(np.full((8, 8, 3), 80 * i, np.uint8)).save(pictures / f"{i}.png")
     found = classified(runs["U"], tmp_path / "bare.npz", pictures)
     assert found.keys() == {"probabilities", "classes", "step"} and len(found["probabilities"]) == 3
-    script("image_classify").main(words(model_path=runs["U"], data_dir=pictures, out=tmp_path / "s.npz", draws=1))
+    image_classify.main(words(model_path=runs["U"], data_dir=pictures, out=tmp_path / "s.npz", draws=1))
     assert "Top-1" not in capsys.readouterr().out and not (tmp_path / "s_confusion.png").exists()
 
     for i in range(3):
@@ -241,9 +232,7 @@ def test_a_diverged_model_is_one_line(runs, digits, tmp_path, monkeypatch):
         classify, "head_estimates", lambda network, process, modalities, x, *_: torch.full((len(x), 10), torch.nan)
     )
     with pytest.raises(UserError, match=r"o.npz: 200 probabilities are not finite"):
-        script("image_classify").main(
-            words(model_path=runs["U"], data_dir=digits, out=tmp_path / "o.npz", device="cpu")
-        )
+        image_classify.main(words(model_path=runs["U"], data_dir=digits, out=tmp_path / "o.npz", device="cpu"))
 
 
 def test_separate_classifiers(runs, digits, tmp_path):
