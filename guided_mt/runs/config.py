@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ from ..diffusion.targets import TARGETS
 from ..diffusion.weighting import TIMESTEP_WEIGHTS
 from ..errors import UserError, nearest
 from ..networks.classifier import POOLS
+from . import presets
 
 
 def option(
@@ -240,9 +240,8 @@ def parse(
     `--help` prints every flag with its default and exits.
     """
     fields = {f.name: f for section in sections for f in dataclasses.fields(section)}
-    parser = _Parser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser.fields = fields
     seen: set[str] = set()
     for section in sections:
         group = parser.add_argument_group((section.__doc__ or "").strip())
@@ -290,9 +289,20 @@ def parse(
     return Config(made, frozenset(typed), words=frozenset(on_command_line))
 
 
-class _Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
+    """A parser of options. fields: {flag: its field}, which says its choices and range."""
+
+    fields: Mapping[str, dataclasses.Field]
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description's lines as they are written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in ("", None) else action.help
 
 
 def _word(field: dataclasses.Field) -> str:
@@ -364,17 +374,16 @@ def make_section(section: type, values: Mapping[str, Any], source: str | Path) -
 
 
 def preset_names() -> list[str]:
-    folder = resources.files("guided_mt.runs") / "presets"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return presets.names()
 
 
 def load_preset(name: str) -> dict[str, Any]:
     """The flags of presets/NAME.yaml. Raises UserError for an unknown name."""
-    if name not in preset_names():
+    if name not in presets.names():
         raise UserError(
-            f"unknown preset '{name}'{nearest(name, preset_names())}; there are {', '.join(preset_names())}"
+            f"unknown preset '{name}'{nearest(name, presets.names())}; there are {', '.join(presets.names())}"
         )
-    return _parse_yaml((resources.files("guided_mt.runs") / "presets" / f"{name}.yaml").read_text(), name)
+    return _parse_yaml(presets.file_of(name).read_text(encoding="utf-8"), name)
 
 
 def _load_yaml(path: str) -> dict[str, Any]:

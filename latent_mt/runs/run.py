@@ -25,6 +25,7 @@ from guided_mt.runs.policy import RunPolicy
 from guided_mt.runs.resume import newest_checkpoint
 
 from .launched import with_launcher
+from .program import as_typed
 from .run_config import RunConfig
 from .trained_module import TrainedModule
 
@@ -190,7 +191,7 @@ def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any
     if trainer.strategy.root_device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     try:
-        with _quiet():
+        with _quiet(), as_typed():  # Lightning starts further processes by the words of sys.argv
             trainer.fit(module, train_dataloaders=_Stream(stream, folder))
     except SystemExit:
         if folder.interrupted:  # before the first step: Lightning makes an exit of it
