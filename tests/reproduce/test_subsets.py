@@ -1,4 +1,4 @@
-"""The picture of every subset: for runs of both packages, with the rows that they were trained for and the items that were asked for."""
+"""The picture of every subset, for runs of both packages: the rows that a model was trained for, and the items asked for."""
 
 from __future__ import annotations
 
