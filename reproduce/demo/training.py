@@ -15,19 +15,21 @@ from tqdm.auto import tqdm
 from evaluations.tables.figures import new_figure, save_figure
 from guided_mt.errors import UserError
 
+LOG = "demo_log.txt"
 LOOK = 0.5  # seconds between looks at progress.csv
 TAIL = 15  # lines of the log that are shown when training fails
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "image_train.py"
 
 
-def train(preset: str, run: Path, steps: int, processes: int, log: Path) -> None:
-    """Train the preset for so many steps, its learning rate falling to 0 at the last; what it prints goes to `log`.
+def train(preset: str, run: Path, steps: int, processes: int, *more: str) -> None:
+    """Train the preset for so many steps, its learning rate falling to 0 at the last; what it prints goes to `LOG` of the run.
 
     Raises UserError where it fails. On Ctrl-C it waits until the training has saved and ended.
     """
-    words, environment = command(options(preset, run, steps), processes)
+    words, environment = command([*options(preset, run, steps), *more], processes)
+    log = run / LOG
     print("$", *words, flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         training = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -104,6 +106,8 @@ def draw_curve(progress: Path, out: Path) -> None:
     names = {"mse": "denoising (mse)", "masked": "masked image (mse)", "label": "label (cross-entropy)"}
     figure, axes = new_figure(6, 3.5)
     for name, label in names.items():
+        if not rows or name not in rows[0]:
+            continue
         axes.plot(steps, [float(row[name]) for row in rows], label=label)
     axes.set(xlabel="training step", ylabel="loss", yscale="log")
     axes.legend()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from tiny import words
@@ -33,30 +32,33 @@ def no_training(*_):
 def test_all_stages_and_once(small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     run = tmp_path / "run"
-    argv = ["--run", str(run), "--steps", str(STEPS)]
+    argv, trained = ["--run", str(run), "--steps", str(STEPS)], []
 
-    def in_process(preset, folder, steps, processes, log):
-        assert (preset, folder, steps, processes) == ("demo-digits", run, STEPS, 2)
+    def in_process(preset, folder, steps, processes, *more):
+        assert processes == 2
+        trained.append((preset, folder, steps))
         tiny = words(global_batch_size=4, image_size=8, channel_mult=1, attention_resolutions=8)
-        train_command.main([*training.options(preset, folder, steps), *tiny])
+        train_command.main([*training.options(preset, folder, steps), *more, *tiny])
 
     monkeypatch.setattr(stages, "train", in_process)
     stages.main(argv)
     said = capsys.readouterr().out
-    for part in ("1/4", "mean training image", "The label head names", "digits drawn with a label given", "Type next:"):
+    for part in ("1/4", "mean training image", "label head names", "digits drawn with a label given", "Type next:"):
         assert part in said
-    for name in ("restored", "of_labels", "samples", "subsets"):
-        file = run / "samples" / f"{name}_{STEPS}.png"
-        assert str(file) in said and file.exists()
-    picture = Image.open(run / "samples" / f"subsets_{STEPS}.png")
-    assert picture.height > 6 * 64  # true, to give, and four subsets
-    with np.load(run / "samples" / f"of_labels_{STEPS}.npz") as file:
-        assert file["arr_0"].shape == (10, 8, 8, 3)
+    assert trained == [("demo-digits", run, STEPS), ("demo-digits-label", run / "label", 1)]
+    made = [run / "samples" / f"{name}_{STEPS}.png" for name in ("restored", "samples")]
+    made += [run / "label" / "samples" / f"{name}_1.png" for name in ("of_labels", "subsets")]
+    assert all(file.exists() and str(file) in said for file in made)
+    assert Image.open(made[-1]).height > 6 * 64  # true, masked, and four subsets
+    assert Image.open(made[-2]).width == 10 * (64 + 2) + 2
 
-    before = {file: file.stat().st_mtime_ns for file in (run / "samples").glob(f"*_{STEPS}.*")}
+    before = {file: file.stat().st_mtime_ns for file in made}
     monkeypatch.setattr(stages, "train", no_training)
     stages.main(argv)
-    assert before == {file: file.stat().st_mtime_ns for file in (run / "samples").glob(f"*_{STEPS}.*")}
+    assert before == {file: file.stat().st_mtime_ns for file in made}
+
+    with pytest.raises(UserError, match=f"was trained for {STEPS} steps, more than 1"):
+        stages.main(["--run", str(run), "--steps", "1"])
 
 
 def test_stopped_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -72,18 +74,18 @@ def test_stopped_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_training_is_followed(tmp_path, monkeypatch, capsys):
-    progress, log = tmp_path / "progress.csv", tmp_path / "log.txt"
+    progress, log = tmp_path / "progress.csv", tmp_path / training.LOG
     monkeypatch.setattr(training, "LOOK", 0.05)
-    lines = f"printf 'step,loss\\n20,0.5\\n' > {progress}; sleep 0.2; printf '40,0.25\\n' >> {progress}; exit $0"
+    lines = f"printf 'step,loss\\n20,0.5\\n' > {progress}; sleep 0.2; printf '40,0.25\\n' >> {progress}"
+    lines += "; echo why it failed; exit $0"
     for code in (0, 3):
         shell = ["sh", "-c", lines, str(code)]
         monkeypatch.setattr(training, "command", lambda options, processes, shell=shell: (shell, {}))
         if code:
-            log.write_text("why it failed\n")
             with pytest.raises(UserError, match=f"exit code 3; {log}"):
-                training.train("demo-digits", tmp_path, 40, 1, log)
+                training.train("demo-digits", tmp_path, 40, 1)
         else:
-            training.train("demo-digits", tmp_path, 40, 1, log)
+            training.train("demo-digits", tmp_path, 40, 1)
     shown = capsys.readouterr().err
     assert "40/40" in shown and "loss 0.2500" in shown and "why it failed" in shown
 
@@ -98,8 +100,9 @@ def test_rows_that_are_being_written_are_left_out(tmp_path):
 def test_more_steps_than_the_preset_fall_to_0_at_their_end():
     typed = training.options("demo-digits", Path("runs/demo"), 4000)
     assert typed[typed.index("--total_steps") + 1] == typed[typed.index("--lr_anneal_steps") + 1] == "4000"
-    preset = load_preset("demo-digits")
-    assert preset["lr_anneal_steps"] == preset["total_steps"]
+    for name in (stages.PRESET, stages.SECOND):
+        preset = load_preset(name)
+        assert preset["lr_anneal_steps"] == preset["total_steps"]
 
 
 def test_one_process_needs_no_mpiexec():
