@@ -1,17 +1,28 @@
-# Everything runs in .venv, which the project's own files build. `make demo` and `make test` need nothing set up before.
+# Everything runs in .venv, which the project's own files build. `make demo` and `make test` need nothing set up before:
+# `make demo` installs what the demo needs, and what `make test` needs beside it is added to the same .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
+INSTALL := $(BIN)/python -m pip install --editable
 
 .PHONY: setup test lint smoke bench demo clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[mpi,eval,latent,tensorflow,parquet,dev]"
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	@echo "Setting up $(VENV) with all that tests and evaluation need: minutes, once."
+	$(INSTALL) ".[mpi,eval,latent,tensorflow,parquet,dev]"
+	touch $(DEMO_STAMP) $@
+
+$(DEMO_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Setting up $(VENV) with what the demo needs, PyTorch above all: a minute or two, once."
+	$(INSTALL) ".[mpi,plots]"
 	touch $@
 
 lint: $(STAMP)
@@ -32,8 +43,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/samplers.py --samples 5000
 	$(BIN)/python benchmarks/evaluator.py
 
-demo: $(STAMP)
-	$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))
+demo: $(DEMO_STAMP)
+	@$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))
 
 clean:
 	rm -rf runs build dist *.egg-info

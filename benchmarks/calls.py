@@ -1,8 +1,8 @@
 """How many network calls trained models need: restoration, Frechet distance and label agreement by sampler and number of calls.
 
-    python scripts/demo.py --run runs/demo
+    python scripts/image_train.py --preset masked-digits --log_dir runs/masked
     python scripts/compare.py --run runs/compare --rows none,label-m,masked --seeds 0,1,2
-    python benchmarks/calls.py --demo runs/demo --compare runs/compare --out runs/calls
+    python benchmarks/calls.py --masked runs/masked --compare runs/compare --out runs/calls
 
 Draws with each sampler at 5, 10, 20 and 50 calls (two of them at 250), from the models of every seed, and writes OUT/calls.csv and
 OUT/calls.png. What is drawn already is not drawn again. The classifier of compare.py reads the images.
@@ -40,7 +40,7 @@ FIGURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, required=True, help="run of scripts/demo.py")
+    parser.add_argument("--masked", type=Path, required=True, help="run of the preset masked-digits")
     parser.add_argument("--compare", type=Path, required=True, help="run of scripts/compare.py")
     parser.add_argument("--out", type=Path, default=Path("runs/calls"))
     parser.add_argument("--num_samples", type=int, default=360)
@@ -58,7 +58,7 @@ def main() -> None:
             restored = args.out / f"restored_{name}"
             options = [
                 "--model_path",
-                str(args.demo),
+                str(args.masked),
                 "--data_dir",
                 HELD_OUT,
                 "--mask",

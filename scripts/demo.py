@@ -1,4 +1,4 @@
-"""python scripts/demo.py [--run runs/demo] [--steps 1400] [--processes 2]"""
+"""python scripts/demo.py [--run runs/demo] [--steps 1600] [--processes 2]"""
 
 import _installed  # noqa: F401 - first
 

@@ -1,0 +1,114 @@
+"""The training of the demo as a process of its own, followed on the terminal, and its curve."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from evaluations.tables.figures import new_figure, save_figure
+from guided_mt.errors import UserError
+
+LOG = "demo_log.txt"
+LOOK = 0.5  # seconds between looks at progress.csv
+TAIL = 15  # lines of the log that are shown when training fails
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "image_train.py"
+
+
+def train(preset: str, run: Path, steps: int, processes: int, *more: str) -> None:
+    """Train the preset for so many steps, its learning rate falling to 0 at the last; what it prints goes to `LOG` of the run.
+
+    Raises UserError where it fails. On Ctrl-C it waits until the training has saved and ended.
+    """
+    words, environment = command([*options(preset, run, steps), *more], processes)
+    log = run / LOG
+    print("$", *words, flush=True)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        training = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        follow(training, run / "progress.csv", steps)
+    except KeyboardInterrupt:
+        training.wait()
+        raise
+    if training.returncode:
+        print(*log.read_text().splitlines()[-TAIL:], sep="\n", file=sys.stderr)
+        raise UserError(f"training ended with exit code {training.returncode}; {log} holds all that it said")
+
+
+def options(preset: str, run: Path, steps: int) -> list[str]:
+    """Of the training command."""
+    number = str(steps)
+    return ["--preset", preset, "--log_dir", str(run), "--total_steps", number, "--lr_anneal_steps", number]
+
+
+def command(options: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    """(words, environment) that start the training, by mpiexec where there are several processes and there is one."""
+    words, environment = [sys.executable, str(SCRIPT), *options], dict(os.environ)
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if processes > 1 and found:
+        words = [found, "-n", str(processes), "--oversubscribe", "--bind-to", "none", *words]
+        if os.geteuid() == 0:  # Open MPI asks root to say so
+            environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    elif processes > 1:
+        print("no mpiexec found: training in one process (pip install '.[mpi]' brings one)")
+    return words, environment
+
+
+def follow(training: subprocess.Popen, progress: Path, steps: int) -> None:
+    """Show steps, loss and the time that is left until the training has ended."""
+    live = sys.stderr.isatty()
+    begun, _ = reached(progress)
+    first, ended = True, False
+    with tqdm(total=steps, initial=begun, desc="training", unit="step", mininterval=LOOK if live else 10) as bar:
+        while not ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                training.wait(LOOK)
+                ended = True
+            step, loss = reached(progress)
+            if step <= bar.n:
+                bar.refresh() if live else None  # the clock runs while torch is loaded
+                continue
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            if first:  # its steps waited for torch to load, so they tell nothing about the rest
+                first, bar.initial, bar.n, bar.last_print_n = False, step, step, step
+                bar.unpause()
+                bar.refresh()
+            else:
+                bar.update(step - bar.n)
+
+
+def reached(progress: Path) -> tuple[int, float]:
+    """(step, loss) of the last row; (0, nan) where there is none."""
+    rows = read_rows(progress)
+    return (int(rows[-1]["step"]), float(rows[-1]["loss"])) if rows else (0, float("nan"))
+
+
+def read_rows(progress: Path) -> list[dict[str, str]]:
+    """The whole rows of progress.csv; none where it is missing."""
+    if not progress.exists():
+        return []
+    with open(progress, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def draw_curve(progress: Path, out: Path) -> None:
+    """The losses of progress.csv against the step."""
+    rows = read_rows(progress)
+    steps = [int(row["step"]) for row in rows]
+    names = {"mse": "denoising (mse)", "masked": "masked image (mse)", "label": "label (cross-entropy)"}
+    figure, axes = new_figure(6, 3.5)
+    for name, label in names.items():
+        if not rows or name not in rows[0]:
+            continue
+        axes.plot(steps, [float(row[name]) for row in rows], label=label)
+    axes.set(xlabel="training step", ylabel="loss", yscale="log")
+    axes.legend()
+    save_figure(figure, out)
