@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test lint smoke bench demo clean
+.PHONY: setup test lint smoke bench demo docs clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[mpi,eval,latent,tensorflow,parquet,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[mpi,eval,latent,tensorflow,parquet,docs,dev]"
 	touch $@
 
 lint: $(STAMP)
@@ -19,6 +19,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
@@ -35,5 +36,10 @@ bench: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))
 
+# The pages of docs/ and a reference of the code as a site in site/, which needs no network. A broken link is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or for its search too: $(BIN)/python -m http.server --directory site"
+
 clean:
-	rm -rf runs build dist *.egg-info
+	rm -rf runs build dist site *.egg-info

@@ -56,7 +56,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(source), match[2]))
         if target.startswith("docs/") or not (ROOT / target).exists():
             return match[0]  # of docs/; or broken, which the strict build reports
-        return f"{match[1]}{posixpath.relpath(_on_site(target, files, config), posixpath.dirname(source) or '.')})"
+        address = posixpath.relpath(_on_site(target, files, config), posixpath.dirname(source) or ".")
+        return f"{match[1]}{address})" if "#" in address else f"{match[1]}{address}{match[3]}"
 
     return LINK.sub(moved, markdown)
 
@@ -69,6 +70,8 @@ def _readme() -> str:
 
 def _on_site(target: str, files: Files, config: MkDocsConfig) -> str:
     """Where the site shows a file or folder of the repository: an address below its root."""
+    if target == "README.md":
+        return HOME
     module = target.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
     for folder, modules in _folders().items():
         if module in modules:
