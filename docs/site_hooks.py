@@ -1,5 +1,8 @@
-"""What mkdocs.yml asks for beyond the pages of docs/: an API page for each folder of code, README.md as a part of the home page, and
-links from a page to a file of the repository, which lead to the API page of that file or to a copy of it."""
+"""What mkdocs.yml asks for beyond the pages of docs/.
+
+An API page for each folder of code, README.md as a part of the home page, and links from a page to a file of the repository, which
+lead to the API page of that file or to a copy of it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the API pages."""
     for folder, modules in _folders().items():
-        package = "::: {}\n    options: {{members: false}}\n".format(modules[0])
+        package = f"::: {modules[0]}\n    options: {{members: false}}\n"
         text = "\n".join([f"# {folder}\n", package, *(f"::: {module}\n" for module in modules[1:])])
         files.append(File.generated(config, f"api/{folder}.md", content=text))
     return files

@@ -37,6 +37,7 @@ class Optimizer:
         self.skipped = SkippedSteps(device)
 
     def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the current loss scale of fp16; the loss itself in other precisions."""
         return loss * torch.exp2(self.log2_scale) if self.fp16 else loss
 
     @torch.no_grad()
@@ -57,9 +58,11 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
+        """AdamW's state, the loss scale and the number of skipped steps."""
         return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, with the weight decay of this run."""
         weight_decay = self.adamw.param_groups[0]["weight_decay"]
         load_optimizer(self.adamw, state["adamw"])
         self.adamw.param_groups[0]["weight_decay"] = weight_decay  # this run's setting, not the saved one
@@ -109,6 +112,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move each average towards the parameters: average = rate average + (1 - rate) parameter."""
         for rate, average in self.averages.items():
             torch._foreach_lerp_(average, self.parameters, 1.0 - float(rate))
 
@@ -118,6 +122,7 @@ class Ema:
 
     @torch.no_grad()
     def load(self, rate: str, state: Mapping[str, Tensor]) -> None:
+        """Set the average of `rate` to a saved state {parameter name: tensor}."""
         for name, average in zip(self.names, self.averages[rate], strict=True):
             average.copy_(state[name])
 

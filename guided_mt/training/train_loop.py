@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..data import Batch, ImageSource, load_images
 from ..data.images import make_grid, to_nhwc
@@ -89,6 +90,7 @@ class TrainLoop(Loop):
         bind(self.modalities, config, model)
         return model
 
+    @override
     def start_from(self, path: str) -> None:
         file = checkpoint.find_weights(path, "none")
         new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict())
@@ -99,17 +101,20 @@ class TrainLoop(Loop):
                 text = "%s knew other classes, %d of them and not %d: id 0 was '%s' and is now '%s', and so on"
                 log.warning(text, file, len(theirs), len(ours), theirs[0], ours[0])
 
+    @override
     def fixed_settings(self) -> dict[str, Any]:
         free: tuple[str, ...] = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
         # What is only measured may change, and a file may have moved, as the images may.
         free += ("mt_conflict_interval", *(flag for task in TASKS.values() for flag in task.file_options))
         return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
 
+    @override
     def saved_settings(self, weights: Path) -> dict[str, Any]:
         return saved_config(weights)
 
     # ------------------------------------------------------------ one step
 
+    @override
     def run_step(self, batch: Batch) -> None:
         for modality in self.modalities.values():
             modality.before_step(self.step, self.processes)
@@ -120,6 +125,7 @@ class TrainLoop(Loop):
             self.measure_conflict(batch)
         super().run_step(batch)
 
+    @override
     def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
         losses, t, weights = self.task_losses(self.network, batch, part)
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.terms}}
@@ -179,12 +185,15 @@ class TrainLoop(Loop):
         shared = [p for name, p in self.model.named_parameters() if not checkpoint.is_own(name)]
         self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
 
+    @override
     def learn(self, record: Record) -> None:
         learn_variances(self.model, record, self.modalities)
 
+    @override
     def extra_state(self) -> dict[str, Any]:
         return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
 
+    @override
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         saved = state["modalities"] if "modalities" in state else {name: {} for name in self.modalities}  # version 0.1
         for name, modality in self.modalities.items():
@@ -193,6 +202,7 @@ class TrainLoop(Loop):
     # ------------------------------------------------------------ now and then
 
     @property
+    @override
     def preview_interval(self) -> int:  # type: ignore[override]
         return self.config.sample_interval
 
