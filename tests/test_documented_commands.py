@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tomllib
 from documented import PAGES, Command, Workplace, commands, split
+from mt_diffusion.commands import COMMANDS
 from small_inception import use_small_backend
 from tiny import ROOT
 from tiny_latent import CLASSES
@@ -21,7 +22,6 @@ from latent_mt.commands.arguments import read_arguments
 from latent_mt.commands.training import read_command
 from latent_mt.first_stage.first_stages import ConvolutionalAutoencoder
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
-from mt_diffusion.commands import COMMANDS
 from reproduce import compare, table4
 
 # Words that make a command tiny, by sub-command: behind those that are printed, so that they count.
