@@ -43,7 +43,7 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the API pages."""
     for folder, modules in _folders().items():
-        package = f"::: {modules[0]}\n    options: {{members: false}}\n"
+        package = f"::: {modules[0]}\n    options: {{members: false, show_root_heading: false}}\n"
         text = "\n".join([f"# {folder}\n", package, *(f"::: {module}\n" for module in modules[1:])])
         files.append(File.generated(config, f"api/{folder}.md", content=text))
     return files
