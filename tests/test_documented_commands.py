@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tomllib
 from documented import PAGES, Command, Workplace, commands, split
-from mt_diffusion.commands import COMMANDS
+from PIL import Image
 from small_inception import use_small_backend
 from tiny import ROOT
 from tiny_latent import CLASSES
@@ -22,10 +22,11 @@ from latent_mt.commands.arguments import read_arguments
 from latent_mt.commands.training import read_command
 from latent_mt.first_stage.first_stages import ConvolutionalAutoencoder
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
+from mt_diffusion.commands import COMMANDS
 from reproduce import compare, table4
 
 # Words that make a command tiny, by sub-command: behind those that are printed, so that they count.
-DRY = ["--dry_run", "True"]
+DRY = ["--dry_run", "True", "--log_dir", "trained"]
 DRAW = ["--num_samples", "2", "--steps", "2", "--device", "cpu"]
 TINY: dict[str, list[str]] = {
     "train": DRY,
@@ -40,7 +41,7 @@ TINY: dict[str, list[str]] = {
     "latent-classify": ["--num_samples", "2", "--draws", "1", "--device", "cpu"],
     "nll": ["--num_samples", "2", "--timestep_respacing", "2", "--device", "cpu"],
     "prepare": ["--limit", "16", "--size", "8"],
-    "figure6": DRY,
+    "figure6": ["--dry_run", "True"],
     "compare": [],
     "export adm": [],
     "export ldm": [],
@@ -64,6 +65,8 @@ SMALLER = {"label=207": "label=7"}  # printed words that a tiny run lacks
 # Commands that are not run here, as regular expressions, and why.
 NOT_RUN = {
     r"python (midpoint|narrow_bridge|velocity|soft_min_snr|dit|idx|coverage|latents)\.py .*": "run by test_architecture.py",
+    r"mt-diffusion show downloads/.*": "a file from elsewhere; the tests of show make some",
+    r"python benchmarks/.*": "measures for minutes",
     r".*python mean_colour\.py .*|python latent_colour\.py .*": "run by test_docs.py",
     r".* score restoration .*--table.*": "needs AlexNet's weights, which have to be downloaded",
 }
@@ -114,15 +117,18 @@ def prepare(name: str, argv: list[str], workplace: Workplace) -> None:
     """What the words name is put into the workplace."""
     for flag, value in itertools.pairwise(argv):
         if flag in RUNS and not value.startswith("-"):
-            workplace.run(value, name)
+            workplace.run(value, name, argv)
         elif flag in IMAGES:
             for part in value.split(","):
                 workplace.images(part)
-        elif flag == "--given" and "=" in value and Path(value).suffix:
-            workplace.images(value.partition("=")[2])
-    if name in ("evaluate", "reference"):
-        for word in argv[:2]:
-            workplace.images(word) if word.endswith((".npz", ".zip")) else None
+        elif flag == "--given" and value.startswith("masked="):
+            file = value.partition("=")[2]
+            workplace.picture(file) if file.endswith(".png") else workplace.images(file)
+        elif flag == "image":  # of --mask
+            workplace.picture(value)
+    for word in {"evaluate": argv[:2], "reference": argv[:1], "prepare": argv[:1], "show": argv[:1]}.get(name, ()):
+        is_run = word.startswith("runs/") and not Path(word).suffix
+        workplace.run(word, "sample") if is_run else workplace.images(word)
     if name.startswith("score"):
         write_scored(name, argv, workplace.folder)
 
@@ -130,22 +136,30 @@ def prepare(name: str, argv: list[str], workplace: Workplace) -> None:
 def write_scored(name: str, argv: list[str], folder: Path) -> None:
     """The files that a score reads."""
     rng = np.random.default_rng(0)
-    if name == "score classification":
-        for step in (1, 2):
-            p = rng.dirichlet(np.ones(10), 20)
-            np.savez(folder / f"files_step_{step}.npz", probabilities=p, labels=np.arange(20) % 10)
-    elif name == "score segmentation":
-        (folder / "classes.txt").write_text(CLASSES)
-        for file in argv[:2]:
-            colours = np.array([[128, 128, 128], [128, 64, 128], [64, 0, 128]], np.uint8)
-            np.savez(folder / file, arr_0=colours[rng.integers(0, 3, (4, 8, 8))])
-    else:
-        images = rng.integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8)
-        mask = np.zeros((4, 16, 16), dtype=np.uint8)
-        mask[:, 4:8, 4:8] = 255
-        for file in (word for word in argv if word.endswith(".npz")):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            np.savez(folder / file, arr_0=images[0], original=images[1], masked=images[2], mask=mask)
+    files = argv[: next((k for k, word in enumerate(argv) if word[:2] == "--"), None)]
+    for file in (folder / word.rpartition("=")[2] for word in files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name == "score classification":
+            for step in (1, 2) if "*" in file.name else (0,):
+                p = rng.dirichlet(np.ones(10), 20)
+                np.savez(str(file).replace("*", f"s_step_{step}"), probabilities=p, labels=np.arange(20) % 10)
+        elif name == "score segmentation":
+            (folder / "classes.txt").write_text(CLASSES)
+            colours = np.array([[128, 64, 128], [70, 70, 70], [0, 0, 142]], np.uint8)  # of Cityscapes
+            if "--classes" in argv:
+                colours = np.array([[128, 128, 128], [128, 64, 128], [64, 0, 128]], np.uint8)
+            maps = colours[rng.integers(0, 3, (4, 8, 8))]
+            if file.suffix:
+                np.savez(file, arr_0=maps)
+            else:
+                file.mkdir(exist_ok=True)
+                for k, one in enumerate(maps):
+                    Image.fromarray(one).save(file / f"{k}.png")
+        else:
+            images = rng.integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8)
+            mask = np.zeros((4, 16, 16), dtype=np.uint8)
+            mask[:, 4:8, 4:8] = 255
+            np.savez(file, arr_0=images[0], original=images[1], masked=images[2], mask=mask)
 
 
 def tiny(name: str, argv: list[str]) -> list[str]:

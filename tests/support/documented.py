@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +34,7 @@ PROGRAMS = (
     "kubectl ",
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+WITHIN = re.compile(r"`((?:mt-diffusion|python (?:scripts|evaluations|benchmarks)/)[^`\n]* --[^`\n]*)`")
 SHELL = ("sh", "bash", "console", "shell")
 
 
@@ -48,7 +51,7 @@ class Command:
 
 @cache
 def commands() -> tuple[Command, ...]:
-    """Every command in a block of every page, fenced or indented, each once per page."""
+    """Every command of every page, once each: in a block, fenced or indented, or with its flags within a sentence."""
     found: dict[Command, None] = {}
     for page in PAGES:
         text = (ROOT / page).read_text()
@@ -60,14 +63,18 @@ def commands() -> tuple[Command, ...]:
         for block in blocks:
             for line in _lines(block):
                 found[Command(page, line)] = None
+        within = [line for line in WITHIN.findall(rest) if "..." not in line and "SUB-COMMAND" not in line]
+        found |= dict.fromkeys(Command(page, line) for line in within)
     return tuple(found)
 
 
 def _lines(block: str) -> list[str]:
-    """The command lines of a block: continued lines joined, variables put in, prompts and comments left out."""
+    """The command lines of a block: continued lines joined, variables put in; prompts, comments, [optional words] and the
+    file that the output goes to left out."""
     variables, lines = {}, []
     for line in re.sub(r"\\\n\s*", "", block).splitlines():
-        line = re.sub(r"\s+#\s.*$", "", line.strip().removeprefix("$ "))
+        line = re.sub(r"\s+#\s.*$|\s{3,}\S.*$", "", line.strip().removeprefix("$ "))
+        line = re.sub(r"\s+\[[^\]]*\](?= |$)|\s+> \S+$", "", line)
         if match := re.fullmatch(r"(?:export )?(\w+)=(\"[^\"]*\"|\S*)", line):
             variables[match[1]] = match[2].strip('"')
             continue
@@ -99,7 +106,7 @@ LATENT_RUNS = {
         "mt_tasks": {"label": {"num_classes": 10, "mt_label_head": "M"}, "masked": {"mask_max_patches": 2}},
     },
 }
-# The kind of run behind a name of the pages; behind any other name is the first kind that its command can use.
+# The kind of run behind a name of the pages; behind any other name is one that its command can use.
 NAMED = {
     "runs/u": "u",
     "runs/m": "label",
@@ -107,7 +114,9 @@ NAMED = {
     "runs/both": "both",
     "runs/camvid_joint": "joint",
     "runs/cifar10_masked_label": "joint",
+    "runs/labels": "label",
     "CLASSIFIER": "classifier",
+    "runs/classifier": "classifier",
 }
 USES = {
     "classify": "label",
@@ -126,18 +135,28 @@ class Workplace:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
         (folder / "latent_mt").symlink_to(ROOT / "latent_mt")
         (folder / "evaluations").symlink_to(ROOT / "evaluations")
 
-    def run(self, name: str, command: str) -> None:
-        """Let there be a run, of the kind that `command` can use, under this name."""
+    def run(self, name: str, command: str, argv: Sequence[str] = ()) -> None:
+        """Let there be a run, of the kind that `command` can use with these words, under this name."""
         kind = NAMED.get(name) or USES.get(command, "masked")
+        if kind == "pairs" and any("label=" in word or "masked=" in word for word in argv):
+            kind = "joint"
         place, home = self.folder / name, self.folder / "kinds" / kind
         if not home.exists():
             self._make(kind, home)
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(home)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_symlink():  # of another command
+            place.unlink()
+        elif place.exists():  # files that another command names
+            shutil.rmtree(place)
+        place.symlink_to(home)
+
+    def picture(self, name: str) -> None:
+        """Let there be a picture under this name."""
+        Image.fromarray(self.pixels[0]).save(self.folder / name, format="PNG")
 
     def _make(self, kind: str, home: Path) -> None:
         if kind == "classifier":
@@ -164,15 +183,11 @@ class Workplace:
         if place.exists() or name.startswith("builtin:"):
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
         if place.suffix == ".npz":
-            np.savez(place, arr_0=pixels, arr_1=np.arange(16) % 10)
-            return
-        if place.suffix == ".png":
-            Image.fromarray(pixels[0]).save(place)
+            np.savez(place, arr_0=self.pixels, arr_1=np.arange(16) % 10)
             return
         folder = place if not place.suffix else self.folder / "images" / place.stem
-        for k, image in enumerate(pixels):
+        for k, image in enumerate(self.pixels):
             (folder / str(k % 2)).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / str(k % 2) / f"{k}.png")
         if place.suffix == ".zip":
