@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 INSTALL := $(BIN)/python -m pip install --editable
 
-.PHONY: setup test lint smoke bench demo clean
+.PHONY: setup test lint smoke bench demo docs clean
 
 setup: $(STAMP)
 
@@ -17,7 +17,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV) with all that tests and evaluation need: minutes, once."
-	$(INSTALL) ".[mpi,eval,latent,tensorflow,parquet,dev]"
+	$(INSTALL) ".[mpi,eval,latent,tensorflow,parquet,docs,dev]"
 	touch $(DEMO_STAMP) $@
 
 $(DEMO_STAMP): pyproject.toml | $(BIN)/python
@@ -30,6 +30,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
@@ -46,5 +47,10 @@ bench: $(STAMP)
 demo: $(DEMO_STAMP)
 	@$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))
 
+# The pages of docs/ and a reference of the code as a site in site/, which needs no network. A broken link is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or for its search too: $(BIN)/python -m http.server --directory site"
+
 clean:
-	rm -rf runs build dist *.egg-info
+	rm -rf runs build dist site *.egg-info

@@ -145,6 +145,7 @@ def by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def report_one(result: Result, bins: int) -> str:
+    """The scores of a single file, a line each, and what they depend on."""
     found = result.scores
     return "\n".join(
         [
@@ -160,10 +161,12 @@ def report_one(result: Result, bins: int) -> str:
 
 
 def few_classes(found: ClassificationScores) -> str:
+    """A note for the protocol where the top-5 accuracy is over all classes; else nothing."""
     return f"; top-5 is top-{found.classes}, there are no more classes" if found.classes <= 5 else ""
 
 
 def report_steps(series: dict[str, list[Result]], bins: int) -> str:
+    """A table of the scores, a line per file of each series, and what they depend on."""
     width = max(len(name) for name in [*series, "series"])
     lines = [f"{'series':{width}}        step   top-1   top-5     ECE     NLL    samples"]
     results = [result for group in series.values() for result in group]
@@ -211,6 +214,7 @@ def as_json(results: Sequence[Result], bins: int) -> dict:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
+    """Write one row per file: series,step,top1,top5,ece,nll,count."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["series", "step", "top1", "top5", "ece", "nll", "count"])
@@ -277,6 +281,7 @@ def draw_confusion(result: Result, path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -293,6 +298,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Score the files that `argv` names. Raises EvaluationError for what can't be scored."""
     args = parser().parse_args(argv)
     for path in (args.json, args.csv, args.plot, args.reliability, args.confusion):
         if path:

@@ -52,6 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Score the samples that `argv` names against its reference. Raises EvaluationError for what can't be scored."""
     args = parse(argv)
     # A reference of statistics alone is enough for FID and sFID.
     reference, samples = open_images(args.ref_batch, need_images=False), open_images(args.sample_batch)

@@ -24,6 +24,7 @@ from evaluations.files.images import open_images
 
 
 def main(argv: Sequence[str]) -> None:
+    """Write a reference batch as `argv` says. Raises EvaluationError for images that can't be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", help="images")
     parser.add_argument("out", type=Path, help="the .npz to write")

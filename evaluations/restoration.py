@@ -66,6 +66,7 @@ class Scorer:
     _clean: dict[str, dict[str, Score]] = field(default_factory=dict)
 
     def score(self, given: table1.Given, found: Restoration) -> Scored:
+        """The scores of one file's restorations and of its masked images; the latter are kept for files of the same images."""
         count, height, width, _ = found.original.shape
         originals, masks = _digest(found.original), _digest(found.mask, found.masked)
         key = originals + masks
@@ -119,6 +120,7 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument(
         "files",
@@ -257,6 +259,7 @@ def images_of(scored: Sequence[Scored]) -> str:
 
 
 def print_scores(one: Scored, protocol: Sequence[str], title: bool) -> None:
+    """Print the scores of one file with their standard errors, beside those of the masked images themselves."""
     if title:
         print(f"{one.file}:")
     for name, score in one.restored.items():
@@ -306,6 +309,7 @@ def table_records(
 
 
 def print_table(metric: str, records: Sequence[dict[str, Any]], quoting: bool) -> None:
+    """Print the paper's Table 1 in one metric, with the quoted numbers beside them where there are some."""
     ours = {(r["row"], r["patches"]): r[metric] for r in records if r["file"] is not None}
     quoted = {(r["row"], r["patches"]): r["quoted"] for r in records if r["quoted"] is not None}
     print(table1.layout(METRICS[metric].label, ours, METRICS[metric].digits, quoted))

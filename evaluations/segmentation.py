@@ -291,6 +291,7 @@ def load_palette(classes: Path | None, void: Sequence[str] | None) -> Palette:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Score the maps that `argv` names. Raises EvaluationError for what can't be scored."""
     args = parser().parse_args(argv)
     if args.json:
         prepare_output(args.json)

@@ -111,6 +111,10 @@ def test_the_map_is_the_tree_and_its_order_the_contract():
     for package, folders in listed.items():
         there = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
         assert {name for name in folders if not name.endswith(".py")} == there, package
+    drawn = runpy.run_path(str(DOCS / "figures" / "rooms.py"))
+    for package, name in {"guided_mt": "GUIDED", "latent_mt": "LATENT", "evaluations": "SCORES"}.items():
+        folders = {name for name in listed[package] if not name.endswith(".py")}
+        assert {folder for row in drawn[name] for folder in row} == folders, package
     contract = (ROOT / "pyproject.toml").read_text().partition('id = "layers"')[2]
     layers = re.search(r"^layers = \[(.*)\]$", contract, re.MULTILINE)[1].split(", ")
     bottom_up = [name for layer in reversed(layers) for name in layer.strip('"').split(" | ")]

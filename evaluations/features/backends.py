@@ -40,7 +40,8 @@ class Backend(Protocol):
     def network_sha256(self) -> str:
         """Of the numbers, the same for every file and backend that holds them."""
 
-    def features(self, images: ImageSet, what: str) -> Features: ...
+    def features(self, images: ImageSet, what: str) -> Features:
+        """The features of all images; `what` names them on the progress bar."""
 
 
 class TorchBackend:
@@ -56,6 +57,7 @@ class TorchBackend:
         self.network_sha256 = digest(self.softmax_weight)
 
     def features(self, images: ImageSet, what: str) -> Features:
+        """The features of all images, by torch-fidelity's port of Inception; `what` names them on the progress bar."""
         return extract(images, self.network, self.batch_size, self.workers, what)
 
 
@@ -72,13 +74,16 @@ class TensorFlowBackend:
 
     @cached_property
     def softmax_weight(self) -> np.ndarray:
+        """The last layer's matrix [2048, classes], float32, which turns features into logits."""
         return frozen_graph.read_state_dict(self.path)["fc.weight"].T.contiguous().numpy()
 
     @cached_property
     def network_sha256(self) -> str:
+        """What tells this network from others: the digest of its last layer."""
         return digest(self.softmax_weight)
 
     def features(self, images: ImageSet, what: str) -> Features:
+        """The features of all images, by the frozen graph in a process of its own. Raises EvaluationError where that fails."""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "features.npz"
             command: list[str | Path | int] = [sys.executable, "-m", "evaluations.features.tensorflow_worker"]

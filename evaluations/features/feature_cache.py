@@ -20,7 +20,8 @@ T = TypeVar("T", bound="Kept")
 class Kept(Protocol):
     """What writes itself to a file."""
 
-    def save(self, path: Path) -> None: ...
+    def save(self, path: Path) -> None:
+        """Write it as an .npz."""
 
 
 def cached(images: ImageSet, network: str, make: Callable[[], T], load: Callable[[Path], T]) -> T:

@@ -21,7 +21,8 @@ SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 class Network(Protocol):
     """An Inception network: uint8 [B, H, W, 3] -> pool features [B, 2048], spatial features [B, 17 * 17 * 7], float32."""
 
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [B, H, W, 3] -> (pooled features [B, 2048], spatial features [B, 2023]), float32."""
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Features:
 
     @classmethod
     def load(cls, path: Path) -> Features:
+        """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             return cls(file["pool"], Statistics(file["mu"], file["sigma"]), Statistics(file["mu_s"], file["sigma_s"]))
 

@@ -25,6 +25,7 @@ class Statistics(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             return cls(file["mu"], file["sigma"])
 

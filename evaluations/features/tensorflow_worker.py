@@ -103,6 +103,7 @@ def end_with(parent: int) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Write the features of the images that `argv` names to its .npz. Ends with the process that started it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images")
     parser.add_argument("graph", type=Path)

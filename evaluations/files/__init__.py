@@ -1,0 +1,1 @@
+"""Image sets, label maps and palettes, read as a stream."""

@@ -45,6 +45,7 @@ class Palette:
 
     @property
     def names(self) -> list[str]:
+        """The classes' names, by id."""
         return [entry.name for entry in self.classes]
 
     @cached_property

@@ -24,6 +24,8 @@ Protocol = dict[str, str | int]  # what numbers depend on, by name
 
 @dataclass(frozen=True)
 class Score:
+    """A number as it is written: its key in the JSON file, its label on the terminal, its value."""
+
     key: str
     label: str
     value: float
@@ -37,6 +39,7 @@ class Side:
 
     @cached_property
     def features(self) -> Features:
+        """Inception's features of the images, made when they are first asked for."""
         return self.make()
 
     def statistics(self, suffix: str) -> Statistics:
@@ -57,10 +60,12 @@ class Comparison:
 
     @cached_property
     def backend(self) -> Backend:
+        """Inception, loaded when it is first asked for."""
         return load_backend(self.args)
 
     @cached_property
     def dinov2(self) -> DinoV2:
+        """DINOv2, loaded when it is first asked for."""
         return DinoV2(self.args.device)
 
     def _reference_features(self) -> Features:
@@ -74,28 +79,34 @@ class Comparison:
         return cached(images, f"{backend.name} {backend.software} {backend.sha256}", make, Features.load)
 
     def inception_score(self) -> list[Score]:
+        """Inception Score of the samples, the mean over splits of `split_size`."""
         pool = self.samples.features.pool
         value = inception_score(pool, self.backend.softmax_weight, self.args.split_size)
         return [Score("inception_score", "Inception Score", value)]
 
     def fid(self) -> list[Score]:
+        """Frechet distance of the pooled features."""
         value = frechet_distance(*self.reference.statistics(""), *self.samples.statistics(""))
         return [Score("fid", "FID", value)]
 
     def sfid(self) -> list[Score]:
+        """Frechet distance of the spatial features."""
         value = frechet_distance(*self.reference.statistics("_s"), *self.samples.statistics("_s"))
         return [Score("sfid", "sFID", value)]
 
     def precision_recall(self) -> list[Score]:
+        """Precision and recall by k-nearest-neighbour manifolds of the pooled features."""
         pools = self.reference.features.pool, self.samples.features.pool
         found = precision_recall(*pools, self.args.k, device=self.args.device)
         return [Score("precision", "Precision", found.precision), Score("recall", "Recall", found.recall)]
 
     def kid(self) -> list[Score]:
+        """Kernel distance of the pooled features, and its standard deviation over subsets."""
         mean, deviation = kid.kernel_distance(self.reference.features.pool, self.samples.features.pool)
         return [Score("kid", "KID", mean), Score("kid_std", "KID standard deviation", deviation)]
 
     def fd_dinov2(self) -> list[Score]:
+        """Frechet distance of DINOv2's features."""
         network, args = self.dinov2, self.args
 
         def statistics(side: Side, what: str) -> Statistics:
@@ -115,9 +126,11 @@ class Comparison:
         return found | {"weights": self.backend.path.name, "sha256": self.backend.sha256}
 
     def kid_protocol(self) -> Protocol:
+        """What KID depends on."""
         return {"kid_subset_size": kid.subset_size(self.reference.images.count, self.samples.images.count)}
 
     def dinov2_protocol(self) -> Protocol:
+        """What FD-DINOv2 depends on."""
         network = self.dinov2
         return {"dinov2": f"{network.software}, PIL bicubic to 224", "dinov2_sha256": network.sha256}
 
@@ -228,10 +241,12 @@ def beside_few_images(reference: ImageSet, samples: ImageSet, names: list[str]) 
 
 
 def has(images: ImageSet, *arrays: str) -> bool:
+    """Whether the images bring these stored statistics."""
     return all(name in images.statistics for name in arrays)
 
 
 def suffices(metric: Metric, reference: ImageSet) -> bool:
+    """Whether the metric can be computed with this reference: from its images, or from what it has stored."""
     stored = bool(metric.statistics) and has(reference, *metric.statistics)
     return bool(reference.count) or stored or not metric.uses_reference
 
@@ -248,6 +263,7 @@ def describe(comparison: Comparison, names: list[str]) -> Protocol:
 
 
 def describe_images(images: ImageSet) -> str:
+    """The images in a few words, for messages."""
     parts = [f"{images.count} images of {images.height}x{images.width}"] if images.count else []
     parts += ["stored statistics"] if images.statistics else []
     return f"{Path(images.path).name} ({' and '.join(parts)})"

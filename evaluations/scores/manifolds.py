@@ -78,6 +78,7 @@ class Points:
         return len(self.x)
 
     def slices(self) -> Iterator[slice]:
+        """The blocks of rows that are worked on at a time."""
         for first in range(0, len(self), self.block):
             yield slice(first, min(first + self.block, len(self)))
 
@@ -94,9 +95,11 @@ class Points:
         return torch.cat([x, torch.ones_like(x[:, :1]), torch.linalg.vecdot(x, x)[:, None]], dim=1)
 
     def right(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The right factor of the squared distances, for these rows."""
         return self._right[rows] if dtype == torch.float32 else self._make_right(rows)
 
     def left(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The left factor of the squared distances, for these rows."""
         right = self.right(rows, dtype)
         return torch.cat([right[:, :-2] * -2, right[:, -1:], right[:, -2:-1]], dim=1)
 

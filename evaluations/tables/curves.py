@@ -20,6 +20,7 @@ class Curve(NamedTuple):
 
     @property
     def mean(self) -> np.ndarray:
+        """The mean over seeds at each step."""
         return self.values.mean(axis=1)
 
 
@@ -37,6 +38,7 @@ def first_at_least(curve: Curve, value: float) -> int | None:
 
 
 def describe(name: str, curve: Curve) -> str:
+    """A line that says where the curve starts and where it ends."""
     last, seeds = curve.values[-1], curve.values.shape[1]
     spread = f" ({last.min():.4f} to {last.max():.4f} over {seeds} seeds)" if seeds > 1 else ""
     first = f"{curve.mean[0]:.4f} at step {curve.steps[0]}"

@@ -42,6 +42,7 @@ def make_grid(images: np.ndarray, columns: int, gap: int = 2, least: int = 64) -
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:
+    """Write a picture, uint8 [H, W, 3] or [H, W]; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
 

@@ -28,6 +28,8 @@ from .weighting import timestep_weights as weights_of
 
 
 class ModelVarType(enum.Enum):
+    """Where the variance of a step comes from: the network, or one of the two ends of the range that DDPM allows."""
+
     LEARNED = "learned"
     FIXED_SMALL = "fixed_small"
     FIXED_LARGE = "fixed_large"
@@ -35,6 +37,8 @@ class ModelVarType(enum.Enum):
 
 
 class LossType(enum.Enum):
+    """The loss of the image, under guided-diffusion's names."""
+
     MSE = "mse"
     L1 = "l1"  # latent-diffusion's loss_type l1: absolute errors
     RESCALED_MSE = "rescaled_mse"  # the bound of the hybrid loss scaled to steps of 1/1000
@@ -43,6 +47,7 @@ class LossType(enum.Enum):
 
     @property
     def is_vb(self) -> bool:
+        """Whether the loss is the variational bound itself and not a squared or absolute error."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
@@ -181,6 +186,7 @@ class GaussianDiffusion(ADMLoops):
         return scaled - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        """The eps [B, C, H, W] of y_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps, for `x_t` = y_t and a predicted z_0; t [B]."""
         scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
         return (scaled - pred_xstart) / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
 

@@ -46,12 +46,17 @@ class LossSecondMomentResampler(UniformSampler):
         return torch.where(warm, learned, torch.full_like(learned, 1.0 / self.num_timesteps))
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u [B] in [0, 1) -> (t int64 [B], loss weights [B]), with t drawn in proportion to `weights`."""
         p = self.weights()
         t = torch.searchsorted(p.double().cumsum(0), u.double() * p.double().sum()).clamp_(max=self.num_timesteps - 1)
         return t, 1.0 / (self.num_timesteps * p[t])
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
+        """Note the losses [B] of the timesteps t [B].
+
+        Of each timestep the last `history` are kept; losses that are not finite are left out.
+        """
         order = torch.argsort(t, stable=True)
         t, losses = t[order], losses[order]
         repeats = torch.zeros_like(self.counts).index_add_(

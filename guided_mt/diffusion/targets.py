@@ -35,9 +35,11 @@ class Tables(Protocol):
     posterior_mean_coef1: np.ndarray
     posterior_mean_coef2: np.ndarray
 
-    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor: ...
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """The entries at t [B] of the table `name`, to be broadcast over `like` [B, C, H, W]."""
 
-    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(y_{t-1} | y_t, z_0), for `x_t` = y_t; t [B]."""
 
 
 @dataclass(frozen=True)

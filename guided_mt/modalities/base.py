@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..data import ImageSource
 from ..diffusion.likelihood import mean_flat
@@ -183,16 +184,20 @@ class Gaussian(Modality):
         super().__init__(name)
         self.variance = None if variance is None else torch.as_tensor(variance)
 
+    @override
     def use_variance(self, variance: Tensor) -> None:
         self.variance = variance
 
     @property
+    @override
     def has_log_prob(self) -> bool:
         return self.variance is not None
 
+    @override
     def estimate(self, prediction: Tensor) -> Tensor:
         return prediction
 
+    @override
     def loss(self, prediction: Tensor, x: Tensor) -> Tensor:
         return mean_flat((prediction - x) ** 2)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..data import ImageSource, load_images, open_source
 from ..data.images import from_uint8, to_nhwc
@@ -24,22 +25,28 @@ class ImageModality(Gaussian):
     x is an element of Z. Where Z is latents, pictures become one by the space on their way in, and are seen after decoding.
     """
 
+    @override
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         # Mid grey, the mean of x before anything is seen: z_T is then N(0, I), where Algorithm 1 starts.
         return torch.zeros(len(streams), *shape, device=streams.device)
 
+    @override
     def encode(self, x: Tensor) -> Tensor:
         return x
 
+    @override
     def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
         return read_pictures(text, self.name, size)
 
+    @override
     def enter(self, given: Tensor) -> Tensor:
         return self.space.encode(given)
 
+    @override
     def picture(self, x: Tensor) -> Tensor | None:
         return self.space.decode(x)
 
+    @override
     def arrays(self, x: Tensor) -> dict[str, np.ndarray]:
         return {self.name: to_nhwc(self.space.decode(x))}
 
@@ -62,11 +69,13 @@ class PairedImage(ImageModality):
             )
         self.partly |= self.side in images.present
 
+    @override
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         if self.side not in images.sides:
             raise ValueError(f"modality '{self.name}' needs the images' side '{self.side}'")
         return images.sides[self.side]
 
+    @override
     def present(self, images: Images) -> Tensor | None:
         return images.present.get(self.side)
 
@@ -92,6 +101,7 @@ class MaskedImage(ImageModality):
         super().__init__(name, variance)
         self.patch, self.max_patches, self.full_prob = patch, max_patches, full_prob
 
+    @override
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         return self.space.encode(images.pixels * self.keep_mask(images.pixels.shape[2:], streams))
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from ..data import ImageSource
 from ..data.sources.classes import is_number
@@ -42,14 +43,17 @@ class LabelModality(Modality):
         self.used = num_classes  # the first so many occur in the images; the rest was never trained
         self.table: Tensor | None = None  # [K, C, H, W]
 
+    @override
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         if images.labels is None:
             raise ValueError(f"modality '{self.name}' needs images with classes")
         return images.labels.clamp(min=0) if self.partly else images.labels
 
+    @override
     def prepare(self, images: ImageSource) -> None:
         self.partly |= images.labels is not None and bool((images.labels < 0).any())
 
+    @override
     def present(self, images: Images) -> Tensor | None:
         return images.labels >= 0 if self.partly and images.labels is not None else None
 
@@ -57,12 +61,15 @@ class LabelModality(Modality):
         """One class each, uniformly drawn: z_T then has the law it has in training, where classes are about alike often."""
         return F.one_hot(streams.integers(self.used), self.num_classes).float()
 
+    @override
     def default(self, streams: SampleStreams) -> Tensor:
         return streams.integers(self.used)
 
+    @override
     def use_classes(self, names: Sequence[str]) -> None:
         self.used = min(len(names), self.num_classes)
 
+    @override
     def encode(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
             return super().encode(x)
@@ -94,18 +101,23 @@ class LabelModality(Modality):
         ids = torch.arange(first, first + share, device=processes.device) % self.num_classes  # shares of equal size
         self.table = processes.all_gather(self._encode_ids(ids))[: self.num_classes]
 
+    @override
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.table is None else {"table": self.table}
 
+    @override
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.table = state.get("table")
 
+    @override
     def estimate(self, prediction: Tensor) -> Tensor:
         return prediction.softmax(dim=-1)
 
+    @override
     def loss(self, prediction: Tensor, x: Tensor) -> Tensor:
         return F.cross_entropy(prediction, x, reduction="none")
 
+    @override
     def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return -F.cross_entropy(prediction, x, reduction="none")
 
@@ -158,11 +170,13 @@ class RandomLabel(LabelModality):
     def prepare(self, images: ImageSource) -> None:
         """Every image has one."""
 
+    @override
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         return streams.integers(self.num_classes)
 
     def use_classes(self, names: Sequence[str]) -> None:
         """Its classes are none of the images'."""
 
+    @override
     def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
         return super().read(text, size, None)

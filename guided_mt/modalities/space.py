@@ -16,13 +16,16 @@ class Space(Protocol):
     """
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """C of Z."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Height and width of Z."""
 
     @property
-    def limit(self) -> float: ...
+    def limit(self) -> float:
+        """What the absolute values of z_0 hardly exceed."""
 
     def encode(self, images: Tensor, streams: SampleStreams | None = None) -> Tensor:
         """Z [B, channels, size, size] of images. streams: draw where the encoding is random; None: its mean."""
@@ -41,7 +44,9 @@ class Pixels:
         self.size = size
 
     def encode(self, images: Tensor, streams: SampleStreams | None = None) -> Tensor:
+        """Images [B, 3, S, S] in [-1, 1] are their own z."""
         return images
 
     def decode(self, z: Tensor) -> Tensor:
+        """z [B, 3, S, S] is its own image."""
         return z

@@ -19,6 +19,7 @@ class LabelTokens(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_classes, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Class ids [B], or probabilities [B, K], which get their expected embedding -> one token each, [B, 1, width]."""
         embedded = x.to(self.weight.dtype) @ self.weight if x.is_floating_point() else self.weight[x]
         return embedded[:, None]
 
@@ -31,6 +32,7 @@ class VectorTokens(nn.Module):
         self.linear = nn.Linear(size, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Vectors [B, size] -> one token each, [B, 1, width]."""
         return self.linear(x.to(self.linear.weight.dtype))[:, None]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..data import ImageSource
 from ..diffusion.random import SampleStreams
@@ -44,24 +45,29 @@ class VectorModality(Gaussian):
             )
         self.partly = bool(np.isnan(self.vectors[:, 0]).any())
 
+    @override
     def load(self, indices: np.ndarray) -> Tensor | None:
         if self.vectors is None:
             return None
         return torch.from_numpy(np.ascontiguousarray(self.vectors[indices], dtype=np.float32))
 
+    @override
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         if self.name not in images.loaded:
             raise ValueError(f"modality '{self.name}' needs its vectors beside the images")
         return images.loaded[self.name].nan_to_num(0.0) if self.partly else images.loaded[self.name]
 
+    @override
     def present(self, images: Images) -> Tensor | None:
         if self.name in images.present:
             return images.present[self.name]
         return ~images.loaded[self.name][:, 0].isnan() if self.partly else None
 
+    @override
     def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
         return torch.zeros(len(streams), self.size, device=streams.device)
 
+    @override
     def read(self, text: str, size: int, classes: Sequence[str] | None) -> Tensor:
         vectors = read_vectors(text, self.name, self.size, f"--given {self.name}={text}")
         return torch.from_numpy(np.array(vectors, dtype=np.float32))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError
 from .create import parse_attention_resolutions, parse_channel_mult
@@ -32,6 +33,7 @@ class AttentionPool2d(nn.Module):
         self.num_heads = attention_heads(channels, 1, num_head_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B, C, S, S] -> [B, output channels], in the dtype of the features."""
         tokens = x.flatten(2)  # (B, C, HW)
         tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1) + self.positional_embedding
         q, k, v = split_heads(linear1x1(self.qkv_proj, tokens.transpose(1, 2)), 3, self.num_heads, new_order=True)
@@ -116,6 +118,7 @@ class EncoderUNetModel(UNetEncoder):
         else:
             raise UserError(f"--classifier_pool must be one of {', '.join(POOLS)}, not {pool!r}")
 
+    @override
     def check_inputs(
         self,
         x: Tensor,

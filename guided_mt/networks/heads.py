@@ -30,6 +30,7 @@ class ImageHead(nn.Module):
         self.out = backbone.make_output(channels)
 
     def forward(self, seen: HeadInputs) -> Tensor:
+        """The prediction [B, output channels, H, W], float32."""
         # float32 whatever the caller's autocast, as ADM's output
         with torch.autocast(seen.last.device.type, enabled=False):
             return self.out(seen.last)
@@ -43,6 +44,7 @@ class PooledHead(nn.Module):
         self.linear = nn.Linear(backbone.middle_channels, size)
 
     def forward(self, seen: HeadInputs) -> Tensor:
+        """Logits [B, classes], float32."""
         with torch.autocast(seen.middle.device.type, enabled=False):
             return self.linear(seen.middle.mean(dim=(2, 3)))
 
@@ -55,6 +57,7 @@ class PooledMLPHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(backbone.middle_channels, hidden), nn.SiLU(), nn.Linear(hidden, size))
 
     def forward(self, seen: HeadInputs) -> Tensor:
+        """The predicted vector [B, size], float32."""
         with torch.autocast(seen.middle.device.type, enabled=False):
             return self.mlp(seen.middle.mean(dim=(2, 3)))
 
@@ -78,6 +81,7 @@ class ClassifierHead(nn.Module):
         self.per_timestep = 1000.0 / diffusion.original_num_steps if diffusion.rescale_timesteps else 1.0
 
     def forward(self, seen: HeadInputs) -> Tensor:
+        """Logits [B, classes] of the classifier for the z_0 that the network predicts, read off z_t as it stands."""
         t = (seen.timesteps / self.per_timestep).round().long()
         of_state, of_output = (table[t].view(-1, 1, 1, 1) for table in (self.of_state, self.of_output))
         pred_xstart = of_state * seen.z_t + of_output * seen.output[:, : seen.z_t.shape[1]]

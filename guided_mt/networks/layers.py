@@ -75,6 +75,7 @@ def zero_module(module: Part) -> Part:
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size of the image, or halves it with `stride` 2."""
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
 
 
@@ -102,11 +103,16 @@ class Block(nn.Module):
     use_checkpoint = False
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+        """x [B, C, H, W], emb [B, E] and the tokens of the context -> [B, C', H', W'].
+
+        With `use_checkpoint` it is computed once more in the backward pass.
+        """
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self.compute, x, emb, context, use_reentrant=False)
         return self.compute(x, emb, context)
 
     def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+        """What the block does to x [B, C, H, W]; `forward` decides whether it is recomputed."""
         raise NotImplementedError
 
 
@@ -118,6 +124,7 @@ class Upsample(Block):
         self.conv = conv3x3(channels, channels) if conv_resample else nn.Identity()
 
     def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+        """x [B, C, H, W] -> [B, C, 2 H, 2 W]."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -129,6 +136,7 @@ class Downsample(Block):
         self.op = conv3x3(channels, channels, stride=2) if conv_resample else nn.AvgPool2d(2)
 
     def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H / 2, W / 2]."""
         return self.op(x)
 
 
@@ -167,6 +175,7 @@ class ResBlock(Block):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+        """x [B, C, H, W], emb [B, E] -> [B, C', H', W']; the context is not read."""
         norm_in, silu, conv_in = self.in_layers
         norm_out, *rest_out = self.out_layers
         h = conv_in(self.resample(silu(norm_in(x))))
@@ -227,6 +236,7 @@ class AttentionBlock(Block):
         self.encoder_kv = nn.Conv1d(context_dim, 2 * self.norm.num_channels, 1)
 
     def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+        """x [B, C, H, W] -> the same shape. Positions attend to each other and to the context's tokens; emb is not read."""
         positions = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         q, k, v = split_heads(linear1x1(self.qkv, positions), 3, self.num_heads, self.use_new_attention_order)
         mask = None
@@ -254,6 +264,7 @@ class BlockSequence(nn.Sequential):
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: Context | None = None
     ) -> Tensor:
+        """x [B, C, H, W] through every block in turn, each with the same emb [B, E] and context."""
         for block in self:
             x = block(x, emb, context)
         return x

@@ -28,6 +28,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """x [B, L, C] attends to the context's tokens, or to itself where there is no context -> [B, L, C]."""
         tokens = x if context is None else context.tokens.to(x.dtype)
         q, k, v = (self._split(part) for part in (self.to_q(x), self.to_k(tokens), self.to_v(tokens)))
         mask = None if context is None else context.mask
@@ -50,16 +51,20 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * out_width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, C] -> [B, L, C'], one half of the projection gated by the GELU of the other."""
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
+    """The feed-forward part of a transformer block: widened four times behind a GEGLU, then back."""
+
     def __init__(self, width: int):
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, WIDENING * width), nn.Dropout(0.0), nn.Linear(WIDENING * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, width] -> the same shape."""
         return self.net(x)
 
 
@@ -77,6 +82,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, context: Context | None) -> Tensor:
+        """x [B, L, C] -> the same shape. Without a context the second attention is left out, unless it attends to x itself."""
         x = x + self.attn1(self.norm1(x))
         if context is not None or self.attn2.context_dim is None:
             x = x + self.attn2(self.norm2(x), context)
@@ -111,6 +117,7 @@ class SpatialTransformer(Block):
         self.proj_out = zero_module(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
     def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+        """x [B, C, H, W] -> the same shape; its positions are the tokens, emb is not read."""
         h = self._project(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))  # (B, HW, C)
         for block in self.transformer_blocks:
             h = block(h, context)

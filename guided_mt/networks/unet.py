@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .backbone import Backbone, Features
 from .layers import AttentionBlock, Block, BlockSequence, Context, make_output_block
@@ -99,6 +100,7 @@ class UNetModel(UNetEncoder, Backbone):
                 if isinstance(module, AttentionBlock):
                     module.add_context(context_dim)
 
+    @override
     def features(
         self,
         x: Tensor,
@@ -138,5 +140,6 @@ class UNetModel(UNetEncoder, Backbone):
         """ADM's output block (norm, SiLU, zero convolution) to so many channels."""
         return make_output_block(self.feature_channels, self.input_channels, channels)
 
+    @override
     def context_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for name, parameter in self.named_parameters() if ".encoder_kv." in name)

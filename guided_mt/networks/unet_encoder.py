@@ -52,6 +52,7 @@ class BlockFactory:
     spatial_transformer: SpatialTransformerOptions | None = None  # None: ADM's attention
 
     def resblock(self, channels: int, out_channels: int, resample: str = "none") -> ResBlock:
+        """A residual block from `channels` to `out_channels`; `resample` is "none", "up" or "down"."""
         return ResBlock(
             channels,
             out_channels,
@@ -63,6 +64,7 @@ class BlockFactory:
         )
 
     def attention(self, channels: int, num_heads: int) -> Block:
+        """ADM's attention, or latent-diffusion's transformer where `spatial_transformer` is set."""
         if self.spatial_transformer is not None:
             return SpatialTransformer(
                 channels,
@@ -79,11 +81,13 @@ class BlockFactory:
         )
 
     def downsample(self, channels: int) -> Block:
+        """What halves height and width at `channels`: a residual block with `resblock_updown`, else a plain layer."""
         if self.resblock_updown:
             return self.resblock(channels, channels, "down")
         return Downsample(channels, self.conv_resample)
 
     def upsample(self, channels: int) -> Block:
+        """What doubles height and width at `channels`: a residual block with `resblock_updown`, else a plain layer."""
         if self.resblock_updown:
             return self.resblock(channels, channels, "up")
         return Upsample(channels, self.conv_resample)

@@ -58,6 +58,7 @@ class Averages:
         return {"sums": self.sums, "counts": self.counts, "scalars": dict(self.scalars)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; names that it lacks start empty."""
         for mine, saved in ((self.sums, state["sums"]), (self.counts, state["counts"])):
             mine[:, : saved.shape[1]].copy_(saved)  # version 0.1 had fewer names, the first of these
         saved = state["scalars"] if "scalars" in state else {"grad_norm": state["norms"]}  # checkpoints of version 0.1

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..data import Batch, ImageSource, ImageStream
 from ..data.images import from_uint8
@@ -104,6 +105,7 @@ class ClassifierLoop(Loop):
 
     # ------------------------------------------------------------ set-up
 
+    @override
     def start_from(self, path: str) -> Path:
         file = checkpoint.find_weights(path, "none", "--resume_checkpoint")
         checkpoint.load_classifier_weights(self.model, file, shape_settings(self.config), averaged=False)
@@ -111,24 +113,29 @@ class ClassifierLoop(Loop):
             log.info("started from %s; every entry was found", file)
         return file
 
+    @override
     def fixed_settings(self) -> dict[str, Any]:
         settings = self.config.as_dict(*classifier_sections()) | {"noised": self.config.noised}
         return {k: v for k, v in settings.items() if k not in ("timestep_respacing", "classifier_use_fp16")}
 
+    @override
     def saved_settings(self, weights: Path) -> dict[str, Any]:
         known = {field.name for section in classifier_run_sections() for field in dataclasses.fields(section)}
         saved = check_keys(checkpoint.read_config(weights) or {}, known, weights.parent / "config.yaml")
         return {"trained_timesteps": "", **saved} if saved else {}
 
+    @override
     def extra_state(self) -> dict[str, Any]:
         return {"val_averages": self.val_averages.state_dict()} if self.val_source else {}
 
+    @override
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         if self.val_source and "val_averages" in state:  # else validation is new to this run
             self.val_averages.load_state_dict(state["val_averages"])
 
     # ------------------------------------------------------------ one step
 
+    @override
     def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
         streams, x_start, t, weights = self.draw(batch, part)
         if not self.config.noised:
@@ -146,6 +153,7 @@ class ClassifierLoop(Loop):
 
     # ------------------------------------------------------------ validation
 
+    @override
     def run_loop(self) -> None:
         with self._validation_stream() as stream:
             self.validation = stream
@@ -189,10 +197,12 @@ class ClassifierLoop(Loop):
         self.model.train()
         self.val_averages.add(Record.joined(records).gathered(self.processes))
 
+    @override
     def extra_columns(self) -> list[str]:
         names = self.val_averages.names
         return [*names, *(f"{name}_q{q}" for name in names for q in range(QUARTILES))]
 
+    @override
     def extra_row(self) -> dict[str, float]:
         return {name: value for name, value in self.val_averages.pop().items() if not math.isnan(value)}
 

@@ -269,6 +269,7 @@ class Loop:
         return Record.joined(records)
 
     def seed_dropout(self) -> None:
+        """Seed dropout for the coming step, the one kind of randomness that belongs to a process; nothing without dropout."""
         if self.dropout > 0:
             seed_dropout(self.seed, self.step, self.processes.rank)
 
@@ -299,6 +300,7 @@ class Loop:
 
     @property
     def skipped(self) -> SkippedSteps:
+        """The steps whose gradients were not finite, which changed nothing."""
         return self.optimizer.skipped
 
     def _columns(self) -> list[str]:
@@ -309,6 +311,7 @@ class Loop:
         return ["step", "samples", *names, *measured, *quartiles, *self.extra_columns()]
 
     def report_row(self) -> dict[str, float]:
+        """A row of progress.csv {column: value} of the steps since the last one; what was not seen in them is left out."""
         values = self.averages.pop()
         unseen = [name for name in self.scalars if math.isnan(values[name])]
         row = {name: value for name, value in values.items() if name not in unseen}
@@ -318,10 +321,12 @@ class Loop:
         return {**row, **self.extra_row()}
 
     def weights(self) -> dict[str, Mapping[str, Tensor]]:
+        """State dicts by the name of their file: `model`, and `ema_RATE` for each average."""
         averages = {f"ema_{rate}": self.ema.state_dict(rate, self.model) for rate in self.ema.averages}
         return {"model": self.model.state_dict(), **averages}
 
     def training_state(self) -> dict[str, Any]:
+        """What a resumed run has to find again beyond the weights."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule_sampler": self.schedule_sampler.state_dict(),

@@ -39,6 +39,7 @@ class Optimizer:
         self.skipped = SkippedSteps(device)
 
     def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the current loss scale of fp16; the loss itself in other precisions."""
         return loss * torch.exp2(self.log2_scale) if self.fp16 else loss
 
     @torch.no_grad()
@@ -59,9 +60,11 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
+        """AdamW's state, the loss scale and the number of skipped steps."""
         return {"adamw": self.adamw.state_dict(), "log2_scale": self.log2_scale, "skipped": self.skipped.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, with the weight decay of this run."""
         self.load_moments(state["adamw"])
         self.log2_scale = state["log2_scale"].to(self.log2_scale)
         self.skipped.load_total(state["skipped"])
@@ -122,7 +125,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self, warming: int | None = None) -> None:
-        """warming: the number of this update, from 1 on, where averages warm up: see `warmed`. None: the plain rate, as ADM."""
+        """Move each average towards the parameters: average = rate average + (1 - rate) parameter.
+
+        warming: the number of this update, from 1 on, where averages warm up: see `warmed`. None: the plain rate, as ADM.
+        """
         for rate, average in self.averages.items():
             kept = float(rate) if warming is None else warmed(float(rate), warming)
             torch._foreach_lerp_(average, self.parameters, 1.0 - kept)
@@ -133,6 +139,7 @@ class Ema:
 
     @torch.no_grad()
     def load(self, rate: str, state: Mapping[str, Tensor]) -> None:
+        """Set the average of `rate` to a saved state {parameter name: tensor}."""
         for name, average in zip(self.names, self.averages[rate], strict=True):
             average.copy_(state[name])
 

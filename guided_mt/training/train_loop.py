@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..data import Batch, ImageSource, load_images
 from ..data.images import make_grid, to_nhwc
@@ -92,6 +93,7 @@ class TrainLoop(Loop):
         bind(self.modalities, config, model)
         return model
 
+    @override
     def start_from(self, path: str) -> Path | None:
         file = checkpoint.find_weights(path, "none")
         new = checkpoint.load_weights(self.model, file, allow_new=True, settings=self.config.as_dict(), averaged=False)
@@ -105,17 +107,20 @@ class TrainLoop(Loop):
             log.info("a new run begins, and what lies beside the file stays unread: this network has more than ADM's")
         return None if new else file
 
+    @override
     def fixed_settings(self) -> dict[str, Any]:
         free: tuple[str, ...] = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
         # What is only measured may change, and a file may have moved, as the images may.
         free += ("mt_conflict_interval", *(flag for task in TASKS.values() for flag in task.file_options))
         return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
 
+    @override
     def saved_settings(self, weights: Path) -> dict[str, Any]:
         return saved_config(weights)
 
     # ------------------------------------------------------------ one step
 
+    @override
     def run_step(self, batch: Batch) -> None:
         for modality in self.modalities.values():
             modality.before_step(self.step, self.processes)
@@ -126,6 +131,7 @@ class TrainLoop(Loop):
             self.measure_conflict(batch)
         super().run_step(batch)
 
+    @override
     def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
         losses, t, weights = self.task_losses(self.network, batch, part)
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.terms}}
@@ -185,13 +191,16 @@ class TrainLoop(Loop):
         shared = [p for name, p in self.model.named_parameters() if not checkpoint.is_own(name)]
         self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
 
+    @override
     def learn(self, record: Record) -> None:
         on_all = dataclasses.replace(record, timesteps=self.diffusion.network_timesteps(record.timesteps))
         learn_variances(self.model, on_all, self.modalities)
 
+    @override
     def extra_state(self) -> dict[str, Any]:
         return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
 
+    @override
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         saved = state["modalities"] if "modalities" in state else {name: {} for name in self.modalities}  # version 0.1
         for name, modality in self.modalities.items():
@@ -200,6 +209,7 @@ class TrainLoop(Loop):
     # ------------------------------------------------------------ now and then
 
     @property
+    @override
     def preview_interval(self) -> int:  # type: ignore[override]
         return self.config.sample_interval
 

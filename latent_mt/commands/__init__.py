@@ -1,0 +1,1 @@
+"""What scripts/latent_*.py, scripts/autoencoder_train.py and their neighbours call."""

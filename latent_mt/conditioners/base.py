@@ -13,6 +13,7 @@ class Stage(nn.Module):
     """A conditioning stage: `encode(x)` is `self(x)`."""
 
     def encode(self, *args: Any, **keywords: Any) -> Tensor:
+        """The condition that `forward` makes, under latent-diffusion's name."""
         return self(*args, **keywords)
 
 

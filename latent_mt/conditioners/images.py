@@ -38,6 +38,7 @@ class SpatialRescaler(Stage):
             self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Condition [B, in_channels, H, W] -> rescaled `n_stages` times, its channels mapped where asked. Raises UserError."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise UserError(f"expected a condition of shape [B, {self.in_channels}, H, W], got {list(x.shape)}")
         for _ in range(self.n_stages):

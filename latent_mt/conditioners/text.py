@@ -26,6 +26,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, C] -> the same shape."""
         q, k, v = (
             part(x).unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v)
         )
@@ -43,6 +44,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, C] -> the same shape."""
         return self.net(x)
 
 
@@ -55,18 +57,22 @@ class AttentionLayers(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), kind(dim)]) for kind in kinds)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, C] -> the same shape, through every layer with its norm before and its sum after."""
         for norm, layer in self.layers:  # type: ignore[misc]
             x = x + layer(norm(x))  # type: ignore[has-type]
         return x
 
 
 class PositionalEmbedding(nn.Module):
+    """A learned vector per position."""
+
     def __init__(self, dim: int, max_seq_len: int):
         super().__init__()
         self.emb = nn.Embedding(max_seq_len, dim)
         nn.init.normal_(self.emb.weight, std=0.02)
 
     def forward(self, length: int) -> Tensor:
+        """The vectors of the first `length` positions, [L, dim]."""
         return self.emb.weight[:length]  # (L, dim)
 
 
@@ -108,6 +114,7 @@ class TransformerEmbedder(Stage):
         self.transformer = TextTransformer(vocab_size, max_seq_len, n_embed, n_layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, L] -> [B, L, C]."""
         return self.transformer(tokens)
 
 
@@ -156,6 +163,7 @@ class BERTEmbedder(Stage):
         self.transformer = TextTransformer(vocab_size, max_seq_len, n_embed, n_layer, embedding_dropout)
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """Text, or token ids [B, L] -> [B, L, C]. Raises UserError for text where `use_tokenizer` is false."""
         if isinstance(text, Tensor):
             return self.transformer(text)
         if self.tknz_fn is None:

@@ -1,0 +1,1 @@
+"""Latent-diffusion's autoencoders, and the losses that train them."""

@@ -40,6 +40,7 @@ class DDConfig:
 
     @property
     def downsampling(self) -> int:
+        """How many pixels high and wide one position of the latent is."""
         return 2 ** (len(self.ch_mult) - 1)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
@@ -110,6 +111,7 @@ class ConvolutionalAutoencoder(Autoencoder):
         return self.decoder.conv_out.weight
 
     def get_last_layer(self) -> Tensor:
+        """`last_layer` under latent-diffusion's name."""
         return self.last_layer
 
     @property
@@ -171,14 +173,17 @@ class AutoencoderKL(ConvolutionalAutoencoder):
         self._add_convolutions(moments=2)
         self._finish(colorize_nlabels, monitor, ckpt_path, ignore_keys)
 
+    @override
     def encode_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
         mean, logvar = widened(self.quant_conv(self.encoder(x))).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Images [B, C, S, S] in [-1, 1] -> the Gaussian of their latents."""
         return DiagonalGaussian(*self.encode_moments(x))
 
+    @override
     def decode(self, z: Tensor) -> Tensor:
         return self._decode(z)
 
@@ -189,10 +194,12 @@ class AutoencoderKL(ConvolutionalAutoencoder):
         posterior = self.encode(x)
         return self.decode(posterior.sample(noise) if sample_posterior else posterior.mode()), posterior
 
+    @override
     def noise(self, streams: SampleStreams, images: int, height: int, width: int) -> Tensor:
         height, width = height // self.downsampling, width // self.downsampling
         return streams.normal(images, self.embed_dim, height, width).flatten(0, 1)
 
+    @override
     def reconstruct(self, x: Tensor, noise: Tensor | None = None) -> Reconstruction:
         image, posterior = self(x, sample_posterior=noise is not None, noise=noise)
         return Reconstruction(image, posterior.kl().mean(), torch.zeros(0, dtype=torch.int64, device=x.device))
@@ -251,8 +258,10 @@ class VQModel(ConvolutionalAutoencoder):
         return self.encode_to_prequant(x), None
 
     def encode(self, x: Tensor) -> Quantized:
+        """Images [B, C, S, S] in [-1, 1] -> their latents, quantised, with the codebook's loss and indices."""
         return self.quantize(self.encode_to_prequant(x))
 
+    @override
     def decode(self, z: Tensor) -> Tensor:
         return self._decode(z)
 
@@ -266,6 +275,7 @@ class VQModel(ConvolutionalAutoencoder):
         return self._decode(quantized.quant), quantized
 
     @property
+    @override
     def figure_count(self) -> int:
         return self.quantize.re_embed
 
@@ -275,6 +285,7 @@ class VQModel(ConvolutionalAutoencoder):
         chosen = torch.bincount(quantized.indices.flatten(), minlength=self.figure_count)
         return Reconstruction(image, quantized.emb_loss, chosen)
 
+    @override
     def report(self, figures: Tensor) -> dict[str, float]:
         return dict(zip(self.own_columns, codebook_usage(figures), strict=True))
 
@@ -283,8 +294,10 @@ class VQModelInterface(VQModel):
     """VQModel as LDM's diffusion models use it: encode stops before the codebook, decode begins with it."""
 
     def encode(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Images [B, C, S, S] in [-1, 1] -> latents [B, D, s, s] before quantisation, which `decode` does."""
         return self.encode_to_prequant(x)
 
+    @override
     def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
         return self._decode(z if force_not_quantize else self.quantize.entries(self.quantize.nearest(z)))
 
@@ -297,19 +310,24 @@ class IdentityFirstStage(Autoencoder):
         self.in_channels = self.embed_dim = in_channels
         self.downsampling, self.vq_interface = 1, vq_interface
 
+    @override
     def encode_moments(self, x: Tensor) -> tuple[Tensor, None]:
         return x, None
 
     def encode(self, x: Tensor) -> Tensor:
+        """Images are their own latents."""
         return x
 
+    @override
     def decode(self, z: Tensor) -> Tensor:
         return z
 
     def quantize(self, x: Tensor) -> Any:
+        """x itself; with `vq_interface` in the shape of a quantiser's answer, without loss and indices."""
         return (x, None, [None, None, None]) if self.vq_interface else x
 
     def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
         return x
 
 

@@ -23,6 +23,7 @@ def normalize(channels: int, groups: int) -> nn.GroupNorm:
 
 
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size of the image."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
 
@@ -40,6 +41,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -54,6 +56,7 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same shape; one head, over all positions."""
         normed = self.norm(x)
         q, k, v = (part(normed).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H W, C)
@@ -61,6 +64,7 @@ class AttnBlock(nn.Module):
 
 
 def make_attention(config: DDConfig, channels: int) -> nn.Module:
+    """The attention that the configuration names; the identity for `attn_type: none`."""
     return AttnBlock(channels, config.norm_groups) if config.attn_type == "vanilla" else nn.Identity()
 
 
@@ -73,6 +77,7 @@ class Downsample(nn.Module):
             self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H / 2, W / 2]; padded at the right and the bottom, as in latent-diffusion."""
         return self.conv(F.pad(x, (0, 1, 0, 1))) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
 
 
@@ -85,6 +90,7 @@ class Upsample(nn.Module):
             self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, 2 H, 2 W]."""
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if hasattr(self, "conv") else x
 
@@ -104,6 +110,7 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(make_attention(config, out_channels) for _ in range(attended))
 
     def forward(self, h: Tensor) -> Tensor:
+        """h [B, C, H, W] through the level's blocks, each with its attention where there is one -> [B, C', H, W]."""
         for i, block in enumerate(self.block):
             h = block(h)
             if len(self.attn):
@@ -112,6 +119,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """The innermost part of encoder and decoder: block, attention, block."""
+
     def __init__(self, config: DDConfig, channels: int):
         super().__init__()
         self.block_1 = ResnetBlock(config, channels, channels)
@@ -119,6 +128,7 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(config, channels, channels)
 
     def forward(self, h: Tensor) -> Tensor:
+        """h [B, C, H, W] -> the same shape."""
         return self.block_2(self.attn_1(self.block_1(h)))
 
 
@@ -142,6 +152,7 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(channels, config.z_channels * (2 if config.double_z else 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, S, S] -> moments or latents [B, D, s, s], s = S / downsampling."""
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
@@ -171,6 +182,7 @@ class Decoder(nn.Module):
         self.conv_out = conv3x3(channels, config.out_ch)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Latents [B, D, s, s] -> images [B, C, S, S], in [-1, 1] with `tanh_out` alone."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from guided_mt.errors import UserError
 from guided_mt.runs import checkpoint
@@ -32,10 +33,12 @@ log = logging.getLogger("latent_mt")
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """The discriminator's hinge loss, 0-dim, of its logits for real and for reconstructed images."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
 def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """The discriminator's cross-entropy, 0-dim, of its logits for real and for reconstructed images."""
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
@@ -240,9 +243,11 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         self.kl_weight = kl_weight
         self.logvar = nn.Parameter(torch.full((), float(logvar_init)), requires_grad=learn_logvar)
 
+    @override
     def generator_parameters(self) -> list[nn.Parameter]:
         return [self.logvar] if self.logvar.requires_grad else []
 
+    @override
     def total(self, x: Tensor, made: Reconstruction) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         error, perceptual = self.reconstruction_error((x - made.image).abs(), x, made.image)
         nll = (error / self.logvar.exp() + self.logvar).sum() / len(x)
@@ -275,6 +280,7 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         super().__init__(disc_start, **adversarial)
         self.codebook_weight, self.pixel_loss = codebook_weight, PIXEL_LOSSES[pixel_loss]
 
+    @override
     def total(self, x: Tensor, made: Reconstruction) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         error, perceptual = self.reconstruction_error(self.pixel_loss(x, made.image), x, made.image)
         nll = error.mean()

@@ -17,6 +17,7 @@ class DiagonalGaussian:
     logvar: Tensor
 
     def mode(self) -> Tensor:
+        """The most likely latent, which is the mean."""
         return self.mean
 
     def sample(self, noise: Tensor | None = None) -> Tensor:

@@ -57,6 +57,7 @@ class LatentCodec(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the latents."""
         return self.scale_factor.device
 
     def encode(self, images: Tensor, streams: SampleStreams | None = None) -> Tensor:

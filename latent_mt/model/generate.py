@@ -50,6 +50,7 @@ class LatentGenerator(Generator):
 
     @property
     def device(self) -> torch.device:
+        """The device that it draws on."""
         return self.latent.scale_factor.device
 
     def made_from(

@@ -183,6 +183,7 @@ class LatentMTDiffusion(LatentCodec):
 
     @property
     def network(self) -> MTModel:
+        """The U-Net with its heads; LDM's name for it is `model.diffusion_model`."""
         return self.model.diffusion_model
 
     def bind(self, role: int = 0) -> None:
@@ -210,6 +211,7 @@ class LatentMTDiffusion(LatentCodec):
 
     @property
     def terms(self) -> list[str]:
+        """Names of the loss terms, the image's first: `mse` or `l1`, then one for each modality."""
         return ["l1" if self.diffusion.loss_type is LossType.L1 else "mse", *self.modality_names]
 
     # ------------------------------------------------------------ losses

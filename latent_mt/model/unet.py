@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from guided_mt.errors import UserError
 from guided_mt.networks.unet import UNetModel as SharedUNet
@@ -115,6 +116,7 @@ class UNetModel(SharedUNet):
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(**unet_options(*args, **keywords))
 
+    @override
     def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor | None = None, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:

@@ -1,0 +1,1 @@
+"""Latent-diffusion's YAML files and checkpoints, and a run folder under Lightning."""

@@ -13,10 +13,14 @@ from guided_mt.errors import UserError
 
 
 class Schedule:
+    """A factor on the learning rate, by step: what latent-diffusion's `scheduler_config` builds."""
+
     def schedule(self, step: int) -> float:
+        """The factor at a step."""
         raise NotImplementedError
 
     def __call__(self, step: int) -> float:
+        """The factor at a step, for torch's LambdaLR."""
         return self.schedule(step)
 
 
@@ -37,6 +41,7 @@ class LambdaWarmUpCosineScheduler(Schedule):
         self.lr_min, self.lr_max, self.lr_start = lr_min, lr_max, lr_start
 
     def schedule(self, step: int) -> float:
+        """Linear from `lr_start` to `lr_max`, then a cosine down to `lr_min`, where it stays."""
         if step < self.warm_up_steps:
             return self.lr_start + (self.lr_max - self.lr_start) * step / self.warm_up_steps
         decay = max(self.max_decay_steps - self.warm_up_steps, 1)
@@ -72,6 +77,7 @@ class LambdaWarmUpCosineScheduler2(Schedule):
         self.ends = list(accumulate(cycle_lengths))
 
     def schedule(self, step: int) -> float:
+        """Linear at the start of each cycle, then `decay` to its end; the last cycle goes on."""
         index = next((k for k, end in enumerate(self.ends) if step <= end), len(self.ends) - 1)
         warm_up, start, high, low, length = self.cycles[index]
         step -= self.ends[index] - length
@@ -80,6 +86,7 @@ class LambdaWarmUpCosineScheduler2(Schedule):
         return self.decay(high, low, step, warm_up, length)
 
     def decay(self, high: float, low: float, step: int, warm_up: int, length: int) -> float:
+        """From `high` after `warm_up` steps to `low` at `length`, by a cosine."""
         return cosine(high, low, min((step - warm_up) / max(length - warm_up, 1), 1.0))
 
 
@@ -88,6 +95,7 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
     the last cycle it stays at f_min."""
 
     def decay(self, high: float, low: float, step: int, warm_up: int, length: int) -> float:
+        """From `high` at the first step to `low` at `length`, by a straight line."""
         return low + (high - low) * max(length - step, 0) / length
 
 

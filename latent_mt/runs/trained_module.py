@@ -41,10 +41,12 @@ class TrainedModule(pl.LightningModule):
 
     @property
     def averaged(self) -> nn.Module:
+        """The module whose weights are averaged."""
         raise NotImplementedError
 
     @property
     def ema_rates(self) -> list[str]:
+        """Rates of the averages as text; none where the run keeps no averages."""
         return [self.run.ema_rate] if self.run.ema_rate else []
 
     def rate(self, step: int) -> float:
@@ -53,6 +55,7 @@ class TrainedModule(pl.LightningModule):
         return factor * learning_rate(step, self.base_rate, self.run.lr_warmup_steps, 0)
 
     def seed_dropout(self) -> None:
+        """Seed dropout for the coming step, the one kind of randomness that belongs to a process."""
         seed_dropout(self.run.seed, self.steps_done, self.processes.rank)
 
     def count(self, bad: Tensor) -> None:

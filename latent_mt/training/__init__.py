@@ -1,0 +1,1 @@
+"""Training of first stages and of latent models, as Lightning modules."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
+from typing_extensions import override
 
 from guided_mt.data import Batch, ImageSource, load_images
 from guided_mt.data.images import from_uint8, make_grid, to_nhwc, to_uint8
@@ -59,6 +60,7 @@ class AutoencoderTraining(TrainedModule):
 
     @property
     def averaged(self) -> nn.Module:
+        """The module whose weights are averaged: the autoencoder, without the loss and its discriminator."""
         return self.autoencoder
 
     def _build_loss(self) -> AdversarialLoss:
@@ -89,6 +91,7 @@ class AutoencoderTraining(TrainedModule):
 
     # ------------------------------------------------------------ a step
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         if self.autoencoder.ddconfig.dropout > 0:
             self.seed_dropout()
@@ -184,6 +187,7 @@ class AutoencoderTraining(TrainedModule):
         if isinstance(self.trainer.strategy, DDPStrategy) and self.loss.discriminator is not None:
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
 
+    @override
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         first, second = self.autoencoder.adam_betas
         betas = (first, second)  # the rates are set at every step
@@ -208,18 +212,21 @@ class AutoencoderTraining(TrainedModule):
 
     # ------------------------------------------------------------ the run (see trained_module.TrainedModule)
 
+    @override
     def prepare(self, data: Any, resumed: bool) -> None:
         self.autoencoder.to_fast_layout()
         super().prepare(data, resumed)
         self.averages = Averages([], 1, self.device, (*self.loss.names(), "grad_norm"))
         self.figures = torch.zeros(self.autoencoder.figure_count, dtype=torch.int64, device=self.device)
 
+    @override
     def columns(self) -> list[str]:
         figures = (
             figure_names(self.data.val_source) if self.run.val_interval and self.data.val_source is not None else []
         )
         return [*self.loss.names(), *self.autoencoder.own_columns, *figures, "grad_norm", "lr", "skipped_steps"]
 
+    @override
     def report_row(self) -> dict[str, float]:
         for total in self.averages.scalars.values():
             total.copy_(self.processes.all_gather(total[None]).sum(dim=0))
@@ -290,6 +297,7 @@ class AutoencoderTraining(TrainedModule):
         averages = {f"ema_{rate}": self.ema.state_dict(rate, self.autoencoder) for rate in self.ema.averages}
         return {"model": {**self.autoencoder.state_dict(), **loss}, **averages}
 
+    @override
     def load_weights_of(self, folder: Path) -> None:
         state = checkpoint.read_weights(folder / "model.safetensors")
         own = {key: value for key, value in state.items() if not key.startswith(LOSS_PREFIX)}
@@ -304,9 +312,11 @@ class AutoencoderTraining(TrainedModule):
         if own:
             self.loss.load_trained_state(own, where)
 
+    @override
     def run_state(self) -> dict[str, Any]:
         return {"averages": self.averages.state_dict(), "counts": self.figures}
 
+    @override
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
         self.figures.copy_(state["counts"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from guided_mt.data import Batch
 from guided_mt.diffusion.random import SampleStreams
@@ -46,14 +47,17 @@ class LatentTraining(TrainedModule):
 
     @property
     def averaged(self) -> nn.Module:
+        """The module whose weights are averaged: the U-Net with its heads, without first stage and conditioner."""
         return self.model.model
 
     @property
     def ema_rates(self) -> list[str]:
+        """Rates of the averages as text; none with `use_ema: false`."""
         return super().ema_rates if self.model.use_ema else []
 
     # ------------------------------------------------------------ a step
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             if self.dropout:
@@ -83,14 +87,17 @@ class LatentTraining(TrainedModule):
 
     @property
     def dropout(self) -> bool:
+        """Whether the network drops anything, so that its generator has to be seeded in each step."""
         return any(module.p > 0 for module in self.model.network.modules() if isinstance(module, nn.Dropout))
 
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.parameters() if p.requires_grad]
         # The scaler of 16-mixed wants to unscale the gradients itself.
         self.fused = self.trainer.precision != "16-mixed"
         return torch.optim.AdamW(parameters, lr=self.base_rate, weight_decay=self.run.weight_decay, fused=self.fused)
 
+    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self.rate(self.steps_done)
@@ -109,6 +116,7 @@ class LatentTraining(TrainedModule):
 
     # ------------------------------------------------------------ the run (see trained_module.TrainedModule)
 
+    @override
     def prepare(self, data: Any, resumed: bool) -> None:
         precisions = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
         self.model.network.precision = precisions.get(self.trainer.precision, self.model.network.precision)
@@ -158,6 +166,7 @@ class LatentTraining(TrainedModule):
         self.model.scale_factor.fill_(1 / (squares / count - (total / count) ** 2).sqrt())
         self.model.scale_known = True
 
+    @override
     def columns(self) -> list[str]:
         names = ["loss", *self.model.terms]
         quartiles = [f"{name}_q{q}" for name in names for q in range(QUARTILES)]
@@ -165,6 +174,7 @@ class LatentTraining(TrainedModule):
         encoded = [f"{what}_{name}" for what in ("rms", "spread") for name in self.encoded]
         return [*names, *val, *encoded, "grad_norm", "lr", "skipped_steps", *quartiles]
 
+    @override
     def report_row(self) -> dict[str, float]:
         modalities = self.model.modalities
         spread = {f"spread_{name}": float(modalities[name].encoding_spread(self.device)) for name in self.encoded}
@@ -212,12 +222,14 @@ class LatentTraining(TrainedModule):
             for name, modality in self.model.modalities.items():
                 modality.load_state_dict(kept[name])
 
+    @override
     def preview(self) -> np.ndarray | None:
         with self.with_averages(), self._encoding_anew():
             return preview_grid(self.model, self.data)
 
     # ------------------------------------------------------------ checkpoints
 
+    @override
     def weights(self) -> dict[str, dict[str, Tensor]]:
         state = self.model.state_dict()
         averages = {
@@ -226,15 +238,18 @@ class LatentTraining(TrainedModule):
         }
         return {"model": state, **averages}
 
+    @override
     def load_weights_of(self, folder: Path) -> None:
         checkpoint.load_weights(self.model, folder / "model.safetensors")
         self.model.scale_known = True
         self.load_averages(folder)
 
+    @override
     def run_state(self) -> dict[str, Any]:
         modalities = {name: modality.state_dict() for name, modality in self.model.modalities.items()}
         return {"averages": self.averages.state_dict(), "modalities": modalities}
 
+    @override
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
         for name, saved in state.get("modalities", {}).items():

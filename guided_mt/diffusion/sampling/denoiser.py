@@ -20,13 +20,17 @@ CONDITIONINGS = ("own-head", "algorithm1", "network")
 class Modality(Protocol):
     """What sampling asks of a modality; see `guided_mt.modalities.Modality`."""
 
-    def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor: ...
+    def prior(self, shape: Sequence[int], streams: SampleStreams) -> Tensor:
+        """A first value [B, ...] of an unknown x, for z_0 of `shape` (C, H, W)."""
 
-    def encode(self, x: Tensor) -> Tensor: ...
+    def encode(self, x: Tensor) -> Tensor:
+        """E(x) [B, C, H, W]."""
 
-    def estimate(self, prediction: Tensor) -> Tensor: ...
+    def estimate(self, prediction: Tensor) -> Tensor:
+        """The mean of p(x | z_t) of a head's prediction: what an unknown x becomes."""
 
-    def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor: ...
+    def log_prob(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """log p(x | z_t) in nats [B] under a head's prediction; t [B] are original timesteps."""
 
 
 @dataclass(frozen=True)

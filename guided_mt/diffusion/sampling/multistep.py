@@ -22,6 +22,7 @@ class DPMSolverPP(Sampler):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the estimate in the middle of the step, by the last two."""
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
+        """Algorithm 2 of DPM-Solver++ (Lu et al. 2022), with fresh noise in each step where the rule `renews_noise`."""
         previous: tuple[int, Estimate] | None = None
         for step in steps:
             estimate = self.denoise(z, step)
@@ -50,6 +51,7 @@ class UniPC(Sampler):
     order = 2
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
+        """Predictor and corrector of UniPC (Zhao et al. 2023) in turn; the corrector takes no call of its own."""
         history: list[tuple[int, Estimate]] = []
         before: Tensor | None = None
         for step in steps:

@@ -63,9 +63,11 @@ class Sampler:
         return z
 
     def shift(self, estimate: Estimate, t: Tensor) -> Tensor:
+        """s_t [B, C, H, W] of the encodings of an estimate, at t [B]; -1 is clean data."""
         return self.diffusion.aggregation.shift(estimate.encodings, t)
 
     def noise(self, z: Tensor) -> Tensor:
+        """Standard normal noise of the shape of z, each sample's from its own stream."""
         return self.streams.normal(*z.shape[1:]).to(z.dtype)
 
 
@@ -77,6 +79,7 @@ class Ancestral(Sampler):
     shifts_mean = True
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
+        """A draw from the model's posterior in each step, as in DDPM; a classifier's gradient moves its mean."""
         for step in steps:
             estimate = self.denoise(z, step)
             t = torch.full((len(z),), step, device=z.device)
@@ -93,6 +96,7 @@ class DDIM(Sampler):
     """DDIM (Song et al. 2021) with any eta; 0 is the deterministic rule."""
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
+        """DDIM steps; with `eta` 0 the first is made again where a modality is unknown."""
         for step in steps:
             estimate = self.denoise(z, step)
             z = self.second_look(z, step, estimate) if self.eta == 0 else z
@@ -109,6 +113,7 @@ class Heun(Sampler):
     """
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
+        """Two calls for every second timestep: a step to it by the estimate at its start, then one by the mean of both ends."""
         nodes = list(steps)
         while nodes:
             step = nodes.pop(0)
