@@ -325,6 +325,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def console() -> None:
+    """The command's door: bad input is one line and exit code 2."""
     run(main)
 
 

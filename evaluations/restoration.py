@@ -331,6 +331,7 @@ def warn_of_different_images(scored: Sequence[Scored]) -> None:
 
 
 def console() -> None:
+    """The command's door: bad input is one line and exit code 2."""
     run(main)
 
 

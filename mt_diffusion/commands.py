@@ -23,6 +23,7 @@ class Command:
     extra: str = ""
 
     def load(self) -> ModuleType:
+        """The module, imported now."""
         return import_module(self.module)
 
 

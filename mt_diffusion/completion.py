@@ -64,6 +64,7 @@ complete -c mt-diffusion -f -a '(__mt_diffusion)'
 
 
 def main(argv: Sequence[str]) -> None:
+    """Print the completion script of a shell, or the words that may come next, as `argv` says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -157,4 +158,5 @@ SETTINGS: dict[tuple[str, str], Callable[[], list[str]]] = {
 
 
 def console() -> None:
+    """The sub-command's door."""
     run(main)

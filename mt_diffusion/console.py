@@ -89,5 +89,6 @@ def run(name: str, words: Sequence[str]) -> None:
 
 
 def fail(message: str) -> NoReturn:
+    """One line on stderr, and the end with exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

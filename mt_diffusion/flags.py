@@ -51,6 +51,7 @@ class Usage:
     sections: dict[str, list[Flag]] = field(default_factory=dict)
 
     def flags(self) -> Iterator[Flag]:
+        """All flags, section by section."""
         for section in self.sections.values():
             yield from section
 

@@ -66,6 +66,7 @@ KINDS = (
 
 
 def main(argv: Sequence[str]) -> None:
+    """List the named settings, or print the file of the one that `argv` names. Raises UserError for an unknown one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -94,4 +95,5 @@ def text(name: str) -> str:
 
 
 def console() -> None:
+    """The sub-command's door."""
     run(main)

@@ -71,12 +71,14 @@ def page(usages: dict[str, Usage]) -> str:
 
 
 def contents() -> Iterable[str]:
+    """A table of sub-commands for each group, Markdown."""
     for group in GROUPS:
         rows = [(f"[`{name}`](#{anchor(name)})", row.summary) for name, row in COMMANDS.items() if row.group == group]
         yield f"| {group} | |\n| --- | --- |\n" + "".join(f"| {a} | {b} |\n" for a, b in rows)
 
 
 def anchor(name: str) -> str:
+    """The anchor of a sub-command's heading."""
     return "mt-diffusion-" + name.replace(" ", "-")
 
 
@@ -98,11 +100,13 @@ def heading(title: str) -> tuple[str, str]:
 
 
 def section(title: str, flags: Sequence[Flag]) -> str:
+    """A section of flags under its heading, Markdown."""
     name, more = heading(title)
     return f"### {name}\n\n{escaped(more)}\n\n{table(flags)}" if more else f"### {name}\n\n{table(flags)}"
 
 
 def command(name: str, usage: Usage, shared: dict[str, list[Flag]]) -> Iterable[str]:
+    """The parts of a sub-command's chapter, Markdown. shared: sections that several of them have, which stand by themselves."""
     row = COMMANDS[name]
     yield f"## mt-diffusion {name}\n"
     yield described(usage.description)
@@ -134,6 +138,7 @@ def described(text: str) -> str:
 
 
 def table(flags: Sequence[Flag]) -> str:
+    """Flags with their defaults, values and help, a Markdown table."""
     rows = ["| flag | default | values | |", "| --- | --- | --- | --- |"]
     for flag in flags:
         name = " or ".join(f"`{word}`" for word in flag.names)
@@ -157,6 +162,7 @@ def _slug(title: str) -> str:
 
 
 def yaml_keys() -> Iterable[str]:
+    """The parts of the chapter on keys of YAML files, Markdown."""
     yield f"### run\n\n{options_table(RunConfig, 'run.')}"
     yield "### model.params of LatentMTDiffusion\n\nBeside latent-diffusion's own keywords, which are accepted as they are.\n"
     yield options_table(TaskKeys, "model.params.")
@@ -233,6 +239,7 @@ def written() -> dict[Path, str]:
 
 
 def main() -> None:
+    """Write the files."""
     for file, text in written().items():
         file.write_text(text, encoding="utf-8")
         print(file)

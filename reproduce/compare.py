@@ -131,6 +131,7 @@ DATA = {
 
 
 def main(argv: Sequence[str]) -> None:
+    """Train and compare the rows that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of all that is written")
     parser.add_argument("--data", choices=DATA, default="digits", help="whose presets")
@@ -182,10 +183,12 @@ class Comparison:
         self.failed, self.printing = Event(), Lock()
 
     def main(self) -> None:
+        """Train, draw and measure whatever isn't there yet, then write the table."""
         with Claim(self.run, setting="--run"):
             self.all_stages()
 
     def all_stages(self) -> None:
+        """Train, draw and measure what is not there yet, and write the report."""
         started = time.monotonic()
         self.run.mkdir(parents=True, exist_ok=True)
         given = np.arange(self.samples) % len(open_source(self.train_data).class_names)
@@ -201,24 +204,30 @@ class Comparison:
 
     @property
     def labels(self) -> Path:
+        """The file of the labels that are given while drawing."""
         return self.run / f"labels_{self.samples}.npz"  # every class as often
 
     @property
     def classifier(self) -> Path:
+        """The run folder of the classifier that reads every model's images."""
         return self.run / "classifier"
 
     def folder(self, row: str, seed: int) -> Path:
+        """The run folder of a row at a seed."""
         return self.run / row / f"seed_{seed}"
 
     def weights(self, row: str, seed: int) -> Path:
+        """The checkpoint that a row at a seed is measured at."""
         return self.folder(row, seed) / "checkpoints" / f"step_{self.steps:08d}"
 
     def file(self, row: str, seed: int, what: str) -> Path:
+        """The file of what was drawn: "joint", "given", "classified" or "restored"."""
         return self.folder(row, seed) / "samples" / f"{what}_{self.steps}_{self.samples}.npz"
 
     # ------------------------------------------------------------ stages
 
     def unless_failed(self, job) -> None:
+        """Do a job of the queue, unless another one has failed before."""
         if self.failed.is_set():
             return
         try:
@@ -246,6 +255,7 @@ class Comparison:
             print(f"{time.monotonic() - started:5.0f} s  {name} -> {out}", flush=True)
 
     def train_classifier(self) -> None:
+        """Train the classifier whose features and classes all rows are compared by."""
         flags = ["--data_dir", self.train_data, "--log_dir", self.classifier, *self.classifier_flags]
         steps = int(flags[len(flags) - 1 - flags[::-1].index("--iterations") + 1])
         done = self.classifier / "checkpoints" / f"step_{steps:08d}"
@@ -273,6 +283,7 @@ class Comparison:
             self.draw(row, seed, "restored", *more, by="restore")
 
     def draw(self, row: str, seed: int, what: str, *options: object, by: str = "sample") -> None:
+        """Start a script of a row at a seed that writes one file of images or predictions."""
         out = self.file(row, seed, what)
         self.call(by, *options, "--out", out, folder=self.folder(row, seed), out=out)
 
@@ -317,6 +328,7 @@ class Comparison:
         return Measured("training images, their mean", None, values)
 
     def measure(self, row: str, seed: int, classifier: FeatureClassifier, real: ClassifiedImages) -> Measured:
+        """What the table says of a row at a seed, {column: value}."""
         tasks, values = ROWS[row].tasks, {}
         with np.load(self.file(row, seed, "joint")) as file:
             drawn = classifier.classify(file["arr_0"])
@@ -389,4 +401,5 @@ def _slug(name: str) -> str:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

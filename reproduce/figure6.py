@@ -74,6 +74,7 @@ class HeldOut(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
+    """Train, classify and draw as `argv` says. Raises UserError, also where matplotlib is missing."""
     if find_spec("matplotlib") is None:  # said before hours of training, without the seconds of importing it
         raise UserError("the figure needs matplotlib: pip install -e '.[eval]'")
     made = train_and_classify(argv)
@@ -85,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)
 
 
@@ -134,6 +136,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
 
 
 def parse_numbers(text: str) -> list[int]:
+    """The whole numbers of a text like 0,1,2. Raises UserError for others and for repeated ones."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise UserError(f"--seeds {text}: write different whole numbers, as in 0,1,2")
@@ -141,6 +144,7 @@ def parse_numbers(text: str) -> list[int]:
 
 
 def load_held_out(config: Config, classes: Sequence[str] | None, image_size: int) -> HeldOut:
+    """The validation images, evenly spaced and cropped at the centre. Raises UserError where they have no classes."""
     source = open_source(config.val_data_dir, class_names=classes)
     if source.labels is None:
         raise UserError(
@@ -157,6 +161,7 @@ def load_held_out(config: Config, classes: Sequence[str] | None, image_size: int
 
 
 def folder(config: Config, name: str, seed: int) -> Path:
+    """The run folder of a curve's seed."""
     return Path(config.out) / name / f"seed_{seed}"
 
 
@@ -172,6 +177,7 @@ def training_flags(config: Config, network: Config, name: str, seed: int, passed
 
 
 def as_words(settings: Mapping[str, object]) -> list[str]:
+    """Settings by name as words of a command line."""
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 

@@ -11,8 +11,10 @@ from .classified import classify_and_score
 
 
 def main(argv: Sequence[str]) -> None:
+    """Name the classes of images by a latent model and score them, as `argv` says. Raises UserError."""
     classify_and_score(classify, argv)
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

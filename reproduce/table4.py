@@ -78,6 +78,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Make Table 4 as `argv` says. Raises UserError."""
     arguments = read_arguments(argv)
     if not started().alone:
         raise UserError("table4 is one process: train with several by latent-train, then start this by itself")
@@ -92,4 +93,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -42,6 +42,7 @@ class Half:
 
     @property
     def quoted(self) -> list[Measured]:
+        """The paper's rows as measurements without a seed."""
         return [
             Measured(
                 f"{name} (quoted, {self.data})",

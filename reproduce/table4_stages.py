@@ -51,6 +51,7 @@ class Run:
 
     @property
     def newest(self) -> Path | None:
+        """Its newest checkpoint, None before the first."""
         return newest_checkpoint(self.folder)
 
     @property
@@ -74,6 +75,7 @@ class Run:
         return {"steps": self.step, **{key: saved.get(key) for key in SAME}, "first stage": digest.hexdigest()[:12]}
 
     def files(self, what: str) -> Path:
+        """Where what is drawn and scored of it is kept."""
         return self.folder / "table4" / what
 
 
@@ -99,9 +101,11 @@ class Table4:
         return f"{self.name}_{kind}"
 
     def read(self, kind: str) -> dict[str, Any]:
+        """That YAML file with what the command line overrides, flat: {key with dots: value}."""
         return flatten(load_config(self.file(kind), self.overrides))
 
     def main(self) -> None:
+        """Train, draw and score whatever isn't there yet, then write the table. Raises UserError."""
         for one in self.runs:
             self.check(one)
         unfinished = [one for one in self.runs if not self.finished(one)]
@@ -131,6 +135,7 @@ class Table4:
         return int(saved.get(key, self.configs[one.kind].get(key, 0)))
 
     def finished(self, one: Run) -> bool:
+        """Whether a run has all of its training steps."""
         return one.newest is not None and one.step == self.total(one)
 
     def check(self, one: Run) -> None:
@@ -187,6 +192,7 @@ class Table4:
         return ["--config", self.file(one.kind), *self.overrides, *latents, *own]
 
     def train(self, one: Run) -> None:
+        """Train a run to its end, or go on with it. Raises UserError where it stops before."""
         latent_train.main(self.words(one))
         if not self.finished(one):
             raise UserError(f"{one.folder}: stopped at step {one.step}; the same command goes on")
@@ -212,6 +218,7 @@ class Table4:
         return ["--model_path", str(one.newest), "--seeds", f"{first}-{first + 10**6 - 1}", *data, *self.sampling]
 
     def sample_config(self, one: Run, *more: str) -> Config:
+        """The configuration of latent_sample.py for a run."""
         sections = (LatentSampleConfig, latent_sample.TranslateConfig)
         return parse([*self.sample_words(one), *more], sections, description="")
 
@@ -237,6 +244,7 @@ class Table4:
         done.write_text(json.dumps(record))
 
     def model(self, one: Run) -> Any:
+        """The trained model of a run, by its averaged weights."""
         config = self.sample_config(one)
         weights = checkpoint.find_weights(one.newest, config.ema)
         saved = latent_sample.read_saved(weights, "")
@@ -244,6 +252,7 @@ class Table4:
 
     @staticmethod
     def sides(one: Run) -> dict[str, int]:
+        """Names of a run's images, and the role that each has as z_0."""
         return {name: k for k, name in enumerate(one.saved["model.params.mt_sides"])}
 
     def first_stage_alone(self) -> Path:
@@ -266,6 +275,7 @@ class Table4:
     # ------------------------------------------------------------ numbers
 
     def report(self) -> None:
+        """Score what was drawn; write the table as Markdown and JSON, and the picture."""
         preset, pair = self.preset, f"{self.preset.made}_of_{self.preset.given}"
         results, images = [], 0
         for one in self.runs:

@@ -45,6 +45,7 @@ SECTIONS = (SampleConfig, GuideConfig)
 
 
 def main(argv: Sequence[str]) -> None:
+    """Draw images guided by a separate classifier, as `argv` says. Raises UserError."""
     # A diffusion run has classifier flags of its own, those of its E head: what is typed here is of the other network.
     words, argv = split_flags(rename_flag(argv, "--class", "--class_name"), [f.name for f in fields(ClassifierConfig)])
     config = with_saved_config(argv, SECTIONS, __doc__)
@@ -135,4 +136,5 @@ def class_names(config: Config, weights: Path, guide: Config) -> list[str]:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

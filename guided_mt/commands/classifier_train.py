@@ -29,6 +29,7 @@ ADM_BATCH_SIZE = 4  # per process, where none is given
 
 
 def main(argv: Sequence[str]) -> None:
+    """Train a noisy classifier as `argv` says, or go on with it. Raises UserError."""
     config, classes = resolve(argv)
     check_run(config, averaged=False)
     if config.batch_size < 0 and config.global_batch_size < 0:
@@ -70,6 +71,7 @@ def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:
 
 
 def run_folder(config: Config) -> Path:
+    """The folder of the run: --log_dir, else ADM's OPENAI_LOGDIR, else one named after the image size."""
     if config.log_dir:
         return Path(config.log_dir)
     return Path(os.environ.get("OPENAI_LOGDIR") or f"runs/classifier-{config.image_size}")
@@ -95,4 +97,5 @@ def open_classes(config: Config, path: str, classes: Sequence[str] | None) -> Im
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

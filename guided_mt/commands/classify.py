@@ -204,6 +204,7 @@ def open_classifier(argv: Sequence[str]) -> Network:
 
 
 def noisy(timesteps: Sequence[int], draws: int) -> str:
+    """The timesteps and draws that were averaged over, in words."""
     return f"timesteps {', '.join(map(str, timesteps))}, {draws} draws each"
 
 

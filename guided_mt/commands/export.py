@@ -31,6 +31,7 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Write a run's weights as guided-diffusion's .pt. Raises UserError."""
     config = parse(argv, (ExportConfig,), description=__doc__)
     if not config.out.endswith(".pt"):
         raise UserError("--out is missing: the .pt file to write")
@@ -52,4 +53,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -48,6 +48,7 @@ ADM_TERMS = ("vb", "mse", "xstart_mse")  # of which ADM writes NAME_terms.npz
 
 
 def main(argv: Sequence[str]) -> None:
+    """Print bits per dimension of images, and write them with their terms as `argv` says. Raises UserError."""
     config = with_saved_config(argv, SECTIONS, __doc__)
     processes = distributed.setup(config.device)
     out = adm_path(config, "nll.npz")
@@ -163,4 +164,5 @@ def gather_rows(processes: distributed.Processes, table: torch.Tensor, count: in
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -53,6 +53,7 @@ SECTIONS = (SampleConfig, RestoreConfig)
 
 
 def main(argv: Sequence[str]) -> None:
+    """Restore masked images as `argv` says. Raises UserError."""
     config = with_saved_config(join_mask(argv), SECTIONS, __doc__)
     processes = distributed.setup(config.device)
     if not announce(config, processes, f"writing {restored_path(config)}"):
@@ -160,6 +161,7 @@ def region_errors(arrays: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def report(arrays: dict[str, np.ndarray], exact_known: bool) -> None:
+    """Print the errors inside and outside of the mask, of the arrays that were written."""
     errors = region_errors(arrays)
     if "masked_mse" in errors:
         print(
@@ -175,4 +177,5 @@ def report(arrays: dict[str, np.ndarray], exact_known: bool) -> None:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -51,6 +51,7 @@ SECTIONS = (SampleConfig, GenerateConfig)
 
 
 def main(argv: Sequence[str]) -> None:
+    """Draw images and their modalities as `argv` says. Raises UserError."""
     argv = rename_flag(argv, "--class", "--class_name")
     config = with_saved_config(join_given(argv), SECTIONS, __doc__)
     processes = distributed.setup(config.device)
@@ -175,4 +176,5 @@ def choose_labels(config: Config, generator: Generator, seeds: Sequence[int]) ->
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -36,6 +36,7 @@ from .training import check_run, keep_clipping, run_lines, saved_classes, train
 
 
 def main(argv: Sequence[str]) -> None:
+    """Train a model as `argv` says, or go on with it. Raises UserError."""
     config = parse(argv, run_sections(), description=__doc__, presets=True)
     if config.lr_anneal_steps and "total_steps" not in config.typed:
         config[TrainConfig].total_steps = config.lr_anneal_steps  # where ADM's loop stops
@@ -68,10 +69,12 @@ def validate(config: Config) -> None:
 
 
 def run_folder(config: Config) -> Path:
+    """The folder of the run: --log_dir, else ADM's OPENAI_LOGDIR, else one named after task, form and image size."""
     if config.log_dir:
         return Path(config.log_dir)
     return Path(os.environ.get("OPENAI_LOGDIR") or f"runs/{config.mt_task}-{config.mt_variant}-{config.image_size}")
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from ..errors import UserError
 from .open import open_source
@@ -59,6 +60,7 @@ class Sides(ImageSource):
         """The main image."""
         return self.main.read(index)
 
+    @override
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         short_side = image_size if uniforms is None else random_short_side(image_size, uniform=uniforms[0])
         main = to_rgb(self.main.read(index))
@@ -75,9 +77,11 @@ class Sides(ImageSource):
             item[3 * k : 3 * k + 3] = window.transpose(2, 0, 1)
         return item
 
+    @override
     def name(self, index: int) -> str:
         return self.main.name(index)
 
+    @override
     def without_class(self) -> str:
         return self.main.without_class()
 

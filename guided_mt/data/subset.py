@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from .sources import ImageSource
 
@@ -21,18 +22,23 @@ class Subset(ImageSource):
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @override
     def read(self, index: int) -> Image.Image | np.ndarray:
         return self.source.read(int(self.numbers[index]))
 
+    @override
     def item_shape(self, image_size: int) -> tuple[int, ...]:
         return self.source.item_shape(image_size)
 
+    @override
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         return self.source.decode(int(self.numbers[index]), image_size, uniforms)
 
+    @override
     def name(self, index: int) -> str:
         return self.source.name(int(self.numbers[index]))
 
+    @override
     def without_class(self) -> str:
         return self.source.without_class()
 

@@ -81,6 +81,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
+        """The device that it draws on."""
         return next(self.model.parameters()).device
 
     @property

@@ -112,6 +112,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
     return int(checkpoint.name.rpartition("_")[2])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
+from typing_extensions import override
 
 from ..data import MAX_PIXELS
 from ..diffusion.sampling import CONDITIONINGS, SAMPLERS
@@ -215,6 +216,7 @@ class Config:
         raise AttributeError(name)
 
     def sections(self) -> list[Any]:
+        """The sections, each an instance of its dataclass of options."""
         return list(self._sections.values())
 
     def as_dict(self, *sections: type) -> dict[str, Any]:
@@ -223,6 +225,7 @@ class Config:
         return {key: value for s in chosen for key, value in dataclasses.asdict(self._sections[s]).items()}
 
     def to_yaml(self) -> str:
+        """All options as YAML, which --config reads."""
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
@@ -294,6 +297,7 @@ class OptionParser(argparse.ArgumentParser):
 
     fields: Mapping[str, dataclasses.Field]
 
+    @override
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
@@ -374,6 +378,7 @@ def make_section(section: type, values: Mapping[str, Any], source: str | Path) -
 
 
 def preset_names() -> list[str]:
+    """Names of the presets that --preset takes, in order."""
     return presets.names()
 
 

@@ -38,6 +38,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def all_gather(self, values: Tensor) -> Tensor:
@@ -88,10 +89,12 @@ class Processes:
         return int(value.item())
 
     def barrier(self) -> None:
+        """Wait until every process is here."""
         if self.world_size > 1:
             self.any(False)
 
     def close(self) -> None:
+        """Leave the group of processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -166,6 +169,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def rendezvous_over_mpi() -> None:
+    """Tell torch.distributed by MPI where the processes meet. Raises UserError where mpi4py can't be imported."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library

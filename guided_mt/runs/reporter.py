@@ -45,6 +45,7 @@ class Reporter:
         self._started, self._start_step = time.monotonic(), start_step
 
     def row(self, values: dict[str, float]) -> None:
+        """Write a row {column: value} to the terminal, progress.csv and TensorBoard; `step` is one of the columns."""
         self._csv.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in values.items()})
         self._file.flush()
         step = int(values["step"])
@@ -68,6 +69,7 @@ class Reporter:
         print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Close the files."""
         if self._live:
             print(file=sys.stderr)
         self._file.close()

@@ -240,6 +240,7 @@ def read_weights(path: Path, averaged: bool = True) -> dict[str, Tensor]:
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    """The shape of each entry of a state dict."""
     return {key: value.shape for key, value in state.items()}
 
 

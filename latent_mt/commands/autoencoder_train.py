@@ -22,6 +22,7 @@ PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed")
 
 
 def main(argv: Sequence[str]) -> None:
+    """Train a first stage as `argv` says, or go on with it. Raises UserError."""
     arguments = read_arguments(argv, __doc__)
     # Lightning takes seconds, which --help need not wait for.
     from ..training.first_stage import AutoencoderTraining
@@ -65,4 +66,5 @@ def check_images(model: ConvolutionalAutoencoder, data: Any) -> None:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -45,6 +45,7 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Write a run's weights as latent-diffusion's .ckpt. Raises UserError."""
     config = parse(argv, (ExportConfig,), description=__doc__)
     if not config.out:
         raise UserError("--out is missing: the .ckpt file to write")
@@ -144,4 +145,5 @@ def _betas(weights: Path) -> Any:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -34,6 +34,7 @@ class LatentRestoreConfig(SampleConfig):
 
 
 def main(argv: Sequence[str]) -> None:
+    """Restore masked images by a latent model as `argv` says. Raises UserError."""
     config = parse(join_mask(argv), (LatentRestoreConfig, RestoreConfig), description=__doc__)
     processes = distributed.setup(config.device)
     if not announce(config, processes, f"writing {restored_path(config)}"):
@@ -41,8 +42,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def load(config: Config, device: torch.device) -> LatentGenerator:
+    """The model that draws, on the device."""
     return load_generator(config.model_path, config.ema, device)
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -92,6 +92,7 @@ class Given:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Draw or translate by a latent model as `argv` says. Raises UserError."""
     config = parse(join_given(argv), (LatentSampleConfig, TranslateConfig), description=__doc__)
     given = read_words(config.given)
     check_flags(config, given)
@@ -386,4 +387,5 @@ def of_values(
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

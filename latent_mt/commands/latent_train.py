@@ -15,6 +15,7 @@ from .arguments import read_arguments
 
 
 def main(argv: Sequence[str]) -> None:
+    """Train a latent model as `argv` says, or go on with it. Raises UserError."""
     arguments = read_arguments(argv, __doc__)
     # Lightning takes seconds, which --help need not wait for.
     from ..model.latent_diffusion import LatentMTDiffusion
@@ -25,4 +26,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

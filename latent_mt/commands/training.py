@@ -52,6 +52,7 @@ class Command:
 
     @property
     def yaml(self) -> str:
+        """The whole configuration as YAML."""
         return OmegaConf.to_yaml(OmegaConf.create(self.config))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image, ImageFilter
+from typing_extensions import override
 
 from guided_mt.errors import UserError, nearest
 
@@ -62,12 +63,15 @@ class Computed(PairSource):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @override
     def name(self, index: int) -> str:
         return self.pairs.name(index)
 
+    @override
     def label_map(self, index: int, image_size: int) -> np.ndarray:
         return self.pairs.label_map(index, image_size)
 
+    @override
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         read = self.pairs.decode(index, image_size, uniforms)
         photo = np.ascontiguousarray(read[3 * self._photo : 3 * self._photo + 3].transpose(1, 2, 0))

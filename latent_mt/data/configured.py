@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import override
 
 from guided_mt.data import MAX_PIXELS, ImageSource, ImageStream, Sides, open_source
 from guided_mt.data.sources.classes import renumbered
@@ -85,10 +86,12 @@ class StreamedData:
 
     @cached_property
     def source(self) -> ImageSource:
+        """The training images."""
         return self._open(self.splits[0])
 
     @cached_property
     def val_source(self) -> ImageSource | None:
+        """The validation images; None where there are none."""
         return None if self.splits[1] is None else self._open(self.splits[1])
 
     def stream(
@@ -180,6 +183,7 @@ class PairData(StreamedData):
         self.direction, self.classes, self.sides, self.labels = direction, classes, sides, labels
 
     @property
+    @override
     def splits(self) -> tuple[str, str | None]:
         return self.split, self.val_split or None
 
@@ -277,6 +281,7 @@ class ImageData(StreamedData):
             )
 
     @property
+    @override
     def splits(self) -> tuple[str, str | None]:
         return "train", "val" if self.val_path else None
 

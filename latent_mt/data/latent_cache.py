@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from evaluations.files.palettes import LabelClass, Palette
 from guided_mt.data import Sides
@@ -84,6 +85,7 @@ class LatentCache(ImageSource):
     def __len__(self) -> int:
         return len(self.names)
 
+    @override
     def name(self, index: int) -> str:
         return self.names[index]
 
@@ -96,6 +98,7 @@ class LatentCache(ImageSource):
             )
         return (math.prod(self.shape[1:5]), *self.shape[5:])
 
+    @override
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         if uniforms is not None:
             raise UserError(f"{self.path}: cached latents are of centre crops; leave out random_crop")

@@ -48,6 +48,7 @@ class Files:
         self.places = {name[len(common) :]: place for name, place in places.items() if name.startswith(common)}
 
     def read_bytes(self, name: str) -> bytes:
+        """Bytes of the file of this name."""
         source, number = self.places[name]
         return self.sources[source].read_bytes(number)
 
@@ -335,5 +336,6 @@ def _check_split(path: str, split: str, found: Mapping[str, object] | set[str]) 
 
 
 def check_choice(key: str, value: str, valid: Sequence[str]) -> None:
+    """Raises UserError where the value of `key` is not a valid one, with the nearest that is."""
     if value not in valid:
         raise UserError(f"{key} {value!r}: must be one of {', '.join(valid)}{nearest(str(value), valid)}")

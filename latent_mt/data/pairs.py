@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from evaluations.files.palettes import Palette
 from guided_mt.data.sources import FileSource, ImageSource
@@ -65,6 +66,7 @@ class PairSource(ImageSource):
         """
         raise UserError(f"{self.path}: {' and '.join(self.side_names)} are images; there are no label maps")
 
+    @override
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         short_side = image_size if uniforms is None else random_short_side(image_size, uniform=uniforms[0])
         data = self.read_sides(index)
@@ -102,14 +104,17 @@ class FilePairs(PairSource):
     def __len__(self) -> int:
         return len(self.photos)
 
+    @override
     def name(self, index: int) -> str:
         return self._name(self.photos[index])
 
+    @override
     def read_sides(self, index: int) -> list[Image.Image | np.ndarray]:
         photo = self._photo(index)
         classes = self._classes(index, photo.size)
         return [to_rgb(photo) if side.kind == "image" else classes for side in self.sides]
 
+    @override
     def label_map(self, index: int, image_size: int) -> np.ndarray:
         size = self._photo(index).size
         return crop_window(resize_classes(self._classes(index, size), size, image_size), image_size)
@@ -153,9 +158,11 @@ class AlignedPairs(PairSource):
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @override
     def name(self, index: int) -> str:
         return self.source.name(int(self.numbers[index]))
 
+    @override
     def read_sides(self, index: int) -> list[Image.Image | np.ndarray]:
         image = self.source.read(int(self.numbers[index]))
         if image.width % 2:
@@ -178,9 +185,11 @@ class ImagePairs(PairSource):
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @override
     def name(self, index: int) -> str:
         return self.source.name(int(self.numbers[index, 0]))
 
+    @override
     def read_sides(self, index: int) -> list[Image.Image | np.ndarray]:
         first, second = (self.source.read(int(number)) for number in self.numbers[index])
         if first.size != second.size:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+from typing_extensions import override
 
 from guided_mt.runs import distributed
 from guided_mt.runs.distributed import Processes
@@ -27,36 +28,44 @@ class Launched(ClusterEnvironment):
         self.found, self.place, self.node = found, local_rank, found.rank // local_size
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
         return True
 
     @property
+    @override
     def main_address(self) -> str:
         return os.environ["MASTER_ADDR"]
 
     @property
+    @override
     def main_port(self) -> int:
         return int(os.environ["MASTER_PORT"])
 
     @staticmethod
+    @override
     def detect() -> bool:
         return False
 
+    @override
     def world_size(self) -> int:
         return self.found.world_size
 
     def set_world_size(self, size: int) -> None:
         """It is what it is."""
 
+    @override
     def global_rank(self) -> int:
         return self.found.rank
 
     def set_global_rank(self, rank: int) -> None:
         """It is what it is."""
 
+    @override
     def local_rank(self) -> int:
         return self.place
 
+    @override
     def node_rank(self) -> int:
         return self.node
 

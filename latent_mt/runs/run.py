@@ -16,6 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 from guided_mt.data import Batch, ImageStream
 from guided_mt.errors import UserError, reason
@@ -58,6 +59,7 @@ class RunFolder(pl.Callback):
         self.stopped = self.interrupted = False
         self.running = contextlib.ExitStack()
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         processes = Processes(
             trainer.global_rank, trainer.world_size, trainer.local_rank, trainer.strategy.root_device, self.launcher
@@ -85,6 +87,7 @@ class RunFolder(pl.Callback):
         )
         self.policy = self.running.enter_context(policy)
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: TrainedModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -98,9 +101,11 @@ class RunFolder(pl.Callback):
         if self.policy.after_step(step, figures):
             self.stopped = trainer.should_stop = True
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         self.running.close()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, module: TrainedModule, exception: BaseException) -> None:
         self.interrupted = isinstance(exception, KeyboardInterrupt)
         self.running.close()

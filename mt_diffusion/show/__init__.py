@@ -19,6 +19,7 @@ from .recognised import describe
 
 
 def main(argv: Sequence[str]) -> None:
+    """Say what the path that `argv` names is. Raises UserError for what can't be read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -30,4 +31,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 def console() -> None:
+    """The sub-command's door."""
     run(main)

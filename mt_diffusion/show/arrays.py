@@ -21,15 +21,19 @@ RESTORED = ("original", "masked", "restored", "mask")
 
 @dataclass(frozen=True)
 class Header:
+    """Shape and type of an array in an .npz, read without its data."""
+
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def text(self) -> str:
+        """Type and shape in words."""
         return f"{self.dtype} {list(self.shape)}"
 
     @property
     def is_images(self) -> bool:
+        """Whether these are images: uint8 [N, H, W, 3]."""
         return len(self.shape) == 4 and self.shape[-1] == 3 and self.dtype == np.uint8
 
 

@@ -31,6 +31,7 @@ class Facts:
         self.commands.append((why, " ".join(["mt-diffusion", *(quoted(word) for word in words)])))
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it, as --json prints it."""
         commands = [{"why": why, "command": command} for why, command in self.commands]
         return {"path": self.path, "kind": self.kind, **self.rows, "commands": commands}
 

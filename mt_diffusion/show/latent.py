@@ -12,17 +12,20 @@ AUTOENCODERS = ("AutoencoderKL", "VQModel", "VQModelInterface")
 
 
 def params(config: Mapping[str, Any], part: str = "model") -> Mapping[str, Any]:
+    """`params` of a part of a YAML file; empty where there are none."""
     section = config.get(part)
     found = section.get("params") if isinstance(section, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
 def class_name(config: Mapping[str, Any], part: str = "model") -> str:
+    """The last word of a part's `target`; empty where there is none."""
     section = config.get(part)
     return str(section.get("target", "")).rpartition(".")[2] if isinstance(section, Mapping) else ""
 
 
 def is_autoencoder(config: Mapping[str, Any]) -> bool:
+    """Whether the YAML file is of a first stage."""
     return class_name(config) in AUTOENCODERS
 
 
@@ -37,6 +40,7 @@ def modalities(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def title(config: Mapping[str, Any]) -> str:
+    """What the model of a YAML file is, in a few words."""
     if is_autoencoder(config):
         return f"a first stage ({class_name(config)})"
     sides = list(params(config).get("mt_sides") or [])[:1]
@@ -49,6 +53,7 @@ def title(config: Mapping[str, Any]) -> str:
 
 
 def settings(facts: Facts, config: Mapping[str, Any]) -> None:
+    """Add the settings of a YAML file that say what the model is."""
     model, data = params(config), params(config, "data")
     facts.add("class", config["model"].get("target"))
     facts.add("task", [name if name == row else f"{name} ({row})" for name, row in modalities(config).items()])

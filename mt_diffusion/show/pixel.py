@@ -14,6 +14,7 @@ NOT_FLAGS = ("dry_run", "log_dir")  # of no interest in how a run was trained
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration is of a noisy classifier."""
     return "mt_task" not in config and "classifier_width" in config
 
 
@@ -23,6 +24,7 @@ def rows_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def title(config: Mapping[str, Any]) -> str:
+    """What the model of a configuration is, in a few words."""
     names = rows_of(config)
     size = f" of {config['image_size']} pixels" if "image_size" in config else ""
     if not names:
@@ -32,6 +34,7 @@ def title(config: Mapping[str, Any]) -> str:
 
 
 def settings(facts: Facts, config: Mapping[str, Any]) -> None:
+    """Add the settings that say what the model is."""
     if not config:
         return
     if not is_classifier(config):
@@ -62,6 +65,7 @@ def differing(config: Mapping[str, Any]) -> list[str]:
 
 
 def sections(config: Mapping[str, Any]) -> Sequence[type]:
+    """The dataclasses of options that the configuration was written with."""
     if is_classifier(config):
         from guided_mt.training.classifier_loop import classifier_run_sections
 

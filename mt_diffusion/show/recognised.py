@@ -26,10 +26,12 @@ class Kind:
 
 
 def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a checkpoint folder."""
     return path.is_dir() and (path / "model.safetensors").exists()
 
 
 def is_run(path: Path) -> bool:
+    """Whether the path is a run folder, also before its first checkpoint."""
     return path.is_dir() and ((path / "checkpoints").is_dir() or _is_begun(path))
 
 

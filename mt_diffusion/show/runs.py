@@ -119,6 +119,7 @@ def describe_config(config: Mapping[str, Any] | None) -> str:
 
 
 def is_latent(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration is a YAML file of latent_mt."""
     return isinstance(config.get("model"), Mapping)
 
 

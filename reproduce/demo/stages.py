@@ -60,17 +60,21 @@ class Training:
 
     @property
     def weights(self) -> Path:
+        """The checkpoint folder of its last step."""
         return self.run / "checkpoints" / f"step_{self.steps:08d}"
 
     @property
     def curve(self) -> Path:
+        """The picture of its losses."""
         return self.run / "training_curve.png"
 
     def named(self, name: str, suffix: str = ".npz") -> Path:
+        """The file of what was drawn with its last weights."""
         return self.run / "samples" / f"{name}_{self.steps}{suffix}"
 
 
 def main(argv: Sequence[str]) -> None:
+    """Train on digits, restore and name held-out ones, draw new ones, and say how good they are. Raises UserError."""
     config = parse(argv, (DemoConfig,), description=__doc__)
     if find_spec("matplotlib") is None:  # said before minutes of training
         raise UserError("the training curve needs matplotlib: pip install -e '.[plots]'")
@@ -124,6 +128,7 @@ def add_labels(first: Training, second: Training, processes: int) -> None:
 
 
 def say(text: str) -> None:
+    """Print a heading."""
     print(f"\n{text}", flush=True)
 
 
@@ -199,4 +204,5 @@ def shown_path(path: Path) -> Path:
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

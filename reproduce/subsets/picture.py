@@ -29,6 +29,7 @@ TITLE, HEAD = 150, 16  # width of a row's title and height of the columns' title
 
 
 def main(argv: Sequence[str]) -> None:
+    """Draw every side from every subset of the rest, as `argv` says, into one picture. Raises UserError."""
     config = read_flags(argv, __doc__)
     out = Path(config.out or samples_folder(Path(config.model_path)) / "subsets.png")
     processes = distributed.setup(config.device)
@@ -91,4 +92,5 @@ def titled(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> n
 
 
 def console() -> None:
+    """The script's door."""
     run(main)

@@ -57,6 +57,7 @@ class TarSource(FileSource):
         self._offsets, self._sizes = np.array([entries[name] for name in found], dtype=np.int64).T
 
     def read_bytes(self, index: int) -> bytes:
+        """Bytes of the file of image `index`, as stored. Raises OSError."""
         return self._file.read(int(self._offsets[index]), int(self._sizes[index]))
 
 
@@ -95,6 +96,7 @@ class ZipSource(FileSource):
         self._entries = np.array([entries[name] for name in found], dtype=np.int64)  # [N, 4]
 
     def read_bytes(self, index: int) -> bytes:
+        """Bytes of the file of image `index`, unpacked. Raises BadZipFile where header or checksum are wrong."""
         offset, size, method, crc = map(int, self._entries[index])
         header = self._file.read(offset, 30)
         if header[:4] != b"PK\x03\x04":

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+from typing_extensions import override
 
 from ..transforms import center_crop_arr, random_crop_arr
 from .classes import class_ids, first_without_class
@@ -73,9 +74,11 @@ class ArraySource(ImageSource):
     def __len__(self) -> int:
         return len(self.images)
 
+    @override
     def read(self, index: int) -> np.ndarray:
         return np.broadcast_to(self.images[index], (*self.images.shape[1:3], 3))
 
+    @override
     def name(self, index: int) -> str:
         stem = f"{index:08d}.png"
         if self.labels is None or self.labels[index] < 0:
@@ -103,25 +106,31 @@ class FileSource(ImageSource):
 
     @cached_property
     def labels(self) -> np.ndarray | None:  # type: ignore[override]
+        """Class ids int64 [N], -1 where an image has none; None where no image has one. Found when first asked for."""
         return self._classes[0]
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
+        """The names of the ids, found with them."""
         return self._classes[1]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read_bytes(self, index: int) -> bytes:
+        """Bytes of the file of image `index`."""
         raise NotImplementedError
 
+    @override
     def read(self, index: int) -> Image.Image:
         image = open_image(self.read_bytes(index), self.max_pixels)
         return ImageOps.exif_transpose(image) if self.upright else image
 
+    @override
     def name(self, index: int) -> str:
         return self.names[index]
 
+    @override
     def without_class(self) -> str:
         return first_without_class(self.names)
 

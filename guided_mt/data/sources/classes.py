@@ -219,6 +219,7 @@ def check_classes(path: str, found: Iterable[str], known: Sequence[str]) -> None
 
 
 def is_number(name: str) -> bool:
+    """Whether a name is a whole number in ASCII digits."""
     return name.isascii() and name.isdecimal()
 
 

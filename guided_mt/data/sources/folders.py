@@ -29,6 +29,7 @@ class FolderSource(FileSource):
         self.folder = os.path.abspath(folder)
 
     def read_bytes(self, index: int) -> bytes:
+        """Bytes of the file of image `index`. Raises OSError."""
         return Path(self.folder, self.names[index]).read_bytes()
 
 
@@ -52,6 +53,7 @@ class CloudFolderSource(FileSource):
         self.root = root
 
     def read_bytes(self, index: int) -> bytes:
+        """Bytes of the file of image `index`, fetched by blobfile."""
         import blobfile
 
         with blobfile.BlobFile(self.root + self.names[index], "rb") as handle:

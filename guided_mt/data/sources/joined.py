@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from ...errors import UserError
 from .arrays import NpzSource
@@ -43,21 +44,26 @@ class Joined(ImageSource):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @override
     def read(self, index: int) -> Image.Image | np.ndarray:
         source, number = self._place(index)
         return source.read(number)
 
+    @override
     def item_shape(self, image_size: int) -> tuple[int, ...]:
         return self.sources[0].item_shape(image_size)
 
+    @override
     def decode(self, index: int, image_size: int, uniforms: np.ndarray | None = None) -> np.ndarray:
         source, number = self._place(index)
         return source.decode(number, image_size, uniforms)
 
+    @override
     def name(self, index: int) -> str:
         source, number = self._place(index)
         return source.name(number)
 
+    @override
     def without_class(self) -> str:
         return self.sources[0].without_class()
 

@@ -8,6 +8,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def names() -> list[str]:
+    """Names of the presets that --preset takes, in order."""
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 

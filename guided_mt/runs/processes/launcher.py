@@ -27,6 +27,7 @@ class Started(NamedTuple):
 
     @property
     def alone(self) -> bool:
+        """Whether this is the only process."""
         return self.world_size == 1
 
     def placed(self, hosts: Sequence[str]) -> Started:
