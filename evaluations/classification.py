@@ -318,5 +318,9 @@ def main(argv: Sequence[str]) -> None:
         draw_confusion(results[0], args.confusion)
 
 
-if __name__ == "__main__":
+def console() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    console()

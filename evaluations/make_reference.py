@@ -49,5 +49,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"{args.out}: statistics of {images.count} images of {images.height}x{images.width}, {kept} of them stored")
 
 
-if __name__ == "__main__":
+def console() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -324,5 +324,9 @@ def warn_of_different_images(scored: Sequence[Scored]) -> None:
             warn(f"{one.file}: other masks than in {same.file}: no fair comparison")
 
 
-if __name__ == "__main__":
+def console() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -318,5 +318,9 @@ def main(argv: Sequence[str]) -> None:
         write_confusion(tally.confusion, palette.names, args.out_dir)
 
 
-if __name__ == "__main__":
+def console() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -1,4 +1,4 @@
-"""Classify images and say how well: what scripts/image_classify.py and scripts/latent_classify.py do."""
+"""Classify images and say how well: what `mt-diffusion classify` and `latent-classify` share."""
 
 from __future__ import annotations
 

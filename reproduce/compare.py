@@ -1,9 +1,9 @@
 """Does a second task help or hurt? Twins at equal steps, seeds and images seen, one table and one figure.
 
-    python scripts/compare.py [--run runs/compare] [--steps 500] [--seeds 0,1,2] [--rows label-m,none] [--conditioning]
+    mt-diffusion compare [--run runs/compare] [--steps 500] [--seeds 0,1,2] [--rows label-m,none] [--conditioning]
 
-Every row is trained with every seed by image_train.py, drawn from by image_sample.py, and measured on held-out images; what
-is done already is not done again. One classifier, trained by classifier_train.py, reads the images of all rows: the Frechet
+Every row is trained with every seed by `train`, drawn from by `sample`, and measured on held-out images; what
+is done already is not done again. One classifier, trained by `classifier-train`, reads the images of all rows: the Frechet
 distance is taken between the inputs of its last layer (the mean over positions of its last features), at timestep 0.
 Writes RUN/compare.csv, RUN/compare.md and RUN/compare.png, and beside each run its samples as PNG. `--data cifar10` takes the
 CIFAR-10 presets, meant for a GPU.
@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import shlex
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,11 @@ from threading import Event, Lock
 import numpy as np
 import torch
 
+from evaluations.errors import EvaluationError
 from evaluations.features.moments import statistics
 from evaluations.scores.metrics import frechet_distance
 from evaluations.tables.seeds import Column, Measured, markdown_table, plot_seeds, write_seeds_csv
+from guided_mt.commands.console import run
 from guided_mt.commands.restore import region_errors
 from guided_mt.data import load_images, open_source
 from guided_mt.data.images import save_npz
@@ -37,7 +38,8 @@ from guided_mt.generation.feature_classifier import ClassifiedImages, FeatureCla
 from guided_mt.generation.noisy_classifier import load_classifier
 from guided_mt.runs.processes.claim import Claim
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+from .commands import command, shown
+
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
 GIVEN = "own head, scale 1"  # how a given label is drawn by default
 CONDITIONINGS = {
@@ -128,7 +130,7 @@ DATA = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of all that is written")
     parser.add_argument("--data", choices=DATA, default="digits", help="whose presets")
@@ -145,11 +147,10 @@ def main() -> None:
         help=f"row {CONDITIONED_ROW}: also draw given labels in other ways, into RUN/conditioning.md",
     )
     parser.add_argument("--classifier_steps", type=int, default=0, help="training steps of the classifier")
-    arguments = parser.parse_args()
     try:
-        Comparison(arguments).main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        Comparison(parser.parse_args(argv)).main()
+    except EvaluationError as error:  # such as a package that the figure needs
+        raise UserError(str(error)) from None
 
 
 def _numbers(text: str) -> list[int]:
@@ -226,36 +227,36 @@ class Comparison:
             self.failed.set()
             raise
 
-    def call(self, script: str, *options: object, folder: Path, out: Path) -> None:
-        """Run one of the scripts on one thread, unless its result `out` is there; what it prints goes to FOLDER/log.txt."""
+    def call(self, name: str, *options: object, folder: Path, out: Path) -> None:
+        """Run one of the commands on one thread, unless its result `out` is there; what it prints goes to FOLDER/log.txt."""
         if out.exists() or self.failed.is_set():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(SCRIPTS / script), *map(str, options)]
+        words = command(name, *options)
         started = time.monotonic()
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(command)}\n")
+            log.write(f"$ {shown(words)}\n")
             log.flush()
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
             last = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
-            raise UserError(f"{script} failed, see {folder / 'log.txt'}: {last}")
+            raise UserError(f"{name} failed, see {folder / 'log.txt'}: {last}")
         with self.printing:
-            print(f"{time.monotonic() - started:5.0f} s  {script} -> {out}", flush=True)
+            print(f"{time.monotonic() - started:5.0f} s  {name} -> {out}", flush=True)
 
     def train_classifier(self) -> None:
         flags = ["--data_dir", self.train_data, "--log_dir", self.classifier, *self.classifier_flags]
         steps = int(flags[len(flags) - 1 - flags[::-1].index("--iterations") + 1])
         done = self.classifier / "checkpoints" / f"step_{steps:08d}"
-        self.call("classifier_train.py", *flags, folder=self.classifier, out=done)
+        self.call("classifier-train", *flags, folder=self.classifier, out=done)
 
     def one(self, row: str, seed: int) -> None:
         """Train one row with one seed and draw all that is measured."""
         spec, folder, weights = ROWS[row], self.folder(row, seed), self.weights(row, seed)
         flags = ["--preset", spec.preset.format(self.name), *self.data.flags, *spec.flags]
         flags += ["--data_dir", self.train_data, "--log_dir", folder, "--seed", seed, "--total_steps", self.steps]
-        self.call("image_train.py", *flags, folder=folder, out=weights)
+        self.call("train", *flags, folder=folder, out=weights)
         draw = ["--model_path", weights, "--num_samples", self.samples, "--batch_size", 60]
         draw += ["--seeds", f"{seed * 10**6}-{seed * 10**6 + self.samples - 1}"]  # the same for every row
         self.draw(row, seed, "joint", *draw)
@@ -263,17 +264,17 @@ class Comparison:
             given = [*draw, "--given", f"label={self.labels}"]
             self.draw(row, seed, "given", *given)
             held_out = ["--model_path", weights, "--data_dir", self.test_data]
-            self.draw(row, seed, "classified", *held_out, script="image_classify.py")
+            self.draw(row, seed, "classified", *held_out, by="classify")
             for name, how in CONDITIONINGS.items() if self.conditioning and row == CONDITIONED_ROW else ():
                 self.draw(row, seed, _slug(name), *given, *how)
         if "masked" in spec.tasks:
             options = ["--data_dir", self.test_data, "--mask", "patches:10", "--num_samples", RESTORED]
             more = ["--model_path", weights, "--batch_size", 60, *options]
-            self.draw(row, seed, "restored", *more, script="image_restore.py")
+            self.draw(row, seed, "restored", *more, by="restore")
 
-    def draw(self, row: str, seed: int, what: str, *options: object, script: str = "image_sample.py") -> None:
+    def draw(self, row: str, seed: int, what: str, *options: object, by: str = "sample") -> None:
         out = self.file(row, seed, what)
-        self.call(script, *options, "--out", out, folder=self.folder(row, seed), out=out)
+        self.call(by, *options, "--out", out, folder=self.folder(row, seed), out=out)
 
     # ------------------------------------------------------------ numbers
 
@@ -388,4 +389,4 @@ def _slug(name: str) -> str:
 
 
 def console() -> None:
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Figure 6 of the paper: a noisy classifier fine-tuned from a jointly trained model (head E), against one trained from scratch.
 
-Both are trained by classifier_train.py with the same seed, images, batches and noise, into OUT/finetuned/seed_S and
+Both are trained by classifier-train with the same seed, images, batches and noise, into OUT/finetuned/seed_S and
 OUT/scratch/seed_S; flags that are not listed here go to it. At step 0 and every --eval_interval steps they classify the same
 held-out images with the same noise, at timesteps drawn uniformly. Run again, it goes on where it was.
 """
@@ -8,7 +8,6 @@ held-out images with the same noise, at timesteps drawn uniformly. Run again, it
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -39,17 +38,17 @@ from guided_mt.runs.processes.claim import Claim
 from guided_mt.training.classifier_loop import VALIDATION, classifier_run_sections
 
 from .children import run_child
+from .commands import command, shown
 
 SERIES = {"finetuned": "fine-tuned from the joint model", "scratch": "from scratch"}
 SET_HERE = ("log_dir", "resume_checkpoint", "seed", "save_interval", "keep_checkpoints", "total_steps")
 MAY_CHANGE = ("total_steps", "global_batch_size", "device", "data_workers", "log_interval", "dry_run")  # of a run
-CLASSIFIER_TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "classifier_train.py"
 BATCH = 64  # held-out images per forward pass
 
 
 @dataclass
 class Figure6Config:
-    """Figure 6. Other flags are those of classifier_train.py, and are the same for both"""
+    """Figure 6. Other flags are those of classifier-train, and are the same for both"""
 
     joint: str = option("", "the jointly trained model: a run with --mt_task label --mt_label_head E")
     data_dir: str = option("", "images with classes to train on")
@@ -75,7 +74,7 @@ class HeldOut(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     if find_spec("matplotlib") is None:  # said before hours of training, without the seconds of importing it
         raise UserError("the figure needs matplotlib: pip install -e '.[eval]'")
-    made = train_and_classify(argv, CLASSIFIER_TRAIN)
+    made = train_and_classify(argv)
     try:
         if made is not None:
             draw(*made)
@@ -87,25 +86,25 @@ def console() -> None:
     run(main)
 
 
-def train_and_classify(argv: Sequence[str], script: Path) -> tuple[Path, dict[str, list[list[Path]]]] | None:
-    """Train by `script`, which is classifier_train.py; write probabilities and labels to OUT/SERIES/seed_S/held_out/step_N.npz.
+def train_and_classify(argv: Sequence[str]) -> tuple[Path, dict[str, list[list[Path]]]] | None:
+    """Train by classifier-train; write probabilities and labels to OUT/SERIES/seed_S/held_out/step_N.npz.
 
     Returns OUT and {series: for each seed its files by step}; None with --dry_run. Raises UserError.
     """
     config, passed_on = read_flags(argv)
     weights, network = find_classifier(config.joint, "none", flag="--joint")
-    commands = {
-        (name, seed): command(config, network, name, seed, passed_on)
+    flags = {
+        (name, seed): training_flags(config, network, name, seed, passed_on)
         for seed in parse_numbers(config.seeds)
         for name in SERIES
     }
-    for (name, seed), words in commands.items():  # all is checked before the first is run
+    for (name, seed), words in flags.items():  # all is checked before the first is run
         refuse_other_settings(folder(config, name, seed), classifier_train.resolve(words)[0])
     held_out = load_held_out(config, read_classes(weights.parent), network.image_size)
     written: dict[str, list[list[Path]]] = {name: [] for name in SERIES}
     with contextlib.nullcontext() if config.dry_run else Claim(Path(config.out), setting="--out"):
-        for (name, seed), words in commands.items():
-            train([sys.executable, str(script), *words], config.dry_run)
+        for (name, seed), words in flags.items():
+            train(command("classifier-train", *words), config.dry_run)
             if not config.dry_run:
                 written[name].append(classify_held_out(config, network, held_out, name, seed))
     return None if config.dry_run else (Path(config.out), written)
@@ -122,15 +121,13 @@ def read_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
         if not getattr(config, flag):
             raise UserError(f"--{flag} is missing: {Figure6Config.__dataclass_fields__[flag].metadata['help']}")
     if clash := split_flags(passed_on, SET_HERE)[0]:
-        raise UserError(f"{clash[0].partition('=')[0]} is set by figure6.py, from its --out, --seeds and --iterations")
+        raise UserError(f"{clash[0].partition('=')[0]} is set by figure6, from its --out, --seeds and --iterations")
     theirs = [field.name for section in classifier_run_sections() for field in fields(section)]
     unknown = [word for word in split_flags(passed_on, theirs)[1] if word.startswith("--")]
     if unknown:
         name = unknown[0].partition("=")[0]
         known = [*theirs, *(field.name for field in fields(Figure6Config))]
-        raise UserError(
-            f"unknown flag {name}{nearest(name[2:], known)}; --help and classifier_train.py --help list all"
-        )
+        raise UserError(f"unknown flag {name}{nearest(name[2:], known)}; --help and classifier-train --help list all")
     return config, passed_on
 
 
@@ -161,8 +158,8 @@ def folder(config: Config, name: str, seed: int) -> Path:
     return Path(config.out) / name / f"seed_{seed}"
 
 
-def command(config: Config, network: Config, name: str, seed: int, passed_on: Sequence[str]) -> list[str]:
-    """The flags of classifier_train.py. The network is that of the joint model in both series."""
+def training_flags(config: Config, network: Config, name: str, seed: int, passed_on: Sequence[str]) -> list[str]:
+    """The flags of classifier-train. The network is that of the joint model in both series."""
     settings = {key: value for key, value in network.as_dict().items() if key != "timestep_respacing"}
     settings["grad_clip"] = 1.0  # another one may be passed on
     last = {"data_dir": config.data_dir, "total_steps": config.iterations, "save_interval": config.eval_interval}
@@ -187,7 +184,7 @@ def refuse_other_settings(run_folder: Path, config: Config) -> None:
 
 def train(line: Sequence[str], dry_run: bool) -> None:
     """Run the command, which resumes; ends this program with its exit code where it fails."""
-    print("$", shlex.join(line), flush=True)
+    print("$", shown(line), flush=True)
     code = 0 if dry_run else run_child(line)
     if code:
         sys.exit(code)

@@ -1,6 +1,6 @@
 """One picture of what a latent model of several images knows: every side drawn from every subset of what else there is.
 
-    python scripts/subsets.py --model_path RUN --num_samples 6
+    mt-diffusion subsets --model_path RUN --num_samples 6
 
 A row per side and subset given, after the true images; a column per item of the validation split. The table tells how far the drawn
 side is from the true one (mean squared error of pixels in [-1, 1]), and how far it is from that of another item.

@@ -1,4 +1,4 @@
-"""What Table 4 is made of: the presets of table4.py."""
+"""What Table 4 is made of: the presets of table4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of table4.py: training what is not finished, sampling, and scoring; each is skipped where its result exists."""
+"""The stages of table4: training what is not finished, sampling, and scoring; each is skipped where its result exists."""
 
 from __future__ import annotations
 
@@ -152,12 +152,12 @@ class Table4:
         devices = self.configs["mt"].get("lightning.trainer.devices", "auto")
         if devices not in (1, "1") and (not isinstance(devices, list) or len(devices) > 1):
             raise UserError(
-                f"lightning.trainer.devices {devices}: table4.py trains in one process; train with several by latent_train.py "
+                f"lightning.trainer.devices {devices}: table4 trains in one process; train with several by latent-train "
                 f"--config {self.file('mt')} run.log_dir={self.run / f'{self.name}_mt-0'} run.seed=0 and so on, then run this again"
             )
         self.find_autoencoder()
         for one in unfinished:
-            print(f"$ python scripts/latent_train.py {shlex.join(self.words(one))}", flush=True)
+            print(f"$ mt-diffusion latent-train {shlex.join(self.words(one))}", flush=True)
         config = self.configs["mt"]
         splits = [config.get("data.params.split", "train"), config.get("data.params.val_split")]
         lacking = [split for split in splits if split and not (Path(self.latents) / split).exists()]
@@ -179,12 +179,12 @@ class Table4:
             f"--config latent_mt/configs/{self.preset.autoencoder}.yaml data.params.path={path} run.log_dir={usual}"
         )
         raise UserError(
-            f"{named}: no such first stage{released}; make it by python scripts/autoencoder_train.py {made_by}, or name one by "
+            f"{named}: no such first stage{released}; make it by mt-diffusion autoencoder-train {made_by}, or name one by "
             "--autoencoder"
         )
 
     def words(self, one: Run) -> list[str]:
-        """Of latent_train.py."""
+        """Of latent-train."""
         latents = [f"data.params.latents={self.latents}"] if self.latents else []
         own = [f"run.log_dir={one.folder}", f"run.seed={one.seed}", f"run.total_steps={self.total(one)}"]
         return ["--config", str(self.file(one.kind)), *self.overrides, *latents, *own]
@@ -229,7 +229,7 @@ class Table4:
             self.translate(one, one.files("other_way"), *words)
 
     def translate(self, one: Run, out: Path, *words: str) -> None:
-        """latent_sample.py into the folder `out`, unless it is there with the same weights and settings."""
+        """latent-sample into the folder `out`, unless it is there with the same weights and settings."""
         done, words = out / "done.json", (*self.sample_words(one), *words, "--out", str(out))
         weights = checkpoint.find_weights(one.newest, self.sample_config(one).ema)
         record = {"words": list(words), "written": weights.stat().st_mtime}

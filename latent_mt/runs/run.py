@@ -22,6 +22,7 @@ from guided_mt.errors import UserError, reason
 from guided_mt.runs import checkpoint, resume
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.policy import RunPolicy
+from guided_mt.runs.program import as_typed
 from guided_mt.runs.resume import newest_checkpoint
 
 from .launched import with_launcher
@@ -190,7 +191,7 @@ def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any
     if trainer.strategy.root_device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     try:
-        with _quiet():
+        with _quiet(), as_typed():  # Lightning starts further processes by the words of sys.argv
             trainer.fit(module, train_dataloaders=_Stream(stream, folder))
     except SystemExit:
         if folder.interrupted:  # before the first step: Lightning makes an exit of it

@@ -109,4 +109,4 @@ def test_compare(tmp_path):
     assert "| masked |" in table and "2 training steps, seeds 0" in table
     assert (run / "compare.png").exists()
     # again: nothing is left to do but the report
-    assert "image_train.py" not in (again := compare(run)) and "compare.csv" in again
+    assert " train -> " not in (again := compare(run)) and "compare.csv" in again

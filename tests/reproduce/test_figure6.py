@@ -51,12 +51,12 @@ def argv(run: Path, out: Path, **values) -> list[str]:
 
 @pytest.fixture
 def in_process(monkeypatch) -> list[list[str]]:
-    """classifier_train.py without a process of its own; the commands that were run."""
+    """classifier-train without a process of its own; the commands that were run."""
     ran: list[list[str]] = []
 
     def run(line, check):
         ran.append(list(line))
-        classifier_train.main(line[2:])
+        classifier_train.main(line[4:])  # python -m mt_diffusion classifier-train
         return subprocess.CompletedProcess(line, 0)
 
     monkeypatch.setattr(figure6.subprocess, "run", run)
@@ -136,7 +136,7 @@ BAD = [
     ({"val_data_dir": "nowhere"}, r"nowhere: no such file or folder"),
     ({"seeds": "0,x"}, r"--seeds 0,x: write different whole numbers"),
     ({"seeds": "1,1"}, r"--seeds 1,1: write different whole numbers"),
-    ({"save_interval": 5}, r"--save_interval is set by figure6.py"),
+    ({"save_interval": 5}, r"--save_interval is set by figure6"),
     ({"itrations": 5}, r"unknown flag --itrations \(did you mean iterations\?\)"),
     ({"iterations": 0}, r"--iterations must be at least 1"),
     ({"lr": "fast"}, r"--lr takes a number, not 'fast'"),

@@ -65,9 +65,7 @@ def test_end_to_end(streets, tmp_path, monkeypatch, capsys):
     argv += ["--latents", str(tmp_path / "latents"), "--sample_steps", "2", "--batch_size", "8", *small(streets)]
     table4.main([*argv, "--dry_run"])
     printed = capsys.readouterr().out
-    assert (
-        f"# {run}/camvid_mt-0: nothing yet of 2" in printed and printed.count("$ python scripts/latent_train.py") == 2
-    )
+    assert f"# {run}/camvid_mt-0: nothing yet of 2" in printed and printed.count("$ mt-diffusion latent-train") == 2
     assert not run.exists()
 
     table4.main(argv)
@@ -185,15 +183,15 @@ BAD = [
     (["--preset", "camvid", "--given", "map"], r"unknown flag --given"),
     (["--preset", "camvid", "--seeds", "0,0"], r"--seeds 0,0: write different whole numbers"),
     (["--preset", "camvid", "--sampler", "dpm"], r"--sampler: 'dpm' is none of"),
-    (["--preset", "camvid", "run.seed=3"], r"run.seed=3: is set by table4.py"),
+    (["--preset", "camvid", "run.seed=3"], r"run.seed=3: is set by table4"),
     (["--preset", "camvid", "total_steps"], r"don't know what to do with 'total_steps'"),
     (
         ["--preset", "camvid", "lightning.trainer.devices=2"],
-        r"trains in one process; train with several by latent_train.py",
+        r"trains in one process; train with several by latent-train",
     ),
     (
         ["--preset", "camvid", "data.params.path=x.tar"],
-        r"runs/autoencoder_kl_camvid: no such first stage; make it by python scripts/autoencoder_train.py --config "
+        r"runs/autoencoder_kl_camvid: no such first stage; make it by mt-diffusion autoencoder-train --config "
         r"latent_mt/configs/autoencoder_kl_camvid.yaml data.params.path=x.tar",
     ),
     (
