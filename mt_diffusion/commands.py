@@ -185,6 +185,9 @@ COMMANDS: dict[str, Command] = {
         "scripts/figure6.py",
         "eval",
     ),
+    "presets": Command("mt_diffusion.presets", "list the named settings, or print one of them", ABOUT),
+    "show": Command("mt_diffusion.show", "say what a run, a weights file, samples or a data set is", ABOUT),
+    "completion": Command("mt_diffusion.completion", "print the completion script of bash, zsh or fish", ABOUT),
 }
 
 

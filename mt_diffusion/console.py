@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from guided_mt.errors import nearest
-from guided_mt.runs.program import shown_as
+from latent_mt.runs.program import shown_as
 
 from .commands import COMMANDS, kinds
 

@@ -74,6 +74,7 @@ IMAGES = Half(
     INCEPTION,
     "night2day",
 )
+HALVES = {"maps": MAPS, "images": IMAGES}
 
 
 # ---------------------------------------------------------------- scores

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-import latent_mt
 from evaluations.files.files import write_json
 from evaluations.tables.seeds import Measured, rows_of
 from guided_mt.data import load_images
@@ -35,7 +34,6 @@ from latent_mt.runs.run import flatten, refuse_other_settings
 from . import table4_scores as scores
 from .table4_presets import Preset
 
-CONFIGS = Path(latent_mt.__file__).resolve().parent / "configs"
 ROWS = {"single": "single-task, generated", "mt": "MT, generated", "read": "MT, read off its head"}  # ours
 CEILING = "first stage alone"
 PICTURES = 16  # of the other direction
@@ -96,8 +94,9 @@ class Table4:
             Run(kind, seed, self.run / f"{self.name}_{kind}-{seed}") for seed in self.seeds for kind in self.configs
         ]
 
-    def file(self, kind: str) -> Path:
-        return CONFIGS / f"{self.name}_{kind}.yaml"
+    def file(self, kind: str) -> str:
+        """Its configuration, by the name that --config takes."""
+        return f"{self.name}_{kind}"
 
     def read(self, kind: str) -> dict[str, Any]:
         return flatten(load_config(self.file(kind), self.overrides))
@@ -162,7 +161,7 @@ class Table4:
         splits = [config.get("data.params.split", "train"), config.get("data.params.val_split")]
         lacking = [split for split in splits if split and not (Path(self.latents) / split).exists()]
         if self.latents and lacking and not self.dry_run:
-            encode_latents.main(["--config", str(self.file("mt")), "--out", self.latents, *self.overrides])
+            encode_latents.main(["--config", self.file("mt"), "--out", self.latents, *self.overrides])
 
     def find_autoencoder(self) -> None:
         """Set the first stage to the run of its usual name where nothing else names one. Raises UserError where there is none."""
@@ -175,9 +174,7 @@ class Table4:
             return
         path = self.configs["mt"]["data.params.path"]
         released = " (it is latent-diffusion's kl-f8)" if self.preset.autoencoder.endswith("f8") else ""
-        made_by = (
-            f"--config latent_mt/configs/{self.preset.autoencoder}.yaml data.params.path={path} run.log_dir={usual}"
-        )
+        made_by = f"--config {self.preset.autoencoder} data.params.path={path} run.log_dir={usual}"
         raise UserError(
             f"{named}: no such first stage{released}; make it by mt-diffusion autoencoder-train {made_by}, or name one by "
             "--autoencoder"
@@ -187,7 +184,7 @@ class Table4:
         """Of latent-train."""
         latents = [f"data.params.latents={self.latents}"] if self.latents else []
         own = [f"run.log_dir={one.folder}", f"run.seed={one.seed}", f"run.total_steps={self.total(one)}"]
-        return ["--config", str(self.file(one.kind)), *self.overrides, *latents, *own]
+        return ["--config", self.file(one.kind), *self.overrides, *latents, *own]
 
     def train(self, one: Run) -> None:
         latent_train.main(self.words(one))
@@ -290,7 +287,7 @@ class Table4:
     def score(self, made: Path, truth: Path) -> dict[str, float]:
         """The numbers of the images in the folder `made`, beside which lies made.npz; truth: the folder of the true ones."""
         name = self.preset.made
-        if self.preset.half is scores.MAPS:
+        if self.preset.half == "maps":
             return scores.score_maps(made, truth / f"{name}_truth", truth / "classes.txt")
         files = made.with_suffix(".npz"), truth / f"{name}_truth.npz"
         more = {} if self.not_run else scores.score_features(*files, self.inception)
@@ -299,7 +296,7 @@ class Table4:
     @cached_property
     def not_run(self) -> list[str]:
         """The columns that can't be filled."""
-        possible = self.preset.half is scores.MAPS or scores.has_inception(self.inception)
+        possible = self.preset.half == "maps" or scores.has_inception(self.inception)
         return [] if possible else list(scores.INCEPTION)
 
     def content(self, results: Sequence[Measured], images: int) -> dict[str, Any]:
@@ -315,7 +312,7 @@ class Table4:
             "image_size": self.runs[0].saved["data.params.image_size"],
             "images": images,
             "sampling": {"sampler": sampling.rule, "steps": sampling.steps, "eta": sampling.eta},
-            "quoted": [{"row": row.row, **row.values} for row in self.preset.half.quoted],
+            "quoted": [{"row": row.row, **row.values} for row in scores.HALVES[self.preset.half].quoted],
             "rows": [scores.summary(results, row) for row in rows_of(results)],
             "not_run": self.not_run,
         }
@@ -335,7 +332,9 @@ class Table4:
             notes.append("FID, Inception Score: not run: needs the Inception weights (--inception FILE).")
         pictures = [one.files("other_way") / f"{preset.given}_of_{preset.made}.png" for one in self.runs]
         notes += [f"{preset.given} of {preset.made}: {picture}" for picture in pictures if picture.exists()]
-        return "\n".join([scores.layout(preset.half, results, self.not_run), *(f"{note}\n" for note in notes)])
+        return "\n".join(
+            [scores.layout(scores.HALVES[preset.half], results, self.not_run), *(f"{note}\n" for note in notes)]
+        )
 
 
 def commit() -> str:

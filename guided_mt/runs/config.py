@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ from ..diffusion.targets import TARGETS
 from ..diffusion.weighting import TIMESTEP_WEIGHTS
 from ..errors import UserError, nearest
 from ..networks.classifier import POOLS
+from . import presets
 
 
 def option(
@@ -364,17 +364,16 @@ def make_section(section: type, values: Mapping[str, Any], source: str | Path) -
 
 
 def preset_names() -> list[str]:
-    folder = resources.files("guided_mt.runs") / "presets"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return presets.names()
 
 
 def load_preset(name: str) -> dict[str, Any]:
     """The flags of presets/NAME.yaml. Raises UserError for an unknown name."""
-    if name not in preset_names():
+    if name not in presets.names():
         raise UserError(
-            f"unknown preset '{name}'{nearest(name, preset_names())}; there are {', '.join(preset_names())}"
+            f"unknown preset '{name}'{nearest(name, presets.names())}; there are {', '.join(presets.names())}"
         )
-    return _parse_yaml((resources.files("guided_mt.runs") / "presets" / f"{name}.yaml").read_text(), name)
+    return _parse_yaml(presets.file_of(name).read_text(encoding="utf-8"), name)
 
 
 def _load_yaml(path: str) -> dict[str, Any]:

@@ -27,7 +27,12 @@ def read_arguments(argv: Sequence[str], description: str) -> Arguments:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-b", "--config", "--base", metavar="FILE", default="", help="the YAML file, as latent-diffusion's"
+        "-b",
+        "--config",
+        "--base",
+        metavar="FILE",
+        default="",
+        help="the YAML file, or the name of one that comes along (mt-diffusion presets)",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved configuration and the model's size, then stop"
@@ -45,5 +50,7 @@ def read_arguments(argv: Sequence[str], description: str) -> Arguments:
                 f"don't know what to do with '{word}'; settings are written key=value, as in run.total_steps=1000"
             )
     if not args.config:
-        raise UserError("--config is missing: a YAML file such as latent_mt/configs/camvid_mt.yaml")
+        raise UserError(
+            "--config is missing: a YAML file, or a name that mt-diffusion presets lists, such as camvid_mt"
+        )
     return Arguments(args.config, [*words, *([f"data.params.limit={args.limit}"] if args.limit else [])], args.dry_run)

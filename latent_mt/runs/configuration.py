@@ -17,9 +17,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from guided_mt.errors import UserError, reason
+from guided_mt.errors import UserError, nearest, reason
 from guided_mt.runs.config import check_keys
 
+from .. import configs
 from .targets import check_target, mapping, way_out
 
 TOP_LEVEL = ("model", "data", "lightning", "run")
@@ -29,11 +30,12 @@ LIGHTNING = ("trainer", "callbacks", "logger", "modelcheckpoint")
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """A YAML file with `a.b.c=value` overrides applied in their order, as plain dictionaries and lists of known shape.
 
+    path: the file, or the name of one in latent_mt/configs.
     An override of a `target` by another class empties its `params`. Raises UserError for a file that can't be read, an override
     that can't be applied, and as `check_shape` does.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_config(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read ({reason(error)})") from None
     try:
@@ -65,6 +67,23 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         raise UserError(f"{path}: {reason(error)}") from None
     check_shape(plain, str(path))
     return plain
+
+
+def find_config(path: str | Path) -> Path:
+    """The file that is meant: a path, or a name in `configs.names()`. Raises UserError where it is neither."""
+    if Path(path).is_file():
+        return Path(path)
+    stem = Path(path).name.removesuffix(".yaml")
+    if str(path) in configs.names():
+        return configs.file_of(str(path))
+    if stem in configs.names():
+        raise UserError(f"{path}: no such file; the configuration of this name comes along: --config {stem}")
+    if "/" not in str(path) and not Path(path).suffix:
+        known = ", ".join(configs.names())
+        raise UserError(
+            f"{path}: no such file, and no configuration of that name{nearest(stem, configs.names())}; there are {known}"
+        )
+    return Path(path)
 
 
 def check_shape(config: Mapping[str, Any], source: str = "the configuration") -> None:

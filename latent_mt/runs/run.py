@@ -22,10 +22,10 @@ from guided_mt.errors import UserError, reason
 from guided_mt.runs import checkpoint, resume
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.policy import RunPolicy
-from guided_mt.runs.program import as_typed
 from guided_mt.runs.resume import newest_checkpoint
 
 from .launched import with_launcher
+from .program import as_typed
 from .run_config import RunConfig
 from .trained_module import TrainedModule
 

@@ -192,7 +192,7 @@ BAD = [
     (
         ["--preset", "camvid", "data.params.path=x.tar"],
         r"runs/autoencoder_kl_camvid: no such first stage; make it by mt-diffusion autoencoder-train --config "
-        r"latent_mt/configs/autoencoder_kl_camvid.yaml data.params.path=x.tar",
+        r"autoencoder_kl_camvid data.params.path=x.tar",
     ),
     (
         ["--preset", "night2day"],

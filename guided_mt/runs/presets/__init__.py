@@ -1,0 +1,16 @@
+"""The named settings of pixel models: NAME.yaml here is `--preset NAME`. The first line of a file, a comment, says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def file_of(name: str) -> Path:
+    """The file of a name in `names`."""
+    return FOLDER / f"{name}.yaml"
