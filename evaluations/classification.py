@@ -1,7 +1,7 @@
 """Accuracy and calibration of class probabilities; over several training steps, Figure 6.
 
-    python evaluations/classification.py FILE.npz                       top-1, top-5, expected calibration error
-    python evaluations/classification.py 'mt=run1/*.npz' 'single=run2/*.npz' --csv steps.csv --plot steps.png
+    mt-diffusion score classification FILE.npz                       top-1, top-5, expected calibration error
+    mt-diffusion score classification 'mt=run1/*.npz' 'single=run2/*.npz' --csv steps.csv --plot steps.png
 
 A file holds `probabilities` [N, K] (also `probs`, `label_probabilities`, `arr_0`) and `labels` [N] (also `label`, `arr_1`),
 and may hold its training `step`; without it the step is the last step_NNN in the path, or the number its name ends in, or a

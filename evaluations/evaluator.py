@@ -1,6 +1,6 @@
-"""ADM's evaluator: Inception Score, FID, sFID, precision and recall of samples against a reference batch.
+"""Inception Score, FID, sFID, precision and recall of samples against a reference batch, as ADM's evaluator gives them.
 
-    python evaluations/evaluator.py ref.npz samples.npz
+    mt-diffusion evaluate ref.npz samples.npz
 
 Either is an .npz (arr_0 uint8 [N, H, W, 3]), a folder, .zip or .tar of images, or a folder of parquet files. A file that holds
 mu, sigma, mu_s and sigma_s lends these to FID and sFID, as in ADM.

@@ -1,8 +1,8 @@
-"""A reference batch for evaluator.py from any images: statistics of all of them, and some of them for precision and recall.
+"""A reference batch for `evaluate` from any images: statistics of all of them, and some of them for precision and recall.
 
-    python evaluations/make_reference.py SRC OUT.npz [--images 10000]
+    mt-diffusion reference SRC OUT.npz [--images 10000]
 
-SRC is what evaluator.py takes. OUT has ADM's layout: mu, sigma, mu_s, sigma_s, arr_0.
+SRC is what `evaluate` takes. OUT has ADM's layout: mu, sigma, mu_s, sigma_s, arr_0.
 """
 
 from __future__ import annotations

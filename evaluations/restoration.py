@@ -1,6 +1,8 @@
 """Scores of restored images, the paper's Table 1: LPIPS, and PSNR, SSIM and errors of the masked and unmasked regions.
 
-Reads the .npz files of scripts/image_restore.py. --table sets several of them out as Table 1.
+    mt-diffusion score restoration runs/first/samples/restored_mt_patches10.npz
+
+Reads the .npz files that `restore` writes. --table sets several of them out as Table 1.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "files",
         nargs="+",
         metavar="RESTORED.npz",
-        help=f"from scripts/image_restore.py; METHOD:M=FILE for one with another name than restored_METHOD_patchesM.npz, "
+        help=f"written by `restore`; METHOD:M=FILE for one with another name than restored_METHOD_patchesM.npz, "
         f"METHOD one of {', '.join(table1.ROWS)}",
     )
     cli.add_argument(

@@ -1,6 +1,8 @@
-"""Table 4, photo -> labels, as CycleGAN and pix2pix score Cityscapes (Zhu et al., ICCV 2017; Isola et al., CVPR 2017).
+"""Scores of label maps made of photos (Table 4), as CycleGAN and pix2pix score Cityscapes.
 
-    python evaluations/segmentation.py PRED REF [--classes FILE]
+    mt-diffusion score segmentation PRED REF [--classes FILE]
+
+The papers are Zhu et al., ICCV 2017, and Isola et al., CVPR 2017.
 
 PRED and REF are folders, .zip or .tar of images, paired by name without suffix, or .npz, paired by order. Every predicted
 pixel gets the class of the nearest palette colour (squared Euclidean distance in RGB). From the confusion matrix H,

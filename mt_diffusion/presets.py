@@ -1,8 +1,10 @@
 """List the named settings that come along, with a line each, or print one of them.
 
-mt-diffusion presets
-mt-diffusion presets camvid_mt
-mt-diffusion presets masked-digits > mine.yaml     # to change it: mt-diffusion train --config mine.yaml
+    mt-diffusion presets
+    mt-diffusion presets camvid_mt
+    mt-diffusion presets masked-digits > mine.yaml     # to change it: mt-diffusion train --config mine.yaml
+
+A preset is a YAML file of flags or of a latent configuration.
 """
 
 from __future__ import annotations

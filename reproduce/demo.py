@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,12 @@ HELD_OUT = "builtin:digits-test"
 IMAGES = 120
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder")
     parser.add_argument("--steps", type=int, default=1400, help="training steps; more than before trains on")
     parser.add_argument("--processes", type=int, default=2, help="MPI processes for training")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     run, started = arguments.run, time.monotonic()
 
     train = ["--preset", "masked-digits", "--log_dir", run, "--total_steps", arguments.steps]
@@ -109,4 +110,4 @@ def summary(restored: Path) -> None:
 
 
 def console() -> None:
-    main()
+    main(sys.argv[1:])

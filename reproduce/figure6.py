@@ -1,5 +1,7 @@
 """Figure 6 of the paper: a noisy classifier fine-tuned from a jointly trained model (head E), against one trained from scratch.
 
+    mt-diffusion figure6 --joint RUN --data_dir TRAIN --val_data_dir HELD_OUT --out DIR --iterations 2000
+
 Both are trained by classifier-train with the same seed, images, batches and noise, into OUT/finetuned/seed_S and
 OUT/scratch/seed_S; flags that are not listed here go to it. At step 0 and every --eval_interval steps they classify the same
 held-out images with the same noise, at timesteps drawn uniformly. Run again, it goes on where it was.

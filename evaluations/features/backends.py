@@ -126,7 +126,7 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
         "--inception", help="weights: torch-fidelity's .pth, or the frozen graph .pb, which both backends read"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there)")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="images per pass through the network")
     parser.add_argument("--workers", type=int, default=2, help="threads that read and decode images")
 
 

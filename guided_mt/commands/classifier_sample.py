@@ -1,4 +1,9 @@
-"""Draw images of chosen classes, guided by a separate classifier of noisy images (ADM's classifier_sample.py and its flags)."""
+"""Draw images of chosen classes, guided by a separate classifier of noisy images.
+
+    mt-diffusion classifier-sample --model_path runs/first --classifier_path runs/classifier --classifier_scale 2 --class 7
+
+The flags are those of guided-diffusion's classifier_sample.py and ours.
+"""
 
 from __future__ import annotations
 

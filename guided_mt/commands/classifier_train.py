@@ -1,4 +1,10 @@
-"""Train a classifier of noisy images, or go on with the one of an E head (ADM's classifier_train.py and its flags)."""
+"""Train a classifier of noisy images, or go on with the one that a run with --mt_label_head E holds.
+
+    mt-diffusion classifier-train --data_dir builtin:digits --image_size 16 --num_classes 10 --iterations 1000
+    mt-diffusion classifier-train --data_dir imagenet --resume_checkpoint runs/e --log_dir runs/e-star
+
+The flags are those of guided-diffusion's classifier_train.py and ours.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Classify images by the label head of a model trained with --mt_task label (form U or any), or by a classifier of its own."""
+"""Classify images by the label head of a model trained with --mt_task label (form U or any), or by a classifier of its own.
+
+    mt-diffusion classify --model_path runs/labels --data_dir builtin:digits-test
+    mt-diffusion classify --classifier_path runs/classifier --data_dir builtin:digits-test
+
+Writes the probabilities; where the data say the true classes, prints the scores and draws two pictures.
+"""
 
 from __future__ import annotations
 

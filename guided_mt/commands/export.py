@@ -1,4 +1,9 @@
-"""Write a model's weights as ADM's own code loads them: a .pt state dict without heads and condition inputs."""
+"""Write a model's weights as guided-diffusion's own code loads them: a .pt state dict without heads and condition inputs.
+
+    mt-diffusion export adm --model_path runs/first --out first.pt
+
+The printed line says what was left out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Decode and crop all images once, into a .zip of PNGs that training reads many times as fast as raw photos."""
+"""Decode and crop all images once, into a .zip of PNGs that training reads many times as fast as raw photos.
+
+    mt-diffusion prepare photos photos-64.zip --size 64
+
+Folders in SRC stay, so that the images keep their classes.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +73,9 @@ def _end_at_once(number: int, _: object) -> NoReturn:
 
 def main(argv: Sequence[str]) -> None:
     """Parse, prepare, print the summary. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="prepare_images.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("source", metavar="SRC", help="folder, .tar, .zip, x.tar/train, .npz or builtin:digits")
     parser.add_argument("out", metavar="OUT.zip", type=Path, help="the file to write; one of this name is replaced")
     parser.add_argument("--size", type=int, required=True, help="width and height of the images, pixels")

@@ -1,4 +1,10 @@
-"""Restore masked images with MT-Diffusion, or with the methods it is compared with in Table 1."""
+"""Fill in the masked part of images by a trained model, or by the methods it is compared with in the paper's Table 1.
+
+    mt-diffusion restore --model_path runs/first --data_dir builtin:digits-test --mask patches:10
+    mt-diffusion restore --model_path runs/first --data_dir photos --mask image holes.png
+
+Writes an .npz of the originals, the masks and the restored images, and a picture of the first ones beside it.
+"""
 
 from __future__ import annotations
 

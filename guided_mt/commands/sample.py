@@ -1,4 +1,11 @@
-"""Draw images, and the second kind of data with them, from a trained model (ADM's image_sample.py and its flags)."""
+"""Draw images from a trained model, and with them what else it models; or with some of that given.
+
+    mt-diffusion sample --model_path runs/first --num_samples 64
+    mt-diffusion sample --model_path runs/labels --num_samples 64 --given label=7
+    mt-diffusion sample --model_path runs/both --num_samples 64 --given label=3 --given masked=holes.png
+
+The flags are those of guided-diffusion's image_sample.py and ours.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Train MT-Diffusion, or one of the single-task models it is compared with (ADM's image_train.py and its flags)."""
+"""Train a model of images and a second kind of data, or one of the single-task models it is compared with.
+
+    mt-diffusion train --preset masked-digits --log_dir runs/first
+    mt-diffusion train --preset masked-cifar10 --data_dir images --log_dir runs/mine
+    mpiexec -n 8 mt-diffusion train --preset label-imagenet64-m --data_dir imagenet --log_dir runs/labels
+
+The flags are those of guided-diffusion's image_train.py and ours. The same command again goes on where the run was.
+"""
 
 from __future__ import annotations
 

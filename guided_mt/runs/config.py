@@ -240,9 +240,8 @@ def parse(
     `--help` prints every flag with its default and exits.
     """
     fields = {f.name: f for section in sections for f in dataclasses.fields(section)}
-    parser = _Parser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser.fields = fields
     seen: set[str] = set()
     for section in sections:
         group = parser.add_argument_group((section.__doc__ or "").strip())
@@ -290,9 +289,20 @@ def parse(
     return Config(made, frozenset(typed), words=frozenset(on_command_line))
 
 
-class _Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
+    """A parser of options. fields: {flag: its field}, which says its choices and range."""
+
+    fields: Mapping[str, dataclasses.Field]
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description's lines as they are written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in ("", None) else action.help
 
 
 def _word(field: dataclasses.Field) -> str:

@@ -1,6 +1,6 @@
-"""Train a first stage: images or pairs of images (both sides) -> latents.
+"""Train a first stage, which turns images into latents and back; of pairs it takes both sides.
 
-    python scripts/autoencoder_train.py --config latent_mt/configs/autoencoder_kl_f8.yaml data.params.path=images [key=value ...]
+    mt-diffusion autoencoder-train --config autoencoder_kl_f8 data.params.path=images [key=value ...]
 
 The YAML file has latent-diffusion's shape (model, data, lightning) and a `run` section of ours. The same command again resumes.
 """

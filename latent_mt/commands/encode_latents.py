@@ -1,4 +1,10 @@
-"""Encode the images of a configuration once, so that training reads latents: give the folder as data.params.latents."""
+"""Encode the images of a configuration once, so that training reads latents in the place of images.
+
+    mt-diffusion encode --config camvid_mt --out latents/camvid data.params.path=camvid-256.tar
+    mt-diffusion latent-train --config camvid_mt data.params.path=camvid-256.tar data.params.latents=latents/camvid
+
+What is random stays random: the latent of an image is drawn anew in every step.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +91,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="encode_latents.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, help="YAML file with data, and with the first stage in its model")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it gets a folder for each split")
     parser.add_argument("--splits", help="such as train,val (default: those of the data section)")

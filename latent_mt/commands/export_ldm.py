@@ -1,5 +1,9 @@
-"""Write a run's weights as latent-diffusion's own code loads them: a .ckpt (or .safetensors) without heads and condition inputs,
-and beside it the YAML file that describes it. Runs of diffusion models and of autoencoders."""
+"""Write a run's weights as latent-diffusion's own code loads them: a .ckpt (or .safetensors) without heads and condition inputs.
+
+    mt-diffusion export ldm --model_path runs/camvid_mt --out camvid.ckpt
+
+Beside it stands the YAML file that describes it. Runs of diffusion models and of autoencoders; the printed lines say what was left out.
+"""
 
 from __future__ import annotations
 

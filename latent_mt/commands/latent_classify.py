@@ -1,6 +1,8 @@
 """Classify images by the label head of a latent model that was trained with labels (form U or any).
 
-python scripts/latent_classify.py --model_path RUN --data_dir images.zip
+    mt-diffusion latent-classify --model_path RUN --data_dir images.zip
+
+Writes what `mt-diffusion classify` writes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Restore masked images with a latent model that was trained with masked images, or with the methods it is compared with.
 
-python scripts/latent_restore.py --model_path RUN --data_dir images.zip --mask patches:10
+    mt-diffusion latent-restore --model_path RUN --data_dir images.zip --mask patches:10
+
+Writes what `mt-diffusion restore` writes.
 """
 
 from __future__ import annotations

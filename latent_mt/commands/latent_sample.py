@@ -1,9 +1,9 @@
 """Draw from a trained latent model: everything from nothing, or what is left open with some of it given.
 
-    python scripts/latent_sample.py --model_path RUN --given photo             # maps of photos: generated, and read off the head
-    python scripts/latent_sample.py --model_path RUN --given map,label=3       # photos of maps, of class 3
-    python scripts/latent_sample.py --model_path RUN --given masked=FILE       # what the user has, not the data
-    python scripts/latent_sample.py --model_path RUN --num_samples 16          # all sides
+    mt-diffusion latent-sample --model_path RUN --given photo             # maps of photos: generated, and read off the head
+    mt-diffusion latent-sample --model_path RUN --given map,label=3       # photos of maps, of class 3
+    mt-diffusion latent-sample --model_path RUN --given masked=FILE       # what the user has, not the data
+    mt-diffusion latent-sample --model_path RUN --num_samples 16          # all sides
 
 A name alone is given what the images of the data have of it; NAME=VALUE is given the same for all samples, or a file with one each.
 --model_path may also be a .ckpt of latent-diffusion with the --config FILE that describes it.

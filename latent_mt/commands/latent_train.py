@@ -1,6 +1,6 @@
-"""Train a latent diffusion model, alone or with a second image as a modality.
+"""Train a latent diffusion model: of images alone, or of several images of each item, labels and masked images with them.
 
-    python scripts/latent_train.py --config latent_mt/configs/camvid_mt.yaml data.params.path=camvid.tar [key=value ...]
+    mt-diffusion latent-train --config camvid_mt data.params.path=camvid-256.tar [key=value ...]
 
 The YAML file has latent-diffusion's shape (model, data, lightning) and a `run` section of ours. The same command again resumes.
 """

@@ -143,7 +143,7 @@ class PairData(StreamedData):
     """Pairs: the arguments of `open_pairs`, and how to train on them.
 
     val_split: None for no validation. limit: of each split. random_flip: training mirrors all sides of a pair alike.
-    latents: a folder that encode_latents.py wrote for these splits; training then reads latents and not images.
+    latents: a folder that `encode` wrote for these splits; training then reads latents and not images.
     computed: {side: edges, blurred or grey}, further sides that are made of the photo (`computed.FILTERS`).
     labels: where an item's class comes from: "prefix" (its file's name before the first "_"), "folder" (the one it lies in) or
     None (no classes); validation has the ids of training, and -1 where training has not that class.
@@ -243,7 +243,7 @@ class PairData(StreamedData):
 class ImageData(StreamedData):
     """Single images, with their classes where they have some: whatever guided_mt's --data_dir reads, A,B among it.
 
-    val_path: None for no validation. limit: of each. latents: a folder that encode_latents.py wrote, with train and val.
+    val_path: None for no validation. limit: of each. latents: a folder that `encode` wrote, with train and val.
     paired: {side: path}, further images of each item, files of the same names as those of `path`; items may lack some.
     side: the name of the images of `path` among these sides. val_paired: the same of val_path.
     """

@@ -22,7 +22,7 @@ from guided_mt.modalities.names import check_name
 from guided_mt.modalities.registry import TASKS
 from guided_mt.modalities.settings import MTConfig
 from guided_mt.networks.model import VARIANTS
-from guided_mt.runs.config import Config, ModelConfig, make_section
+from guided_mt.runs.config import Config, ModelConfig, make_section, option
 
 PAIRED = "paired"  # the row of a side that names none, and the one modality of a model of pairs
 _OWN = ("task", "weights", "loss_weight", "swap_prob", "absent")
@@ -33,15 +33,23 @@ _WHERE = "model.params"
 class TaskKeys:
     """The keys of `model.params` that say what is modelled with the image; see LatentMTDiffusion."""
 
-    mt_tasks: Mapping[str, Any] | None = None
-    mt_sides: Sequence[str] = ()
-    mt_variant: str = "any"
-    mt_weights: str = "paper"
-    mt_loss_weight: float = 0.1
-    mt_given_prob: float = 0.5
-    mt_drop_prob: float = 0.0
-    mt_swap_prob: float | Mapping[str, float] = 0.0
-    mt_context_dim: int = -1
+    mt_tasks: Mapping[str, Any] | None = option(None, "the modalities, as NAME: {key: value}; empty: the sides alone")
+    mt_sides: Sequence[str] = option(
+        (), "names of the images of an item in the order of the data; the first is the image, each other one a modality"
+    )
+    mt_variant: str = option(
+        "any", "U: the network sees z_t; X: it is also given the modalities; any: a random subset of them", VARIANTS
+    )
+    mt_weights: str = option("paper", "aggregation weights w_t of the modalities that name none themselves", WEIGHTS)
+    mt_loss_weight: float = option(0.1, "lambda of eq. 6 of the modalities that name none themselves", least=0)
+    mt_given_prob: float = option(0.5, "variant any: how often a modality is given to the network", least=0, most=1)
+    mt_drop_prob: float = option(
+        0.0, "share of samples trained unconditionally, with no modality and no class", least=0, most=1
+    )
+    mt_swap_prob: float | Mapping[str, float] = option(
+        0.0, "how often another side than the first is z_0, shared by them, or {side: share}", least=0, most=1
+    )
+    mt_context_dim: int = option(-1, "width of the tokens of labels and vectors; -1: 4 times the network's", least=1)
 
     def check(self) -> None:
         """Raises UserError naming the key that is no such value."""

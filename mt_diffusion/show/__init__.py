@@ -1,0 +1,7 @@
+"""x"""
+
+
+def main(argv: list[str]) -> None:
+    import argparse
+
+    argparse.ArgumentParser().parse_args(argv)
