@@ -121,16 +121,19 @@ class Found:
         return recognise(shapes_of(self.state))
 
 
-def read_state(path: Path) -> Any:
+def read_state(path: Path, lazily: bool = False) -> Any:
     """The whole content of a .safetensors, .pt or .ckpt file, whatever its name, on the CPU.
 
+    lazily: torch's files are mapped, so that entries are read when they are used, as those of safetensors are anyway.
     Raises UserError for a file that is damaged or no weights file, saying what it is, and RefusedFile for one that holds code.
     """
     try:
         if container(path) == SAFETENSORS:
             return _read_safetensors(path)[0]
         with path.open("rb") as file, torch.serialization.safe_globals([(Inert, name) for name in PICKLED]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            mapped = lazily and zipfile.is_zipfile(path)  # what torch.save wrote before its zip files can't be mapped
+            content = str(path) if mapped else file
+            return torch.load(content, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         raise RefusedFile(f"{path}: refused, {_why_refused(str(error))}") from None
     except UserError:
@@ -156,8 +159,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
-def find_state(path: Path, averaged: bool = True) -> Found:
+def find_state(path: Path, averaged: bool = True, lazily: bool = False) -> Found:
     """The state dict of a weights file, without its wrappers. averaged: prefer averages where the file has both (said in a line).
+    lazily: see `read_state`.
 
     Raises UserError as `read_state` does, and for a file that holds something else, such as an optimiser's state.
     """
@@ -167,7 +171,7 @@ def find_state(path: Path, averaged: bool = True) -> Found:
             return Found(unwrapped(state), "", metadata)
     except (OSError, SafetensorError):
         pass  # `read_state` says what is wrong
-    content = read_state(path)
+    content = read_state(path, lazily)
     if _is_state(content):
         return Found(unwrapped(content))
     if isinstance(content, Mapping) and "param_groups" not in content:
