@@ -39,7 +39,13 @@ complete -o bashdefault -o default -F _mt_diffusion mt-diffusion
 _mt_diffusion() {
     local -a found
     found=("${(@f)$(mt-diffusion completion words -- "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
-    if [[ -n "${found[1]}" ]]; then compadd -S '' -q -- "${found[@]}"; else _files; fi
+    if [[ -z "${found[1]}" ]]; then
+        _files
+    elif [[ "${found[1]}" == *[=/] ]]; then
+        compadd -S '' -- "${found[@]}"
+    else
+        compadd -- "${found[@]}"
+    fi
 }
 compdef _mt_diffusion mt-diffusion
 """,

@@ -103,7 +103,7 @@ def score_images(made: Path, truth: Path) -> dict[str, float]:
 
 
 def score_features(made: Path, truth: Path, weights: str) -> dict[str, float]:
-    """FID to the true images and Inception Score, by evaluator.py; its protocol stays beside `made` in NAME_scores.json."""
+    """FID to the true images and Inception Score, by `evaluate`; its protocol stays beside `made` in NAME_scores.json."""
     file = made.with_name(f"{made.stem}_scores.json")
     given = ["--inception", weights] if weights else []
     evaluator.main([str(truth), str(made), "--metrics", "fid,is", "--json", str(file), *given])

@@ -114,7 +114,7 @@ def decode(path: Path, file: ImageFile, size: tuple[int, int] | None = None) -> 
             if size is not None and (image.height, image.width) != size:
                 raise EvaluationError(
                     f"{path}: {file.name} is {image.width}x{image.height} pixels, the first image is {size[1]}x{size[0]}; "
-                    "make them equal: python scripts/prepare_images.py SRC OUT.zip --size N"
+                    "make them equal: mt-diffusion prepare SRC OUT.zip --size N"
                 )
             return np.asarray(_to_rgb(image))
     except (EvaluationError, MemoryError):

@@ -1,4 +1,4 @@
-"""The .npz files of scripts/image_restore.py."""
+"""The .npz files of `mt-diffusion restore`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Restoration:
 
 
 def read(path: Path) -> Restoration:
-    """A file of scripts/image_restore.py. Raises EvaluationError for everything else; pickled arrays are not loaded."""
+    """A file of `restore`. Raises EvaluationError for everything else; pickled arrays are not loaded."""
     if not path.is_file():
-        raise EvaluationError(f"{path}: no such file; scripts/image_restore.py writes them")
+        raise EvaluationError(f"{path}: no such file; mt-diffusion restore writes them")
     with open_npz(path) as file:
         names = ["original", "masked", "restored" if "restored" in file.files else "arr_0", "mask"]
         missing = [name for name in names if name not in file.files]
         if missing:
             raise EvaluationError(
                 f"{path}: no array {', '.join(missing)}, only {', '.join(file.files) or 'nothing'}; "
-                "scripts/image_restore.py writes files with all of them"
+                "mt-diffusion restore writes files with all of them"
             )
         arrays = {name: np.asarray(read_array(file, name, path)) for name in names}
     original, masked, restored, mask = (arrays[name] for name in names)

@@ -48,7 +48,7 @@ class Side:
 
 
 class Comparison:
-    """`args` are the flags of evaluator.py. Networks are loaded when they are first asked for."""
+    """`args` are the flags of `evaluate`. Networks are loaded when they are first asked for."""
 
     def __init__(self, reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
         self.args = args

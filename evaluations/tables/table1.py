@@ -53,7 +53,7 @@ def cells_of(files: Sequence[Given]) -> dict[Cell, Given]:
         if file.method is None or file.patches is None:
             raise EvaluationError(
                 f"{file.path}: --table needs its method and number of patches: name it restored_METHOD_patchesM.npz, as "
-                f"image_restore.py does, or write METHOD:M={file.path}, like mt:10={file.path}"
+                f"`restore` does, or write METHOD:M={file.path}, like mt:10={file.path}"
             )
         cell = ROWS[file.method], file.patches
         if cell in cells:

@@ -130,7 +130,7 @@ def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> Autoenc
     where = f"{args.config}: {_FIRST_STAGE}"
     if described is None:
         if args.first_stage is None:
-            raise UserError(f"{where}: missing; write it there, or name a run of autoencoder_train.py by --first_stage")
+            raise UserError(f"{where}: missing; write it there, or name a run of autoencoder-train by --first_stage")
         saved = read_config(find_weights(args.first_stage, flag="--first_stage")) or {}
         if not isinstance(saved.get("model"), dict):
             raise UserError(f"{where}: missing, and {args.first_stage} has no config.yaml that says what it is")

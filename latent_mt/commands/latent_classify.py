@@ -40,7 +40,7 @@ def open_head(argv: Sequence[str]) -> Network:
     """The label head of `--model_path`. Raises UserError for a model that has none, or none that can be used."""
     flags = parse(argv, (ClassifyConfig,), description=__doc__)
     if flags.classifier_path:
-        raise UserError("--classifier_path: classifiers of images are for image_classify.py")
+        raise UserError("--classifier_path: classifiers of images are for mt-diffusion classify")
     weights = find_weights(flags.model_path, flags.ema)
     model = load_model(read_saved(weights, ""), weights, torch.device("cpu"), averaged=flags.ema != "none")
     config = Config([flags[ClassifyConfig], *model.config.sections()], flags.typed, model.config.own)

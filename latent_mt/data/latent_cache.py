@@ -175,7 +175,7 @@ def _read_json(folder: Path, name: str) -> Any:
         return json.loads((folder / name).read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no cache of latents here ({name} is missing); write it by encode_latents.py"
+            f"{folder}: no cache of latents here ({name} is missing); write it by mt-diffusion encode"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: {name} is damaged ({reason(error)}); encode the data again") from None

@@ -85,6 +85,7 @@ def _kind(path: str, headers: Mapping[str, Header], facts: Facts) -> str:
     if all(name in headers for name in STATISTICS):
         facts.command("score samples against it", "evaluate", path, "SAMPLES")
         stored = f", and {headers['arr_0'].shape[0]:,} of the images" if "arr_0" in headers else ""
+        stored += f", and those of {headers['pool'].shape[0]:,} images themselves" if "pool" in headers else ""
         return f"a reference batch: statistics of Inception features{stored}"
     if "probabilities" in headers and len(headers["probabilities"].shape) == 2:
         count, classes = headers["probabilities"].shape

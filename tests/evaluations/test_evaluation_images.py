@@ -449,7 +449,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "pixel bomb": (lambda p: write_zip(p / "x.zip", {**PNGS, "0.png": huge_png()}), ("0.png", "exceeds limit")),
     "another size": (
         lambda p: write_zip(p / "x.zip", {**PNGS, "5.png": encode(NOISE[0])}),
-        ("5.png is 32x32", "first image is 10x6", "python scripts/prepare_images.py SRC OUT.zip --size N"),
+        ("5.png is 32x32", "first image is 10x6", "mt-diffusion prepare SRC OUT.zip --size N"),
     ),
     "large image of another size": (lambda p: write_zip(p / "x.zip", {**PNGS, "5.png": huge_png()}), ("5.png",)),
     "no parquet": (lambda p: touch(p / "x.parquet"), ("damaged",)),

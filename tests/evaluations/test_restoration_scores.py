@@ -450,7 +450,7 @@ def arrays_without(*names: str) -> dict[str, None]:
 
 HALF = restored_file()["original"][:2]
 BAD_ARRAYS = [
-    (arrays_without("original", "mask"), "no array original, mask, only .*image_restore.py"),
+    (arrays_without("original", "mask"), "no array original, mask, only .*mt-diffusion restore"),
     (arrays_without("restored", "arr_0"), "no array arr_0"),
     ({"mask": np.array([Trap(Path("ran"))], dtype=object)}, "array mask holds Python objects"),
     ({"masked": HALF}, r"masked has shape \[2, 40, 42, 3\].*\[5, 40, 42, 3\]"),
@@ -570,7 +570,7 @@ def test_as_a_program(tmp_path):
     assert good.stdout.startswith("mean squared error, masked region")
     bad = warm.run(SCRIPT, ["missing.npz"], cwd=tmp_path)
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "error: missing.npz: no such file; scripts/image_restore.py writes them\n"
+    assert bad.stderr == "error: missing.npz: no such file; mt-diffusion restore writes them\n"
     command = [sys.executable, "-X", "importtime", SCRIPT, "--help"]
     usage = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert usage.returncode == 0 and "--table_metric" in usage.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from guided_mt.runs import presets
 from latent_mt import configs
 from mt_diffusion.commands import COMMANDS
 from mt_diffusion.completion import SCRIPTS, candidates
+
+PROGRAM = f'mt-diffusion() {{ PYTHONPATH="{ROOT}" "{sys.executable}" -m mt_diffusion "$@"; }}'
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_files_beside_names(tmp_path, monkeypatch):
 def test_in_bash(tmp_path):
     """As a user presses the key: the function is called with the line, and COMPREPLY is what is offered."""
     script = SCRIPTS["bash"] + (
-        f'mt-diffusion() {{ PYTHONPATH="{ROOT}" "{sys.executable}" -m mt_diffusion "$@"; }}\n'
+        f"{PROGRAM}\n"
         'ask() { COMP_LINE=$1; COMP_POINT=${#1}; _mt_diffusion; echo "${COMPREPLY[*]}"; }\n'
         'compopt() { echo "nospace"; }\n'
         "complete -p mt-diffusion\n"
@@ -80,3 +83,32 @@ def test_in_bash(tmp_path):
         "run.total_steps=",
         "",
     ], done.stdout + done.stderr
+
+
+ZSH = """
+compdef() { :; }
+compadd() { echo "compadd $*"; }
+_files() { echo files; }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_in_zsh(tmp_path):
+    """The function with the words of a line, and zsh's own functions written down."""
+    lines = [["sample", "--sampler", "uni"], ["latent-train", "run.total"], ["show", ""]]
+    asked = [f"words=(mt-diffusion {shlex.join(line)}); CURRENT={len(line) + 1}; _mt_diffusion" for line in lines]
+    script = "\n".join([ZSH, SCRIPTS["zsh"], PROGRAM, *asked])
+    done = subprocess.run(["zsh", "-f", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    expected = ["compadd -- unipc unipc3", "compadd -S  -- run.total_steps=", "files"]
+    assert done.stdout.splitlines() == expected, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="needs fish")
+def test_in_fish(tmp_path):
+    program = f'function mt-diffusion; PYTHONPATH="{ROOT}" "{sys.executable}" -m mt_diffusion $argv; end'
+    asked = [f'complete -C "mt-diffusion {line}"' for line in ("sample --sampler uni", "latent-train run.total", "sc")]
+    script = "\n".join([program, SCRIPTS["fish"], *asked])
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["unipc", "unipc3", "run.total_steps=", "score"], done.stdout + done.stderr

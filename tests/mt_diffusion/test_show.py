@@ -195,7 +195,7 @@ def test_broken_things_are_one_line(run, tmp_path):
         "page.ckpt": b"<!DOCTYPE html><html></html>",
         "empty.safetensors": b"",
         "cut.safetensors": (step_folder(run, 1) / "model.safetensors").read_bytes()[:2000],
-        "pickle.pkl": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94.",
+        "pickle.pkl": b"\x80\x04\x95" + b"\x00" * 40,
         "cut.npz": b"PK\x03\x04 and no more",
         "cut.png": b"\x89PNG and no more",
         "text.txt": b"hello",

@@ -30,7 +30,7 @@ def program(monkeypatch, *argv: str) -> int:
 
 
 def test_every_script_is_a_sub_command():
-    scripts = {f"scripts/{file.name}" for file in (ROOT / "scripts").glob("*.py")}
+    scripts = {f"scripts/{file.name}" for file in (ROOT / "scripts").glob("[!_]*.py")}
     scripts |= {
         f"evaluations/{file.name}" for file in (ROOT / "evaluations").glob("*.py") if "__main__" in file.read_text()
     }
