@@ -106,12 +106,6 @@ COMMANDS: dict[str, Command] = {
         LATENTS,
         "scripts/encode_latents.py",
     ),
-    "subsets": Command(
-        "reproduce.subsets",
-        "one picture: every side of a latent model from every subset of the others",
-        LATENTS,
-        "scripts/subsets.py",
-    ),
     "prepare": Command(
         "guided_mt.commands.prepare",
         "crop a data set once into a .zip that is read fast",
@@ -170,6 +164,12 @@ COMMANDS: dict[str, Command] = {
         PAPER,
         "scripts/compare.py",
         "eval",
+    ),
+    "subsets": Command(
+        "reproduce.subsets",
+        "one picture: what a model makes of every subset of what it can be given",
+        PAPER,
+        "scripts/subsets.py",
     ),
     "table4": Command(
         "reproduce.table4",

@@ -2,7 +2,8 @@
 
     mt-diffusion export ldm --model_path runs/camvid_mt --out camvid.ckpt
 
-Beside it stands the YAML file that describes it. Runs of diffusion models and of autoencoders; the printed lines say what was left out.
+Beside it stands the YAML file that describes it. Takes runs of diffusion models and of autoencoders; the printed lines say what
+was left out.
 """
 
 from __future__ import annotations
