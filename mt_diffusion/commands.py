@@ -157,7 +157,7 @@ COMMANDS: dict[str, Command] = {
         "train, restore and draw digits: the whole in minutes on a CPU",
         PAPER,
         "scripts/demo.py",
-        "eval",
+        "plots",
     ),
     "compare": Command(
         "reproduce.compare",
