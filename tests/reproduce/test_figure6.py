@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +53,12 @@ def in_process(monkeypatch) -> list[list[str]]:
     """classifier-train without a process of its own; the commands that were run."""
     ran: list[list[str]] = []
 
-    def run(line, check):
+    def run(line):
         ran.append(list(line))
         classifier_train.main(line[4:])  # python -m mt_diffusion classifier-train
-        return subprocess.CompletedProcess(line, 0)
+        return 0
 
-    monkeypatch.setattr(figure6.subprocess, "run", run)
+    monkeypatch.setattr(figure6, "run_child", run)
     return ran
 
 
@@ -104,7 +103,7 @@ def test_end_to_end_then_more_steps_and_another_seed(joint, tmp_path, request, c
 
 
 def test_a_failed_training_ends_it(joint, tmp_path, monkeypatch):
-    monkeypatch.setattr(figure6.subprocess, "run", lambda line, check: subprocess.CompletedProcess(line, 7))
+    monkeypatch.setattr(figure6, "run_child", lambda line: 7)
     with pytest.raises(SystemExit) as stopped:
         figure6.main(argv(joint, tmp_path / "f6"))
     assert stopped.value.code == 7
