@@ -40,6 +40,7 @@ def _become(
     added = [place for place in env.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.path[:] = [str(Path(file).parent), *added, *(place for place in PATH if place not in added)]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # what it starts itself is started as Python does, not as we did
     try:
         runpy.run_path(file, run_name="__main__")
     finally:
