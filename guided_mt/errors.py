@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 
 # What numpy and zipfile raise for a file that is no whole .npz or .npy (AttributeError: an .npy by the name of an .npz).
 NPZ_ERRORS = (OSError, ValueError, EOFError, AttributeError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -53,7 +54,7 @@ EXTRAS = {
     "lpips": "latent",
     "torchmetrics": "latent",
     "torch_fidelity": "eval",
-    "matplotlib": "eval",
+    "matplotlib": "plots",
     "requests": "eval",
     "tensorflow": "tensorflow",
     "pyarrow": "parquet",
@@ -66,6 +67,12 @@ def needed_install(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
     if not package or package in OWN:
         return ""
-    extra = EXTRAS.get(package)
-    what = f"'.[{extra}]'" if extra else "."
-    return f"the package {package} is missing: pip install -e {what} in the project's folder"
+    return f"the package {package} is missing: {how_to_install(package)}"
+
+
+def how_to_install(package: str) -> str:
+    """The command that brings a package which is not there: in a clone of the project, or where it was installed without one."""
+    extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
+    if (Path(__file__).resolve().parents[1] / "pyproject.toml").exists():
+        return f"pip install -e '.{extra}' in the project's folder"
+    return f"pip install 'mt-diffusion{extra}'"

@@ -7,25 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from guided_mt.errors import nearest
+from guided_mt.errors import nearest, needed_install
 from latent_mt.runs.program import shown_as
 
 from .commands import COMMANDS, kinds
 
 PROGRAM = "mt-diffusion"
-# What an extra of pyproject.toml brings, by the name under which it is imported.
-EXTRA_OF = {
-    "lpips": "eval",
-    "matplotlib": "eval",
-    "mpi4py": "mpi",
-    "pyarrow": "parquet",
-    "pytorch_lightning": "latent",
-    "requests": "eval",
-    "taming": "latent",
-    "tensorflow": "tensorflow",
-    "torch_fidelity": "eval",
-    "torchmetrics": "eval",
-}
 
 
 def main() -> NoReturn:
@@ -82,10 +69,10 @@ def run(name: str, words: Sequence[str]) -> None:
         try:
             COMMANDS[name].load().console()
         except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
-            if missing not in EXTRA_OF:
+            missing = needed_install(error)
+            if not missing:
                 raise
-            fail(f"{PROGRAM} {name} needs {missing}: pip install 'mt-diffusion[{EXTRA_OF[missing]}]'")
+            fail(missing)
 
 
 def fail(message: str) -> NoReturn:

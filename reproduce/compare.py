@@ -38,6 +38,7 @@ from guided_mt.generation.feature_classifier import ClassifiedImages, FeatureCla
 from guided_mt.generation.noisy_classifier import load_classifier
 from guided_mt.runs.processes.claim import Claim
 
+from .children import run_child
 from .commands import command, shown
 
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
@@ -247,7 +248,7 @@ class Comparison:
             log.write(f"$ {shown(words)}\n")
             log.flush()
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+            code = run_child(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         if code:
             last = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
             raise UserError(f"{name} failed, see {folder / 'log.txt'}: {last}")

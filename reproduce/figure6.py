@@ -30,7 +30,7 @@ from guided_mt.data.images import from_uint8, save_npz
 from guided_mt.data.subset import spread
 from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.errors import UserError, nearest
+from guided_mt.errors import UserError, how_to_install, nearest
 from guided_mt.generation.classification import noised_probabilities
 from guided_mt.generation.noisy_classifier import build_classifier, build_process, find_classifier, load_classifier
 from guided_mt.runs.checkpoint import checkpoint_step, checkpoints, differing_keys, read_classes, read_config
@@ -76,7 +76,7 @@ class HeldOut(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Train, classify and draw as `argv` says. Raises UserError, also where matplotlib is missing."""
     if find_spec("matplotlib") is None:  # said before hours of training, without the seconds of importing it
-        raise UserError("the figure needs matplotlib: pip install -e '.[eval]'")
+        raise UserError(f"the figure needs matplotlib: {how_to_install('matplotlib')}")
     made = train_and_classify(argv)
     try:
         if made is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is off where a shell runs the suite in the background
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += map(str, sorted(path for path in (ROOT / "tests").rglob("*") if path.is_dir()))  # tests share helpers
@@ -42,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker per core, and eight at most: each holds torch, Lightning and its models."""
     return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.fixture(autouse=True)
+def levels_of_logs() -> Iterator[None]:
+    """Commands quieten the data of all ranks but the first; the next test hears it again."""
+    levels = {name: logging.getLogger(name).level for name in ("guided_mt.data", "latent_mt.data")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ LATENT = [
     {"model": "diffusion on latents"},
     {"first_stage": "autoencoders", "conditioners": "texts, images"},
     {"runs": "YAML files, .ckpt", "data": "pairs, latents"},
+    {"configs": "named configurations"},
 ]
 SCORES = [
     {"tables": "tables, figures"},
@@ -74,14 +75,14 @@ def draw(axes: Axes) -> None:
     package(axes, 5.9, 7.55, 5.6, "#e8eef7", "guided_mt", GUIDED)
     package(axes, 11.7, 7.55, 5.2, "#eeeeee", "evaluations", SCORES)
     for x, y, text in (
-        (0.2, 2.75, "A folder may import those below it"),
-        (0.2, 2.35, "in its own package. latent_mt also imports"),
-        (0.2, 1.95, "guided_mt, and of evaluations the files."),
-        (11.8, 3.4, "guided_mt and evaluations import"),
-        (11.8, 3.0, "neither of the others. mt_diffusion"),
-        (11.8, 2.6, "and reproduce import all three."),
+        (11.8, 3.50, "A folder may import those below it in its"),
+        (11.8, 3.12, "own package. latent_mt also imports"),
+        (11.8, 2.74, "guided_mt, and of evaluations the files."),
+        (11.8, 2.36, "guided_mt and evaluations import none of"),
+        (11.8, 1.98, "the others. mt_diffusion and reproduce"),
+        (11.8, 1.60, "import all three."),
     ):
-        axes.text(x, y, text, ha="left", va="center", fontsize=10, color=INK)
+        axes.text(x, y, text, ha="left", va="center", fontsize=9.6, color=INK)
 
 
 def main(file: Path) -> None:

@@ -23,7 +23,7 @@ def restoration(file: Path) -> str:
         hidden = np.broadcast_to(arrays["mask"][..., None] > 127, original.shape)
     images, _ = digits(TRAINING, original.shape[1])
     filled = np.where(hidden, images.mean(axis=0) / 127.5 - 1, masked)
-    rows = {"MT-Diffusion-X": ours, "mean training image": filled, "left masked (grey)": masked}
+    rows = {"MT-Diffusion": ours, "mean training image": filled, "left masked (grey)": masked}
     outside = np.abs(ours - original)[~hidden].mean()
     return "\n".join(
         [

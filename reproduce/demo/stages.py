@@ -1,10 +1,11 @@
 """The main job on real images without a download: train on scikit-learn's digits, restore held-out ones, draw new ones.
 
-    python scripts/demo.py [--run runs/demo] [--steps 1600] [--processes 2]
+    mt-diffusion demo
+    mt-diffusion demo --run runs/longer --steps 4000
 
-Form X learns to fill masked images. From its weights form any learns labels beside them: it names digits, draws the digit of a
-label, and shows in one picture what it makes of every subset of what it can be given. It runs the same commands as any training
-does. Interrupted or run again, it goes on where it was.
+A first training learns to fill masked images. From its weights a second one learns labels beside them: it names digits, draws
+the digit of a label, and shows in one picture what it makes of every subset of what it can be given. Both are of form any. The
+demo runs the same commands as any training does. Interrupted or run again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from guided_mt.commands import classify, restore, sample
 from guided_mt.commands.console import run
 from guided_mt.data.images import make_grid, save_npz, save_png
-from guided_mt.errors import UserError
+from guided_mt.errors import UserError, how_to_install
 from guided_mt.runs.checkpoint import checkpoint_step, checkpoints
 from guided_mt.runs.config import load_preset, option, parse
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     """Train on digits, restore and name held-out ones, draw new ones, and say how good they are. Raises UserError."""
     config = parse(argv, (DemoConfig,), description=__doc__)
     if find_spec("matplotlib") is None:  # said before minutes of training
-        raise UserError("the training curve needs matplotlib: pip install -e '.[plots]'")
+        raise UserError(f"the training curve needs matplotlib: {how_to_install('matplotlib')}")
     started, (first, second) = time.monotonic(), trainings(Path(config.run), config.steps)
     minutes = 1 + round((first.steps + second.steps) / STEPS_PER_MINUTE)
     print(f"MT-Diffusion on scikit-learn's handwritten digits: about {minutes} minutes on two idle CPU cores.")
@@ -99,7 +100,9 @@ def trainings(run: Path, steps: int) -> tuple[Training, Training]:
 
 def restore_digits(first: Training, processes: int) -> None:
     """The first half: masked images. Raises UserError."""
-    say(f"1/4  Training on images and masked images, {first.steps} steps: form X, which is given the masked image.")
+    say(
+        f"1/4  Training on images and masked images, {first.steps} steps: form any, which is nearly always given the masked image."
+    )
     train_once(first, processes)
     say(f"2/4  Restoring {RESTORED} digits that it has never seen, with ten patches masked, and drawing new ones.")
     data = ["--data_dir", HELD_OUT, "--mask", "patches:10", "--num_samples", RESTORED]
@@ -111,7 +114,7 @@ def restore_digits(first: Training, processes: int) -> None:
 
 def add_labels(first: Training, second: Training, processes: int) -> None:
     """The second half: a label beside the mask, from the weights of the first. Raises UserError."""
-    say(f"3/4  Training with labels too, {second.steps} steps from these weights: form any, given any subset.")
+    say(f"3/4  Training with labels too, {second.steps} steps from these weights: given any subset of mask and label.")
     train_once(second, processes, "--resume_checkpoint", str(first.weights))
     say("4/4  Naming held-out digits, drawing the digit of a label, and drawing from every subset.")
     data = ["--data_dir", HELD_OUT, "--num_samples", NAMED, "--draws", 1]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
-import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -15,31 +13,37 @@ from tqdm.auto import tqdm
 from evaluations.tables.figures import new_figure, save_figure
 from guided_mt.errors import UserError
 
+from ..children import run_child
+from ..commands import command, environment, launcher, shown
+
 LOG = "demo_log.txt"
 LOOK = 0.5  # seconds between looks at progress.csv
 TAIL = 15  # lines of the log that are shown when training fails
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "image_train.py"
 
 
 def train(preset: str, run: Path, steps: int, processes: int, *more: str) -> None:
     """Train the preset for so many steps, its learning rate falling to 0 at the last; what it prints goes to `LOG` of the run.
 
-    Raises UserError where it fails. On Ctrl-C it waits until the training has saved and ended.
+    Raises UserError where it fails. On Ctrl-C it waits until the training has saved and ended; a second one kills it.
     """
-    words, environment = command([*options(preset, run, steps), *more], processes)
+    words = command("train", *options(preset, run, steps), *more, processes=processes)
+    if processes > 1 and launcher() is None:
+        print("no mpiexec found: training in one process (pip install '.[mpi]' brings one)")
     log = run / LOG
-    print("$", *words, flush=True)
+    print("$", shown(words), flush=True)
     run.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
-        training = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    ended = threading.Event()
+    followed = threading.Thread(target=follow, args=(ended, run / "progress.csv", steps))
+    followed.start()
     try:
-        follow(training, run / "progress.csv", steps)
-    except KeyboardInterrupt:
-        training.wait()
-        raise
-    if training.returncode:
+        with open(log, "a") as file:
+            code = run_child(words, stdout=file, stderr=subprocess.STDOUT, env=environment())
+    finally:
+        ended.set()
+        followed.join()
+    if code:
         print(*log.read_text().splitlines()[-TAIL:], sep="\n", file=sys.stderr)
-        raise UserError(f"training ended with exit code {training.returncode}; {log} holds all that it said")
+        raise UserError(f"training ended with exit code {code}; {log} holds all that it said")
 
 
 def options(preset: str, run: Path, steps: int) -> list[str]:
@@ -48,30 +52,14 @@ def options(preset: str, run: Path, steps: int) -> list[str]:
     return ["--preset", preset, "--log_dir", str(run), "--total_steps", number, "--lr_anneal_steps", number]
 
 
-def command(options: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
-    """(words, environment) that start the training, by mpiexec where there are several processes and there is one."""
-    words, environment = [sys.executable, str(SCRIPT), *options], dict(os.environ)
-    beside = Path(sys.executable).with_name("mpiexec")
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if processes > 1 and found:
-        words = [found, "-n", str(processes), "--oversubscribe", "--bind-to", "none", *words]
-        if os.geteuid() == 0:  # Open MPI asks root to say so
-            environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    elif processes > 1:
-        print("no mpiexec found: training in one process (pip install '.[mpi]' brings one)")
-    return words, environment
-
-
-def follow(training: subprocess.Popen, progress: Path, steps: int) -> None:
+def follow(ended: threading.Event, progress: Path, steps: int) -> None:
     """Show steps, loss and the time that is left until the training has ended."""
     live = sys.stderr.isatty()
     begun, _ = reached(progress)
-    first, ended = True, False
+    first, over = True, False
     with tqdm(total=steps, initial=begun, desc="training", unit="step", mininterval=LOOK if live else 10) as bar:
-        while not ended:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                training.wait(LOOK)
-                ended = True
+        while not over:
+            over = ended.wait(LOOK)  # one look more when it has ended
             step, loss = reached(progress)
             if step <= bar.n:
                 bar.refresh() if live else None  # the clock runs while torch is loaded

@@ -1,6 +1,6 @@
 """One picture of what a model of several kinds of data knows: its image, or every side, from every subset of the rest.
 
-    python scripts/subsets.py --model_path RUN --num_samples 6
+    mt-diffusion subsets --model_path RUN --num_samples 6
 
 For runs of both packages. A row per side and subset given, after the true images; a column per item of the data, for latent models
 of the validation split. The table tells how far the drawn side is from the true one (mean squared error of pixels in [-1, 1]), and

@@ -154,7 +154,7 @@ class Trap:
             "not a PyTorch file of tensors",
         ),
         (lambda path, state: torch.save(torch.zeros(3), path), "holds no state dict of tensors"),
-        (lambda path, state: torch.save({"state_dict": state}, path), "holds no state dict of tensors"),
+        (lambda path, state: torch.save({"epoch": 3, "model": "alexnet"}, path), "holds no state dict of tensors"),
         (
             lambda path, state: torch.save({**state, "features.8.bias": torch.zeros(7)}, path),
             r"has features.8.bias \[7\], .* features.8.bias \[256\]",

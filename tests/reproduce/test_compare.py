@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, words
+import warm
+from tiny import words
 from torch import nn
 
 from guided_mt.data.images import from_uint8
@@ -17,6 +18,7 @@ from guided_mt.errors import UserError
 from guided_mt.generation.feature_classifier import FeatureClassifier
 from guided_mt.generation.noisy_classifier import NoisyClassifier, build_classifier, classifier_sections
 from guided_mt.runs.config import load_preset, parse
+from reproduce import compare
 
 OWN = ("mt_", "classifier_")  # flags that say what a model is; all others are the training's
 
@@ -71,32 +73,23 @@ def test_random_label_is_label_m_with_another_task():
     assert random == {**m, "mt_task": "random-label"}
 
 
-def compare(run, *more: str) -> str:
-    """A comparison of two rows, trained for two steps."""
-    argv = [
-        "--run",
-        run,
-        "--steps",
-        2,
-        "--seeds",
-        0,
-        "--rows",
-        "label-m,masked",
-        "--samples",
-        8,
-        "--classifier_steps",
-        2,
-    ]
-    command = [sys.executable, ROOT / "scripts" / "compare.py", *argv, *more]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def compare_rows(monkeypatch, capsys) -> Callable[..., str]:
+    """A comparison of two rows, trained for two steps; what it prints."""
+    monkeypatch.setattr(compare, "run_child", warm.run_child)
+
+    def run(folder: Path, *more: str) -> str:
+        few = {"steps": 2, "seeds": 0, "rows": "label-m,masked", "samples": 8, "classifier_steps": 2}
+        compare.main([*words(run=folder, **few), *more])
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_compare(tmp_path):
+def test_compare(compare_rows, tmp_path):
     pytest.importorskip("matplotlib")
     run = tmp_path / "run"
-    compare(run)
+    compare_rows(run)
     rows = {row["row"]: row for row in csv.DictReader((run / "compare.csv").open())}
     assert list(rows) == ["label-m", "masked", "training images, their mean"]
     numbers = {name: {key for key, value in row.items() if value} - {"row", "seed"} for name, row in rows.items()}
@@ -109,4 +102,4 @@ def test_compare(tmp_path):
     assert "| masked |" in table and "2 training steps, seeds 0" in table
     assert (run / "compare.png").exists()
     # again: nothing is left to do but the report
-    assert " train -> " not in (again := compare(run)) and "compare.csv" in again
+    assert " train -> " not in (again := compare_rows(run)) and "compare.csv" in again

@@ -16,8 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import IO
 
 MODULES = ["torch", "numpy", "guided_mt.commands.train", "latent_mt.commands.latent_train", "pytorch_lightning"]
+ROOT = Path(__file__).resolve().parents[2]
 PATH = list(sys.path)  # before tests add to it
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(MODULES)
@@ -117,3 +119,11 @@ def run(
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors.read())
+
+
+def run_child(words: Sequence[str], *, stdout: IO[str], env: Mapping[str, str], stderr: int = subprocess.STDOUT) -> int:
+    """In place of `reproduce.children.run_child` for the words of `reproduce.commands.command`, one process and one log."""
+    assert list(words[:3]) == [sys.executable, "-m", "mt_diffusion"] and stderr == subprocess.STDOUT
+    done = run(ROOT / "mt_diffusion" / "__main__.py", words[3:], env=env)
+    stdout.write(done.stdout + done.stderr)
+    return done.returncode

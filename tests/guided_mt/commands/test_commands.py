@@ -343,7 +343,7 @@ def test_help_names_every_flag_with_its_default(module, capsys):
         module.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert "default:" in text
+    assert "default:" in text or module is export  # whose flags have none
     wanted = {"train": "--mask_full_prob", "sample": "--num_samples", "restore": "--exact_known", "nll": "--mask"}
     assert wanted.get(module.__name__.rpartition(".")[2], "--model_path") in text
 

@@ -38,12 +38,12 @@ def ended(error: BaseException, capsys) -> tuple[int, str]:
         (
             ModuleNotFoundError("No module named 'matplotlib.pyplot'", name="matplotlib.pyplot"),
             2,
-            "error: the package matplotlib is missing: pip install -e '.[eval]' in the project's folder\n",
+            "error: the package matplotlib is missing: pip install -e '.[plots]' in the project's folder\n",
         ),
         (
             ModuleNotFoundError("No module named 'blobfile'", name="blobfile"),
             2,
-            "error: the package blobfile is missing: pip install -e . in the project's folder\n",
+            "error: the package blobfile is missing: pip install -e '.' in the project's folder\n",
         ),
     ],
 )
