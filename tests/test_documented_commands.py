@@ -67,6 +67,7 @@ SMALLER = {
 }  # printed words that stand for others here
 # Commands that are not run here, as regular expressions, and why.
 NOT_RUN = {
+    r"mt-diffusion demo.*": "trains for minutes; test_demo.py runs all of its stages for two steps",
     r"python (midpoint|narrow_bridge|velocity|soft_min_snr|dit|idx|coverage|latents)\.py .*": "run by test_architecture.py",
     r"mt-diffusion show downloads/.*": "a file from elsewhere; the tests of show make some",
     r".*--(?:model_path|classifier_path) \S+\.(?:pt|ckpt)\b.*": "needs weights of the parents, which have to be downloaded",
