@@ -18,9 +18,17 @@ from ..data import ImageSource, open_source
 from ..errors import UserError
 from ..generation.noisy_classifier import build_classifier, build_process, saved_settings
 from ..runs import distributed
-from ..runs.checkpoint import checkpoints, find_weights, read_classes, read_config
+from ..runs.checkpoint import (
+    checkpoints,
+    classifier_state,
+    find_weights,
+    read_classes,
+    read_config,
+    read_weights,
+)
 from ..runs.config import Config, parse
 from ..runs.processes.claim import Claim
+from ..runs.resume import refuse_other_run
 from ..training.classifier_loop import ClassifierLoop, ClassifierLoopConfig, classifier_run_sections
 from .console import announce, rename_flag, run
 from .training import check_run, keep_clipping, run_lines, train
@@ -55,11 +63,13 @@ def resolve(argv: Sequence[str]) -> tuple[Config, list[str] | None]:
     argv = rename_flag(argv, "--iterations", "--total_steps")
     sections = classifier_run_sections()
     first = parse(argv, sections, description=__doc__)
+    refuse_other_run(run_folder(first), "classifier", "--log_dir")
     own = checkpoints(run_folder(first))
     if own:
         start = own[-1] / "model.safetensors"
     elif first.resume_checkpoint:
         start = find_weights(first.resume_checkpoint, "none", "--resume_checkpoint")
+        classifier_state(read_weights(start, averaged=False), start)  # refuses what holds none before the data are read
     else:
         return first, None
     base = saved_settings(start) if first.resume_checkpoint else {}

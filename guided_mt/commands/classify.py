@@ -34,6 +34,7 @@ from ..modalities.settings import loss_weights, row_of, task_names
 from ..runs import distributed
 from ..runs.checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
 from ..runs.config import Config, SampleConfig, option, parse, redefined
+from ..runs.weights import refuse_foreign
 from .console import announce, split_flags, with_saved_config
 
 
@@ -172,8 +173,11 @@ def check_head(config: Config, weights: Path) -> str:
         raise UserError(
             f"{path}: was trained with {flag}, so its label head learned nothing; train with another, {other}"
         )
-    if read_config(weights) is None and not any(key.startswith(f"heads.{label}.") for key in read_weights(weights)):
-        raise UserError(f"{path}: holds no label head; give a run trained with --mt_task label, {other}")
+    if read_config(weights) is None:
+        state = read_weights(weights)
+        refuse_foreign(state, weights, "pixel")
+        if not any(key.startswith(f"heads.{label}.") for key in state):
+            raise UserError(f"{path}: holds no label head; give a run trained with --mt_task label, {other}")
     return label
 
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--out is missing: the .pt file to write")
     weights = find_weights(config.model_path, config.ema)
     state = read_weights(weights, averaged=config.ema != "none")
-    refuse_foreign(state, weights, "pixel", "classifier")
+    refuse_foreign(state, weights, "pixel", "classifier", known=True)
     exported = adm_state_dict(state)
     refuse_not_finite(exported, weights)
     out = Path(config.out)

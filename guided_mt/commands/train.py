@@ -30,6 +30,7 @@ from ..runs import distributed
 from ..runs.config import Config, parse
 from ..runs.loop_config import TrainConfig
 from ..runs.processes.claim import Claim
+from ..runs.resume import refuse_other_run
 from ..training.train_loop import TrainLoop
 from .console import announce, run
 from .training import check_run, keep_clipping, run_lines, saved_classes, train
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     validate(config)
     processes = distributed.setup(config.device)
     folder = run_folder(config)
+    refuse_other_run(folder, "pixel", "--log_dir")
     keep_clipping(config, folder)
     # Built without memory, to refuse flags that don't fit together before anything is read.
     with torch.device("meta"):

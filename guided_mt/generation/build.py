@@ -59,11 +59,9 @@ def sampling_may_change() -> set[str]:
 
 
 def saved_config(weights: Path) -> dict[str, Any]:
-    """The configuration beside a weights file; empty for a foreign file. Raises UserError for a modality that isn't
-    registered, and for a key that no run has."""
-    saved, file = read_config(weights) or {}, weights.parent / "config.yaml"
-    if "val_data_dir" in saved:
-        raise UserError(f"{weights}: holds a classifier, not a diffusion model; --classifier_path takes it")
+    """The configuration beside a weights file; empty for a foreign file. Raises UserError for another kind of run,
+    for a modality that isn't registered, and for a key that no run has."""
+    saved, file = read_config(weights, "pixel") or {}, weights.parent / "config.yaml"
     for row in split_names(str(saved.get("mt_task", ""))).values():
         if row not in TASKS:
             raise UserError(

@@ -69,7 +69,7 @@ def build_process(config: Config) -> GaussianDiffusion:
 def saved_settings(weights: Path) -> dict[str, Any]:
     """The classifier's part of the configuration beside a weights file; empty for a foreign file."""
     names = {field.name for section in classifier_sections() for field in fields(section)} - {"timestep_respacing"}
-    saved = read_config(weights) or {}
+    saved = read_config(weights, "classifier", "pixel") or {}  # the E head is a classifier too
     saved = {"trained_timesteps": "", **saved} if saved else {}  # runs of before knew none
     return {key: value for key, value in saved.items() if key in names}
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .config import ModelConfig
-from .recognise import recognise
+from .recognise import RUNS, recognise, run_family
 from .weights import RefusedFile as RefusedFile
 from .weights import read_state as read_state
 from .weights import read_weights as read_weights
@@ -160,8 +160,11 @@ class Weights:
         return cls(file, read_config(file), read_classes(file.parent))
 
 
-def read_config(weights: Path) -> dict[str, Any] | None:
-    """The configuration beside a weights file; None for a foreign file without one."""
+def read_config(weights: Path, *families: str) -> dict[str, Any] | None:
+    """The configuration beside a weights file; None for a foreign file without one.
+
+    families: the keys of RUNS that are meant, none for any. Raises UserError for a run of another, and for a damaged file.
+    """
     file = weights.parent / "config.yaml"
     if not file.exists():
         return None
@@ -171,6 +174,9 @@ def read_config(weights: Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]}); copy it again from the run") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: is damaged, it must hold 'key: value' lines; copy it again from the run")
+    found = run_family(content)
+    if families and found not in (*families, ""):
+        raise UserError(f"{weights}: is of a run that holds {RUNS[found][0]}; {RUNS[found][1]}")
     return content
 
 
@@ -261,7 +267,7 @@ def difference(
 
 def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """ADM's noisy classifier in a state dict: all of it, or what a run with the E head holds. Raises UserError for neither."""
-    refuse_foreign(state, path, "classifier", "pixel")
+    refuse_foreign(state, path, "classifier", "pixel", known=True)
     inside = {
         key.removeprefix(CLASSIFIER_HEAD): value for key, value in state.items() if key.startswith(CLASSIFIER_HEAD)
     }

@@ -1,12 +1,13 @@
-"""What a state dict looks like, from the names and shapes of its entries: ours, the parents', other projects'.
+"""What a state dict looks like, from the names and shapes of its entries, and what a run is, from its configuration.
 
-A further kind is one row of KINDS.
+Weights may be ours, the parents' or other projects': a further kind is one row of KINDS. Runs are ours: RUNS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -45,6 +46,36 @@ def looks_like(shapes: Shapes) -> str:
     """ "has the keys of X; to use it: Y" for an error message, '' where nothing known looks like it."""
     kind = recognise(shapes)
     return f"has the keys of {kind.name}; {kind.loads_it}" if kind else ""
+
+
+# ---------------------------------------------------------------- runs
+
+# By their family (see `Kind`): what a run holds, and what takes it.
+RUNS: dict[str, tuple[str, str]] = {
+    "pixel": ("a pixel-space model", "sample, restore, classify and nll take it as --model_path"),
+    "classifier": (
+        "a classifier",
+        "classifier-sample and classify take it as --classifier_path",
+    ),
+    "latent": ("a latent model", "latent-sample, latent-restore and latent-classify take it as --model_path"),
+    "first stage": (
+        "a first stage",
+        "encode takes it as --first_stage, and a YAML file as ckpt_path of first_stage_config.params",
+    ),
+}
+
+
+def run_family(config: Mapping[str, Any]) -> str:
+    """The key of RUNS that a run's config.yaml is of; "" for a class of one's own, or settings of something else."""
+    model = config.get("model")
+    if isinstance(model, Mapping):
+        params = model.get("params") or {}
+        if "first_stage_config" in params or "unet_config" in params:
+            return "latent"
+        return "first stage" if "ddconfig" in params else ""
+    if "mt_task" not in config and "classifier_width" in config:
+        return "classifier"
+    return "pixel" if "num_channels" in config else ""
 
 
 # ---------------------------------------------------------------- what rows ask
@@ -150,7 +181,7 @@ KINDS: tuple[Signature, ...] = (
     Signature(
         _all(_LDM, _has(*(f"{LDM_UNET}{OWN_HEAD[0]}",))),
         "a latent model of this project",
-        "give it to latent-sample, latent-restore or latent-classify as --model_path, with config.yaml beside it or --config FILE",
+        "give it to latent-sample, latent-restore or latent-classify as --model_path, with its config.yaml beside it",
         "latent",
     ),
     Signature(
@@ -208,7 +239,7 @@ KINDS: tuple[Signature, ...] = (
     Signature(
         _ADM,
         "a noisy classifier of guided-diffusion (ADM)",
-        "give it to classifier-sample as --classifier_path with its classifier flags",
+        "give it to classifier-sample or classify as --classifier_path, with its classifier flags",
         "classifier",
     ),
     # other diffusion projects

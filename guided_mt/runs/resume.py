@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError, reason
 from . import checkpoint
 from .distributed import Processes
+from .recognise import RUNS, run_family
 from .weights import refuse_not_finite
 
 
@@ -20,6 +21,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run's folder; None where there is none."""
     found = checkpoint.checkpoints(folder)
     return found[-1] if found else None
+
+
+def refuse_other_run(folder: Path, family: str, setting: str) -> None:
+    """UserError where `folder` holds checkpoints of another kind of run than `family`, a key of RUNS. setting: how it was named."""
+    newest = newest_checkpoint(folder)
+    found = run_family(checkpoint.read_config(newest / "model.safetensors") or {}) if newest else ""
+    if found not in (family, ""):
+        raise UserError(f"{setting} {folder}: is the run of {RUNS[found][0]}; take another folder")
 
 
 def refuse_other_settings(newest: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], otherwise: str) -> None:

@@ -244,9 +244,14 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
     return {key: value.shape for key, value in state.items()}
 
 
-def refuse_foreign(state: Mapping[str, Tensor], path: str | Path, *families: str) -> None:
-    """UserError where a state dict looks like something of another family than these (see `recognise`): what, and what loads it."""
+def refuse_foreign(state: Mapping[str, Tensor], path: str | Path, *families: str, known: bool = False) -> None:
+    """UserError where a state dict looks like something of another family than these (see `recognise`): what, and what loads it.
+
+    known: also where it looks like nothing that is known.
+    """
     kind = recognise(shapes_of(state))
+    if kind is None and known:
+        raise UserError(f"{path}: holds no network that is known here (its first entry is '{next(iter(state))}')")
     if kind is not None and kind.family not in families:
         raise UserError(f"{path}: has the keys of {kind.name}; {kind.loads_it}")
 

@@ -24,6 +24,7 @@ from guided_mt.runs.processes.claim import Claim
 from ..first_stage.first_stages import Autoencoder
 from ..first_stage.latents import PRECISIONS, first_stage_hash, write_cache
 from ..runs.configuration import load_config
+from ..runs.ldm_checkpoint import read_state_dict
 from ..runs.targets import instantiate
 
 _FIRST_STAGE = "model.params.first_stage_config"
@@ -131,8 +132,10 @@ def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> Autoenc
     if described is None:
         if args.first_stage is None:
             raise UserError(f"{where}: missing; write it there, or name a run of autoencoder-train by --first_stage")
-        saved = read_config(find_weights(args.first_stage, flag="--first_stage")) or {}
+        weights = find_weights(args.first_stage, flag="--first_stage")
+        saved = read_config(weights, "first stage") or {}
         if not isinstance(saved.get("model"), dict):
+            read_state_dict(weights, "autoencoder")  # says what a file of another kind is
             raise UserError(f"{where}: missing, and {args.first_stage} has no config.yaml that says what it is")
         described, where = saved["model"], f"{args.first_stage}: model"
         described = {key: described[key] for key in ("target", "params") if key in described}

@@ -75,7 +75,13 @@ def export_diffusion(raw: Path, averaged: Path, out: Path, with_averages: bool) 
         exported.scale_factor = found.scale_factor
     if params.get("use_ema", True):
         _add_averages(exported, found, raw, averaged, saved, with_averages)
-    refuse_not_finite({**exported.model, **(exported.ema or {}), **exported.first_stage}, raw)
+    for part in (
+        exported.model,
+        exported.ema or {},
+        exported.first_stage,
+        exported.cond_stage,
+    ):  # names are alike in them
+        refuse_not_finite(part, raw)
     write_ldm(out, exported)
     left = sorted({key.split(".")[0] for key in found.model.keys() - exported.model.keys()} | set(found.unknown))
     parts = f"{len(exported.model)} of the U-Net, {len(found.first_stage)} of the first stage, {len(found.cond_stage)} of the"

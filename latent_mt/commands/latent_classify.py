@@ -42,7 +42,7 @@ def open_head(argv: Sequence[str]) -> Network:
     if flags.classifier_path:
         raise UserError("--classifier_path: classifiers of images are for mt-diffusion classify")
     weights = find_weights(flags.model_path, flags.ema)
-    model = load_model(read_saved(weights, ""), weights, torch.device("cpu"), averaged=flags.ema != "none")
+    model = load_model(read_saved(weights), weights, torch.device("cpu"), averaged=flags.ema != "none")
     config = Config([flags[ClassifyConfig], *model.config.sections()], flags.typed, model.config.own)
     label = check_head(config, weights)
     config[ModelConfig].num_classes = model.config.own[label]["num_classes"]

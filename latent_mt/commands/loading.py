@@ -11,24 +11,28 @@ import torch
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError
 from guided_mt.runs import precision
-from guided_mt.runs.checkpoint import find_weights, read_classes
+from guided_mt.runs.checkpoint import find_weights, read_classes, read_config
 from guided_mt.runs.processes.launcher import rank_of_launcher
 
 from ..model.generate import LatentGenerator
 from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs.configuration import load_config
-from ..runs.ldm_checkpoint import load_ldm
+from ..runs.ldm_checkpoint import load_ldm, read_state_dict
 from ..runs.targets import instantiate
 
 
-def read_saved(weights: Path, file: str) -> dict[str, Any]:
-    """The configuration of the run that the weights lie in, or that of `file`. Raises UserError where there is none."""
-    beside = weights.parent / "config.yaml"
-    if not file and not beside.exists():
+def read_saved(weights: Path, file: str | None = None) -> dict[str, Any]:
+    """The configuration of the run that the weights lie in, or that of `file`. Raises UserError where there is none.
+
+    file: what the command's --config names; None for a command that has no such flag.
+    """
+    if not file and read_config(weights, "latent") is None:
+        read_state_dict(weights, "diffusion")  # says what a file of another kind is
+        way = ", or name it by --config FILE" if file is not None else ""
         raise UserError(
-            f"{weights}: has no config.yaml beside it; give the YAML file that describes it by --config FILE"
+            f"{weights}: has no config.yaml beside it; copy the YAML file that describes it there under that name{way}"
         )
-    return load_config(file or beside)
+    return load_config(file or weights.parent / "config.yaml")
 
 
 def load_model(
@@ -66,8 +70,8 @@ def _without_file(params: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (params or {}).items() if key != "ckpt_path"}
 
 
-def load_generator(path: str, ema: str, device: torch.device, file: str = "") -> LatentGenerator:
-    """What draws from the model of `path`. ema: as `--ema`; file: the YAML file of a foreign one. Raises UserError."""
+def load_generator(path: str, ema: str, device: torch.device, file: str | None = None) -> LatentGenerator:
+    """What draws from the model of `path`. ema: as `--ema`; file: see `read_saved`. Raises UserError."""
     weights = find_weights(path, ema)
     model = settle_precision(load_model(read_saved(weights, file), weights, device, averaged=ema != "none"))
     return LatentGenerator(model, classes=read_classes(weights.parent))

@@ -22,6 +22,7 @@ from guided_mt.runs.processes.claim import Claim
 from guided_mt.runs.resume import newest_checkpoint
 
 from ..data import LatentCache, StreamedData
+from ..first_stage.first_stages import Autoencoder
 from ..first_stage.latents import first_stage_hash
 from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs.configuration import load_config, replaced
@@ -68,6 +69,8 @@ def read_command(args: Arguments, kind: type) -> Command:
         raise UserError(
             f"{args.config}: run.ema_rate '{settings.ema_rate}': write one rate between 0 and 1, or leave it empty"
         )
+    family = "first stage" if issubclass(kind, Autoencoder) else "latent"
+    resume.refuse_other_run(Path(settings.log_dir), family, "run.log_dir")
     newest = newest_checkpoint(Path(settings.log_dir))
     if newest is not None and "ema_warmup" not in (config.get("run") or {}):
         settings.ema_warmup = saved_run(newest)["ema_warmup"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guided_mt.modalities.row_config import split_names
+from guided_mt.runs.recognise import run_family
 
 from .facts import Facts, quoted
 
@@ -15,7 +16,7 @@ NOT_FLAGS = ("dry_run", "log_dir")  # of no interest in how a run was trained
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether the configuration is of a noisy classifier."""
-    return "mt_task" not in config and "classifier_width" in config
+    return run_family(config) == "classifier"
 
 
 def rows_of(config: Mapping[str, Any]) -> dict[str, str]:

@@ -75,7 +75,7 @@ def open_run(config: Config, device: torch.device) -> tuple[Generator, ImageSour
     weights = find_weights(config.model_path, config.ema)
     if LatentSampleConfig in (type(section) for section in config.sections()):
         generator = load_generator(str(weights), config.ema, device)
-        source, size = open_split(config, read_saved(weights, ""))
+        source, size = open_split(config, read_saved(weights))
         if generator.roles.slots and not generator.latent.takes(source.side_names):
             raise UserError(f"{source.path}: needs the sides {', '.join(generator.roles.sides)}")
         return generator, source, size

@@ -265,7 +265,7 @@ BAD = [
     ({"model_path": "X"}, r"form X is told the label, so it can't classify; train with --mt_variant U or any"),
     ({"model_path": "masked"}, r"was trained with --mt_task masked, so it has no label head; train with label"),
     ({"model_path": "untrained"}, r"was trained with --mt_loss_weight label=0, so its label head learned nothing"),
-    ({"model_path": "noisy"}, r"holds a classifier, not a diffusion model; --classifier_path takes it"),
+    ({"model_path": "noisy"}, r"holds a classifier; classifier-sample and classify take it as --classifier_path"),
     ({"model_path": "U", "classifier_path": "noisy"}, r"--model_path and --classifier_path are both given"),
     ({"classifier_path": "U"}, r"without a classifier inside"),
     ({}, r"--model_path is missing"),
