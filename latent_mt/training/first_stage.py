@@ -214,6 +214,12 @@ class AutoencoderTraining(TrainedModule):
 
     @override
     def prepare(self, data: Any, resumed: bool) -> None:
+        size = min(self.resize_range or (data.image_size,))
+        if self.loss.discriminator is not None and size < _least_size(self.loss.discriminator):
+            raise UserError(
+                f"images of {size} pixels are too small for this discriminator, which needs {_least_size(self.loss.discriminator)}; "
+                "lower model.params.lossconfig.params.disc_num_layers, or set disc_factor to 0"
+            )
         self.autoencoder.to_fast_layout()
         super().prepare(data, resumed)
         self.averages = Averages([], 1, self.device, (*self.loss.names(), "grad_norm"))
@@ -333,3 +339,8 @@ def _grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 def _channels_seen(network: nn.Module) -> int:
     return next(layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
+
+
+def _least_size(network: nn.Module) -> int:
+    """The smallest images, in pixels, of which a PatchGAN has a logit: it halves them, then takes off two pixels."""
+    return 3 * 2 ** sum(layer.stride[0] == 2 for layer in network.modules() if isinstance(layer, nn.Conv2d))

@@ -396,6 +396,10 @@ def test_configurations(file, tmp_path, capsys):
         ({"model.params.lossconfig.params.disc_weight": -1.0}, "disc_weight"),
         ({"model.params.lossconfig.params.kl_wight": 1.0}, "kl_weight"),
         ({"data.params.image_size": 17}, "17 x 17"),
+        (
+            {"model.params.lossconfig.params.disc_num_layers": 3},
+            "images of 16 pixels are too small for this discriminator, which needs 24",
+        ),
         ({"data.params.latents": "cache"}, "latents"),
         ({"lightning.trainer.precision": "16-mixed"}, "16-mixed"),
         ({"lightning.trainer.accumulate_grad_batches": 0}, "accumulate_grad_batches 0"),
