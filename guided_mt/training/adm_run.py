@@ -45,6 +45,11 @@ class ADMRun:
         return cls(int(step), weights, averages, optimizer if optimizer.exists() else None)
 
 
+def named_as_adms(weights: Path) -> bool:
+    """Whether ADM would take the step of the run from this file's name."""
+    return _MODEL.fullmatch(weights.name) is not None
+
+
 def go_on(run: ADMRun, model: nn.Module, optimizer: Optimizer, ema: Ema) -> str:
     """Load averages and optimiser of an ADM run whose weights `model` has already; returns what was found, in words.
 

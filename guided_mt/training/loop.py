@@ -29,7 +29,7 @@ from ..runs.distributed import Processes
 from ..runs.loop_config import LoopConfig
 from ..runs.policy import RunPolicy
 from ..runs.skipped import SkippedSteps
-from .adm_run import ADMRun, go_on
+from .adm_run import ADMRun, go_on, named_as_adms
 from .averages import QUARTILES, Averages
 from .optim import Ema, Optimizer, learning_rate
 from .record import Record
@@ -160,6 +160,8 @@ class Loop:
         """Where `--resume_checkpoint` is a file of ADM's own run: its averages, optimiser and step. Else step 0."""
         run = ADMRun.of(file)
         if run is None:
+            if named_as_adms(file) and self.processes.is_main:
+                log.info("no averages and no optimiser of guided-diffusion lie beside it: a new run begins, at step 0")
             return 0
         total = self.config.total_steps
         if total <= run.step:

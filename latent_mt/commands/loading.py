@@ -27,7 +27,7 @@ def read_saved(weights: Path, file: str | None = None) -> dict[str, Any]:
     file: what the command's --config names; None for a command that has no such flag.
     """
     if not file and read_config(weights, "latent") is None:
-        read_state_dict(weights, "diffusion")  # says what a file of another kind is
+        read_state_dict(weights, "diffusion", lazily=True)  # says what a file of another kind is
         way = ", or name it by --config FILE" if file is not None else ""
         raise UserError(
             f"{weights}: has no config.yaml beside it; copy the YAML file that describes it there under that name{way}"
@@ -39,6 +39,9 @@ def load_model(
     saved: Mapping[str, Any], weights: Path, device: torch.device, averaged: bool = True
 ) -> LatentMTDiffusion:
     """The trained model, ready to draw from. averaged: take the averages of a foreign file. Raises UserError."""
+    read_state_dict(
+        weights, "diffusion", averaged, lazily=True
+    )  # another kind of file is told before the model is built
     # The weights file holds the first stage too: where either began is not read again.
     params = _without_file(saved["model"].get("params"))
     stage = params.get("first_stage_config")

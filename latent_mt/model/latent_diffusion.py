@@ -29,7 +29,7 @@ from guided_mt.runs.config import ModelConfig
 from guided_mt.training.objective import Losses, multi_task_losses
 
 from ..runs.ldm_checkpoint import load_ldm
-from ..runs.targets import instantiate
+from ..runs.targets import arguments, instantiate
 from .codec import LatentCodec
 from .network import DiffusionWrapper, build_network, check_channels, unet_keywords
 from .schedules import check_betas, ddim_timesteps, make_beta_schedule
@@ -160,6 +160,14 @@ class LatentMTDiffusion(LatentCodec):
             )
         except ValueError as error:
             raise UserError(f"model.params: {error}") from None
+        stages = {"first_stage_config": first_stage_config}
+        if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
+            stages["cond_stage_config"] = cond_stage_config
+        for (
+            name,
+            stage,
+        ) in stages.items():  # what is wrong there is told before the network, which can take minutes to build
+            arguments(stage, f"model.params.{name}")
         network = build_network(unet, config, self.diffusion, self)
         self.model = DiffusionWrapper(network, self.conditioning_key)
         self._add_first_stage(first_stage_config)

@@ -105,13 +105,16 @@ class LDMCheckpoint:
 # ---------------------------------------------------------------- reading
 
 
-def read_state_dict(path: str | Path, kind: str, averaged: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_state_dict(
+    path: str | Path, kind: str, averaged: bool = True, lazily: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the state dict, what stands beside it) of a .ckpt, .pt or .safetensors file of `kind` "diffusion" or "autoencoder".
 
-    averaged: see `weights.find_state`. Raises UserError for a damaged file, one with objects of a program, and one of another kind.
+    averaged, lazily: see `weights.find_state`. Raises UserError for a damaged file, one with objects of a program, and one of
+    another kind.
     """
     path = Path(path)
-    read = find_state(path, averaged)
+    read = find_state(path, averaged, lazily)
     state, beside = read.state, read.beside
     refuse_foreign(state, path, "latent", "first stage", "pixel", "classifier")
     found = kind_of(state)

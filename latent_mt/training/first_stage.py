@@ -214,11 +214,11 @@ class AutoencoderTraining(TrainedModule):
 
     @override
     def prepare(self, data: Any, resumed: bool) -> None:
-        size = min(self.resize_range or (data.image_size,))
-        if self.loss.discriminator is not None and size < _least_size(self.loss.discriminator):
+        size, least = min(self.resize_range or (data.image_size,)), _least_size(self.loss.discriminator)
+        if size < least:
             raise UserError(
-                f"images of {size} pixels are too small for this discriminator, which needs {_least_size(self.loss.discriminator)}; "
-                "lower model.params.lossconfig.params.disc_num_layers, or set disc_factor to 0"
+                f"images of {size} pixels are too small for this discriminator, which needs {least}; lower "
+                "model.params.lossconfig.params.disc_num_layers, or set disc_factor to 0"
             )
         self.autoencoder.to_fast_layout()
         super().prepare(data, resumed)
@@ -341,6 +341,8 @@ def _channels_seen(network: nn.Module) -> int:
     return next(layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
 
 
-def _least_size(network: nn.Module) -> int:
-    """The smallest images, in pixels, of which a PatchGAN has a logit: it halves them, then takes off two pixels."""
+def _least_size(network: nn.Module | None) -> int:
+    """The smallest images, in pixels, of which a PatchGAN has a logit: it halves them, then takes off two pixels. None: 0."""
+    if network is None:
+        return 0
     return 3 * 2 ** sum(layer.stride[0] == 2 for layer in network.modules() if isinstance(layer, nn.Conv2d))

@@ -85,6 +85,10 @@ def test_other_networks_and_lonely_files_begin_a_new_run(tmp_path, caplog):
     assert step_folder(tmp_path / "mt", 1).exists()
     for file in [*folder.glob("ema_*"), *folder.glob("opt*")]:
         file.unlink()
-    train.main(argv(folder, tmp_path / "alone", total_steps=1))
+    with caplog.at_level("INFO"):
+        train.main(argv(folder, tmp_path / "alone", total_steps=1))
+    assert any(
+        "no optimiser of guided-diffusion lie beside it: a new run begins" in r.getMessage() for r in caplog.records
+    )
     assert step_folder(tmp_path / "alone", 1).exists()
     sample.main(words(model_path=tmp_path / "alone", num_samples=1, steps=1, device="cpu"))

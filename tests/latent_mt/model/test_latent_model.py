@@ -456,3 +456,17 @@ def test_the_first_stage_of_an_ldm_is_a_ckpt_path_too(tmp_path):
     )
     images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
     assert torch.equal(model.encode(images), ldm.encode(images))
+
+
+@pytest.mark.parametrize(
+    ("part", "target"),
+    [
+        ("cond_stage_config", "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"),
+        ("first_stage_config", "ldm.models.autoencoder.AutoencoderCL"),
+    ],
+)
+def test_a_stage_that_cannot_be_built_is_told_before_the_network_is(part, target, monkeypatch):
+    """A large network takes minutes."""
+    monkeypatch.setattr("latent_mt.model.latent_diffusion.build_network", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(UserError, match=rf"model.params.{part}: .*{target.rpartition('.')[2]}"):
+        build(mt_sides=[], conditioning_key="crossattn", **{part: {"target": target}})

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_unet import GOLDEN, fill, golden
 
 from guided_mt.errors import UserError
@@ -47,6 +48,7 @@ def test_released_checkpoints_entries(name):
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == RELEASED[name]["state_dict"]
     if name == "stable-diffusion-2-base":
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 865.9
+        assert "(865.9 M parameters)" in (ROOT / "docs" / "from_latent_diffusion.md").read_text()
 
 
 def test_masked_tokens_play_no_part():

@@ -10,6 +10,7 @@ from tiny import adm_unet
 from tiny_latent import DDCONFIG, FIRST_STAGE, UNET, model_params
 
 from guided_mt.errors import UserError
+from latent_mt.commands import loading
 from latent_mt.model.generate import LatentGenerator, LatentSampleConfig
 from latent_mt.runs.ldm_checkpoint import load_ldm, read_ldm
 from latent_mt.runs.targets import instantiate
@@ -107,6 +108,14 @@ def test_another_architecture_is_told_what_it_looks_like(name, tmp_path):
     stage = {**FIRST_STAGE, "params": {**FIRST_STAGE["params"], "ckpt_path": str(tmp_path / "x.ckpt")}}
     text = complaint(instantiate, stage, "first_stage_config")
     assert f"has the keys of {name}" in text or "is a diffusion model's checkpoint" in text
+
+
+def test_another_file_is_told_before_the_model_is_built(tmp_path, monkeypatch):
+    """A large model takes minutes."""
+    torch.save(adm(), tmp_path / "x.ckpt")
+    monkeypatch.setattr(loading, "instantiate", lambda *_: pytest.fail("it was built"))
+    text = complaint(loading.load_model, {"model": {**LDM, "params": {}}}, tmp_path / "x.ckpt", torch.device("cpu"))
+    assert "has the keys of an unconditional model of guided-diffusion" in text
 
 
 def test_weights_with_nan(tmp_path):
