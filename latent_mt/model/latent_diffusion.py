@@ -160,7 +160,7 @@ class LatentMTDiffusion(LatentCodec):
             )
         except ValueError as error:
             raise UserError(f"model.params: {error}") from None
-        stages = {"first_stage_config": first_stage_config}
+        stages: dict[str, Any] = {"first_stage_config": first_stage_config}
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
             stages["cond_stage_config"] = cond_stage_config
         for (
