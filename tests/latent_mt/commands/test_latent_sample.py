@@ -291,7 +291,7 @@ def test_a_checkpoint_of_latent_diffusion(tmp_path):
     assert (found["averages"] != found["weights"]).any()
     assert (tmp_path / "averages/samples_2.png").exists()
 
-    assert "give the YAML file that describes it by --config" in complaint("--model_path", with_averages)
+    assert "has no config.yaml beside it; copy the YAML file" in complaint("--model_path", with_averages)
     known = ["--model_path", with_averages, "--config"]
     assert "can't be given: this model knows of single images only" in complaint(*known, file, "--given", "day")
     assert "knows of no classes; leave the flag out" in complaint(*known, file, "--class_id", 1)
