@@ -1,4 +1,4 @@
-"""Inputs that an output would be written over, models of the other package, and what the system or the memory refuses."""
+"""Inputs that an output would be written over, and what the system or the memory refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from evaluations.errors import run as run_evaluation
 from guided_mt.commands import export, nll, prepare, restore, sample, train
 from guided_mt.data import open_source
 from guided_mt.errors import UserError, in_a_line
-from latent_mt.commands import export_ldm, latent_sample
+from latent_mt.commands import export_ldm
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,6 @@ def test_weights_are_not_written_over(run, latent_run, tmp_path):
     weights = Path(shutil.copy(step_folder(latent_run, 4) / "model.safetensors", tmp_path))
     assert "which --model_path reads" in complaint(export_ldm, words(model_path=weights, out=weights))
     assert "must end in .pt" in complaint(export, words(model_path=run, out=tmp_path / "x.ckpt"))
-
-
-def test_models_of_the_other_package_are_named(run, latent_run):
-    assert "holds a latent model; latent-sample" in complaint(sample, words(model_path=latent_run))
-    assert "holds a model of pixels; sample" in complaint(latent_sample, words(model_path=run))
 
 
 def test_the_folder_of_checkpoints_stands_for_its_run(run, tmp_path, capsys):
