@@ -37,8 +37,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (EvaluationError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (EvaluationError, OSError, MemoryError) as error:
+        print(f"error: {_in_a_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "evaluations").startswith("evaluations"):  # a fault of ours
@@ -48,3 +48,12 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _in_a_line(error: Exception) -> str:
+    """The text, or what the system says of a file, which is named first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"memory has run out{f' ({error})' if str(error) else ''}; take a smaller --batch_size, or fewer images"
+    return str(error)

@@ -29,6 +29,27 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after which all was brought to an end in order; the text is what to say of it, where anything is left to say."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """What a command prints of an error that is the user's or the system's; '' where it is a fault in the code.
+
+    A file that the system refuses is named first, and memory that runs out is such an error too, on GPUs as on CPUs.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    first = str(error).partition("\n")[0]
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch, of a GPU
+        or any(
+            words in str(error) for words in ("can't allocate memory", "array is too big")
+        )  # torch and numpy, which raise
+    ):  # RuntimeError and ValueError; a loader's worker puts a traceback around them
+        return f"memory has run out{f' ({first})' if first else ''}; take a smaller batch, image size or model"
+    return ""
+
+
 def reason(error: Exception) -> str:
     """Why a file can't be read, in a few words."""
     if isinstance(error, OSError) and error.strerror:

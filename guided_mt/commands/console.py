@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..errors import Interrupted, ProcessError, ToldElsewhere, UserError, needed_install
+from ..errors import Interrupted, ProcessError, ToldElsewhere, UserError, in_a_line, needed_install
 from ..generation.build import model_sections, sampling_may_change, saved_config
 from ..generation.drawing import take_parents_sampler
 from ..runs import precision
@@ -44,7 +45,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except (UserError, OSError) as error:
         # What is wrong with the flags is wrong on every process: one line is enough until they know of each other.
         if _among_others() or rank_of_launcher() == 0 or isinstance(error, ProcessError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {in_a_line(error)}", file=sys.stderr, flush=True)
         _leave(2)
     except ModuleNotFoundError as error:
         missing = needed_install(error)
@@ -53,7 +54,10 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         if rank_of_launcher() == 0:
             print(f"error: {missing}", file=sys.stderr, flush=True)
         _leave(2)
-    except Exception:
+    except Exception as error:
+        if memory := in_a_line(error):  # one process may have less of it than the others
+            print(f"error: {memory}", file=sys.stderr, flush=True)
+            _leave(2)
         if not _among_others():
             raise
         traceback.print_exc()
@@ -106,8 +110,12 @@ def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], l
 def announce(config: Config, processes: Processes, *lines: str, run: Path | None = None) -> bool:
     """Print the resolved configuration on the main process; True where `--dry_run` says to stop here.
 
-    Before, the network's precision is settled for the device: run, a training run's folder, keeps that of its newest checkpoint.
+    Raises UserError where --out is a file that another flag reads. Before, the network's precision is settled for the device:
+    run, a training run's folder, keeps that of its newest checkpoint.
     """
+    keep_inputs(config, getattr(config, "out", ""))
+    if "steps" in config.typed and hasattr(config, "diffusion_steps") and config.steps > config.diffusion_steps:
+        lines = (*lines, f"{config.diffusion_steps} network calls and not {config.steps}: the schedule has no more")
     if hasattr(config, "precision"):
         newest = newest_checkpoint(run) if run is not None else None
         saved = (read_config(newest / "model.safetensors") or {}) if newest is not None else {}
@@ -117,6 +125,19 @@ def announce(config: Config, processes: Processes, *lines: str, run: Path | None
         for line in lines:
             print(f"# {line}", flush=True)
     return config.dry_run
+
+
+def keep_inputs(config: Config, out: str) -> None:
+    """Raise UserError where `out`, or the picture beside an .npz, is a file that another flag reads: it would be lost."""
+    places = [Path(out), Path(out).with_suffix(".png")] if out else []
+    written = {os.path.realpath(path) for path in places if path.exists()}
+    for flag, value in config.as_dict().items() if written else ():
+        if flag != "out" and isinstance(value, str):
+            for word in {value, *re.split("[,= ]", value)}:
+                if word and os.path.realpath(Path(word).expanduser()) in written:
+                    raise UserError(
+                        f"--out {out}: would be written over {word}, which --{flag} reads; give another name"
+                    )
 
 
 def with_saved_config(argv: Sequence[str], sections: Sequence[type], description: str) -> Config:

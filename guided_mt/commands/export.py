@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..runs.checkpoint import adm_state_dict, find_weights, read_weights
 from ..runs.config import option, parse
 from ..runs.weights import refuse_foreign, refuse_not_finite
-from .console import run
+from .console import keep_inputs, run
 
 
 @dataclass
@@ -34,7 +34,10 @@ def main(argv: Sequence[str]) -> None:
     """Write a run's weights as guided-diffusion's .pt. Raises UserError."""
     config = parse(argv, (ExportConfig,), description=__doc__)
     if not config.out.endswith(".pt"):
-        raise UserError("--out is missing: the .pt file to write")
+        raise UserError(
+            f"--out {config.out}: the name must end in .pt" if config.out else "--out is missing: the .pt file to write"
+        )
+    keep_inputs(config, config.out)
     weights = find_weights(config.model_path, config.ema)
     state = read_weights(weights, averaged=config.ema != "none")
     refuse_foreign(state, weights, "pixel", "classifier", known=True)

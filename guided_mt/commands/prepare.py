@@ -30,11 +30,11 @@ from typing import NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from ..data import MAX_PIXELS, ImageSource, open_source
+from ..data import MAX_PIXELS, ImageSource, check_workers, open_source
 from ..data.dataset import BrokenImage, BrokenImages, decode
 from ..data.loader import end_with_parent
 from ..data.sources import FileSource, Joined
-from ..errors import UserError, nearest
+from ..errors import UserError, in_a_line, nearest
 from ..runs.processes.claim import Claim
 
 _CHUNK = 32  # images per message between processes
@@ -52,8 +52,8 @@ def console() -> NoReturn:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's word before it ends a job; workers inherit it
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
@@ -97,10 +97,11 @@ def main(argv: Sequence[str]) -> None:
         if flag not in flags:  # before parsing, which would rather complain about what is missing
             parser.error(f"unknown flag {flag}{nearest(flag, flags)}")
     args = parser.parse_args(argv)
-    for name, least in (("size", 1), ("workers", 0), ("limit", 1), ("max_pixels", 1)):
+    for name, least in (("size", 1), ("limit", 1), ("max_pixels", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    check_workers("--workers", args.workers)
 
     start = time.perf_counter()
     written = prepare(

@@ -1,7 +1,7 @@
 """Images from a folder, archive, .npz or the built-in digits, as a training stream or as one tensor."""
 
 from .dataset import StreamOrder, load_images
-from .loader import Batch, ImageStream
+from .loader import MAX_WORKERS, Batch, ImageStream, check_workers
 from .open import SOURCES, SourceKind, open_source
 from .sides import Sides, open_sides
 from .sources import ImageSource, UnknownClassError
@@ -10,6 +10,7 @@ from .transforms import center_crop_arr, random_crop_arr
 
 __all__ = [
     "MAX_PIXELS",
+    "MAX_WORKERS",
     "SOURCES",
     "Batch",
     "ImageSource",
@@ -19,6 +20,7 @@ __all__ = [
     "StreamOrder",
     "UnknownClassError",
     "center_crop_arr",
+    "check_workers",
     "load_images",
     "open_sides",
     "open_source",

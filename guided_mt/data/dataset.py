@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 
 from ..errors import UserError
 from .sources import ImageSource
@@ -71,7 +72,10 @@ def decode(source: ImageSource, index: int, image_size: int, uniforms: np.ndarra
     except (MemoryError, UserError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes; the warning gives the reason
-        raise BrokenImage(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text is the address of a buffer
+        raise BrokenImage(
+            "no known format" if unknown else f"{type(error).__name__}: {error}".splitlines()[0]
+        ) from error
 
 
 class BrokenImages:

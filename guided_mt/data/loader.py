@@ -23,6 +23,7 @@ from ..errors import UserError
 from .dataset import CACHE_BYTES, BrokenImages, RankSlice, StepDataset, present_of
 from .sources import ImageSource
 
+MAX_WORKERS = 1024  # decoding processes of one training process
 OF_THE_RUN = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # signals that the main process answers for all
 
 
@@ -140,6 +141,12 @@ class ImageStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_workers(flag: str, workers: int) -> None:
+    """Raise UserError for a number of decoding processes that no machine has; flag: what it was given as."""
+    if not 0 <= workers <= MAX_WORKERS:
+        raise UserError(f"{flag} {workers}: must be at {'least 0' if workers < 0 else f'most {MAX_WORKERS}'}")
 
 
 def start_loader(

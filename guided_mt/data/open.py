@@ -59,6 +59,8 @@ def open_source(
     """
     text = str(path)
     parts = _split(text)
+    if not text.strip():
+        raise UserError("no data are named: give a folder, a .tar, .zip or .npz, or builtin:digits")
     if "" in parts:
         raise UserError(f"{text}: nothing stands before or after a comma; give A,B without spaces or empty names")
     if len(parts) > 1:

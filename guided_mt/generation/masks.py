@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.sources.formats import open_image
 from ..data.transforms import to_rgb
 from ..diffusion.random import SampleStreams
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..modalities import patch_mask
 
 
@@ -48,7 +48,7 @@ def _from_file(path: str, size: int) -> Tensor:
         image = to_rgb(open_image(Path(path).read_bytes())).convert("L")
         picture = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
     except (OSError, ValueError) as error:
-        raise UserError(f"--mask image {path}: can't be read ({error})") from None
+        raise UserError(f"--mask image {path}: can't be read ({reason(error)})") from None
     if not (picture > 127).any():
         raise UserError(f"--mask image {path}: masks nothing; white is masked, black stays")
     return torch.from_numpy((picture <= 127).astype(np.float32))

@@ -129,7 +129,7 @@ def find_weights(path: str | Path, ema: str = "", flag: str = "--model_path") ->
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not (path / "model.safetensors").exists():
-        found = checkpoints(path)
+        found = checkpoints(path) or (checkpoints(path.parent) if path.name == "checkpoints" else [])
         if not found:
             raise UserError(f"{path}: holds no complete checkpoint (checkpoints/step_*/model.safetensors)")
         path = found[-1]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from omegaconf import OmegaConf
 from typing_extensions import override
 
-from ..data import MAX_PIXELS
+from ..data import MAX_PIXELS, MAX_WORKERS
 from ..diffusion.sampling import CONDITIONINGS, SAMPLERS
 from ..diffusion.schedules import SCHEDULES
 from ..diffusion.targets import TARGETS
@@ -131,7 +131,7 @@ class DataConfig:
     data_dir: str = option("", "folder, .tar or .zip of images, .npz, or builtin:digits")
     random_crop: bool = option(False, "random instead of centre crops")
     random_flip: bool = option(True, "mirror half of the images")
-    data_workers: int = option(2, "decoding processes per training process", least=0)
+    data_workers: int = option(2, "decoding processes per training process", least=0, most=MAX_WORKERS)
     max_pixels: int = option(MAX_PIXELS, "width times height of the largest photo that is read", least=1)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from guided_mt.commands.console import run
+from guided_mt.data import check_workers
 from guided_mt.errors import UserError, nearest
 from guided_mt.runs.checkpoint import find_weights, read_config
 from guided_mt.runs.distributed import choose_device
@@ -118,10 +119,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if flag not in _FLAGS:  # before parsing, which would rather complain about what is missing
             raise UserError(f"unknown flag {flag}{nearest(flag, _FLAGS)}")
     args = parser.parse_intermixed_args(argv)
-    for name, least in (("batch_size", 1), ("num_workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
+    if args.num_workers is not None:
+        check_workers("--num_workers", args.num_workers)
     return args
 
 

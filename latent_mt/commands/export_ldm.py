@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from guided_mt.commands.console import run
+from guided_mt.commands.console import keep_inputs, run
 from guided_mt.errors import UserError
 from guided_mt.runs.checkpoint import adm_state_dict, checkpoint_step, find_weights, read_config
 from guided_mt.runs.config import option, parse
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(argv, (ExportConfig,), description=__doc__)
     if not config.out:
         raise UserError("--out is missing: the .ckpt file to write")
+    keep_inputs(config, config.out)
     raw, averaged = find_weights(config.model_path, "none"), find_weights(config.model_path, config.ema)
     described = check_beside(Path(config.out))
     if kind_of(find_state(raw, averaged=config.ema != "none").state) == "autoencoder":

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import override
 
-from guided_mt.data import MAX_PIXELS, ImageSource, ImageStream, Sides, open_source
+from guided_mt.data import MAX_PIXELS, ImageSource, ImageStream, Sides, check_workers, open_source
 from guided_mt.data.sources.classes import renumbered
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
@@ -42,11 +42,11 @@ class StreamedData:
         latents: str | None,
         max_pixels: int,
     ):
+        check_workers("data.params.num_workers", num_workers)
         for key, value, least in (
             ("image_size", image_size, 1),
             ("batch_size", batch_size, 1),
             ("limit", limit, 1),
-            ("num_workers", num_workers, 0),
             ("max_pixels", max_pixels, 1),
         ):
             if value is not None and value < least:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from guided_mt.data import open_source
-from guided_mt.errors import UserError
+from guided_mt.data import ImageSource, open_source
+from guided_mt.errors import UserError, reason
 
 from .facts import Facts, shortened, size_of
 
 
 def describe(path: str) -> Facts:
     """Anything that --data_dir takes. Raises UserError for all else."""
-    source = open_source(path)
+    source = _opened(path)
     pairs = _pairs(path)
     facts = Facts(path, f"a data set of {len(source):,} images")
     facts.add("pairs", pairs)
-    height, width = np.asarray(source.read(0)).shape[:2]
+    height, width = _size_of_first(source)
     facts.add("first image", f"{source.name(0)}, {height} x {width} pixels")
     if source.labels is None:
         facts.add("classes", None if pairs else "none")
@@ -41,8 +42,31 @@ def describe(path: str) -> Facts:
     size = min(64, height, width)
     facts.command("train on it", "train", "--data_dir", path, "--image_size", size, *task, "--log_dir", "runs/NAME")
     if place.exists() and place.suffix != ".npz":
-        facts.command("crop it once, to be read faster", "prepare", path, f"{place.stem}-64.zip", "--size", 64)
+        name = place.resolve().stem.lstrip("-") or "images"
+        facts.command("crop it once, to be read faster", "prepare", path, f"{name}-{size}.zip", "--size", size)
     return facts
+
+
+def _opened(path: str) -> ImageSource:
+    """Raises UserError for what is no data set; of a folder of archives, which there are."""
+    try:
+        return open_source(path)
+    except UserError as error:
+        place = Path(path).expanduser()
+        inside = sorted(str(file) for suffix in ("tar", "zip", "npz") for file in place.glob(f"*.{suffix}"))
+        if not inside:
+            raise
+        raise UserError(f"{error}, or one of what is in it: {shortened(inside)}") from None
+
+
+def _size_of_first(source: ImageSource) -> tuple[int, int]:
+    try:
+        height, width = np.asarray(source.read(0)).shape[:2]
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise nearly anything
+        raise UserError(f"{source.path}: its first image, {source.name(0)}, is broken ({reason(error)})") from None
+    return height, width
 
 
 def _pairs(path: str) -> str:
@@ -50,10 +74,16 @@ def _pairs(path: str) -> str:
     from latent_mt.data import open_pairs
 
     found = []
-    for split in ("train", "val", "test"):
-        with contextlib.suppress(UserError):
-            pairs = open_pairs(path, split=split)
-            found.append(f"{len(pairs):,} of {' and '.join(pairs.side_names)} in {split}")
+    log = logging.getLogger("guided_mt.data")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what is left out has been said once
+    try:
+        for split in ("train", "val", "test"):
+            with contextlib.suppress(UserError):
+                pairs = open_pairs(path, split=split)
+                found.append(f"{len(pairs):,} of {' and '.join(pairs.side_names)} in {split}")
+    finally:
+        log.setLevel(level)
     return "; ".join(found)
 
 

@@ -30,7 +30,7 @@ def title(config: Mapping[str, Any]) -> str:
     size = f" of {config['image_size']} pixels" if "image_size" in config else ""
     if not names:
         conditional = "class-conditional " if config.get("class_cond") else ""
-        return f"a single-task, {conditional}model of images{size}"
+        return f"a single-task {conditional}model of images{size}"
     return f"a model of images{size} with {' and '.join(names)}, form {config.get('mt_variant', 'auto')}"
 
 

@@ -54,7 +54,13 @@ def _named(*suffixes: str) -> Callable[[Path], bool]:
     return lambda path: path.is_file() and path.suffix.lower() in suffixes
 
 
+def _is_checkpoints(path: Path) -> bool:
+    """The folder of a run that its checkpoints are in."""
+    return path.name == "checkpoints" and path.is_dir() and any(map(is_checkpoint, path.iterdir()))
+
+
 KINDS = (
+    Kind(_is_checkpoints, "runs:checkpoints_of"),
     Kind(is_checkpoint, "runs:checkpoint"),
     Kind(is_run, "runs:run"),
     Kind(_is_cache, "data:cache"),

@@ -40,6 +40,11 @@ def run(path: str) -> Facts:
     return facts
 
 
+def checkpoints_of(path: str) -> Facts:
+    """The folder of a run's checkpoints: the run itself."""
+    return run(str(Path(path).expanduser().absolute().parent if Path(path).parent == Path() else Path(path).parent))
+
+
 def checkpoint(path: str) -> Facts:
     """A folder with model.safetensors."""
     folder = Path(path).expanduser()

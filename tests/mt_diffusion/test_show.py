@@ -224,3 +224,20 @@ def test_code_is_never_run(tmp_path):
     with pytest.raises(EvaluationError, match="refused"):
         show.main([str(tmp_path / "trap.ckpt")])
     assert not (tmp_path / "sprung").exists()
+
+
+def test_folders_around_runs_and_data(run, tmp_path, capsys):
+    """The folder of checkpoints is its run; of a folder of archives it says which there are; nothing is said twice."""
+    show.main([str(run / "checkpoints")])
+    assert capsys.readouterr().out.startswith(f"{run}: a run: ")
+    np.savez(tmp_path / "some.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(EvaluationError, match=r"or one of what is in it: .*some\.npz"):
+        show.main([str(tmp_path)])
+    folder = tmp_path / "-pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"")
+    with pytest.raises(EvaluationError, match=r"its first image, a\.png, is broken"):
+        show.main([str(folder)])
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    commands = {entry["why"]: entry["command"] for entry in facts(folder, capsys)["commands"]}
+    assert commands["crop it once, to be read faster"].endswith("-pictures pictures-8.zip --size 8")

@@ -19,6 +19,7 @@ logger = logging.getLogger("guided_mt.data")
 
 BUILTIN = ("digits", "digits-test")
 _DIGITS_HELD_OUT = 5  # every fifth digit is held out
+MAX_CLASSES = 2**20  # there is a name, and a row of weights, for each id up to the largest
 
 
 class NpzSource(ArraySource):
@@ -109,10 +110,11 @@ def _check_labels(
     """(int64 ids [N], names), or (None, []) where all ids are -1. Names have equal length, so that they sort as ids do."""
     if labels.shape != (count,):
         raise UserError(f"{file}: arr_1 is {list(labels.shape)} for {count} images; it must be one class id per image")
-    if labels.dtype.kind not in "iu" or labels.min() < -1:
+    numbers = labels.dtype.kind in "iuf"
+    if labels.dtype.kind not in "iu" or labels.min() < -1 or labels.max() >= MAX_CLASSES:
         raise UserError(
-            f"{file}: arr_1 must be class ids 0, 1, 2, ..., or -1 for an image without a class "
-            f"(it is {labels.dtype}, from {labels.min()})"
+            f"{file}: arr_1 must be class ids 0, 1, 2, ... below {MAX_CLASSES:,}, or -1 for an image without a class "
+            f"(it is {labels.dtype}{f', from {labels.min()} to {labels.max()}' if numbers else ''})"
         )
     labels = labels.astype(np.int64)
     largest = int(labels.max())
