@@ -38,7 +38,7 @@ from guided_mt.generation.feature_classifier import ClassifiedImages, FeatureCla
 from guided_mt.generation.noisy_classifier import load_classifier
 from guided_mt.runs.processes.claim import Claim
 
-from .children import run_child
+from .children import passing_on_sigterm, run_child
 from .commands import command, shown
 
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
@@ -176,6 +176,11 @@ class Comparison:
         self.name, self.data = arguments.data, DATA[arguments.data]
         self.train_data = arguments.train_data or self.data.train
         self.test_data = arguments.test_data or self.data.held_out
+        for flag in ("steps", "samples", "classifier_steps", "jobs"):
+            if getattr(arguments, flag) < (flag in ("samples", "jobs")):
+                raise UserError(
+                    f"--{flag} {getattr(arguments, flag)}: must be at least {int(flag in ('samples', 'jobs'))}"
+                )
         if not self.train_data or not self.test_data:
             raise UserError(f"--data {self.name} needs --train_data and --test_data")
         self.steps = arguments.steps or self.data.steps
@@ -196,7 +201,7 @@ class Comparison:
         save_npz(self.labels, {"labels": given})
         work = [self.train_classifier]
         work += [lambda row=row, seed=seed: self.one(row, seed) for seed in self.seeds for row in self.rows]
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with passing_on_sigterm(), ThreadPoolExecutor(self.jobs) as pool:
             for done in [pool.submit(self.unless_failed, job) for job in work]:
                 done.result()
         self.report(time.monotonic() - started)

@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from guided_mt.errors import Interrupted
-from reproduce.children import run_child
+from reproduce.children import passing_on_sigterm, run_child
 
 # A program that takes a while to save when it is asked to end, as a training run.
 SAVES = """
@@ -66,3 +67,25 @@ def test_sigterm_is_passed_on(tmp_path):
 
 def test_the_exit_code():
     assert run_child([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+
+
+def test_sigterm_is_passed_on_to_the_programs_of_all_threads(tmp_path):
+    """And none is begun after it."""
+    files = [tmp_path / name for name in "abc"]
+    programs = [[sys.executable, "-c", SAVES, str(file), "0", ""] for file in files]
+
+    def send() -> None:
+        while not (files[0].exists() and files[1].exists()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def one_after_the_other(words: list[str]) -> None:
+        run_child(words)
+        run_child(programs[2])
+
+    threading.Thread(target=send).start()
+    with pytest.raises(SystemExit) as end, passing_on_sigterm(), ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(one_after_the_other, words) for words in programs[:2]]:
+            done.result()
+    assert end.value.code == 143
+    assert [file.exists() and file.read_text() for file in files] == ["saved", "saved", False]

@@ -103,3 +103,10 @@ def test_compare(compare_rows, tmp_path):
     assert (run / "compare.png").exists()
     # again: nothing is left to do but the report
     assert " train -> " not in (again := compare_rows(run)) and "compare.csv" in again
+
+
+def test_numbers_that_are_none(compare_rows, tmp_path):
+    for words_typed in ("--steps -3", "--samples 0", "--jobs 0"):
+        with pytest.raises(UserError, match=rf"{words_typed}: must be at least"):
+            compare_rows(tmp_path / "run", *words_typed.split())
+    assert list(tmp_path.iterdir()) == []
