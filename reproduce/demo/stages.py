@@ -104,11 +104,9 @@ def restore_digits(first: Training, processes: int) -> None:
         f"1/4  Training on images and masked images, {first.steps} steps: form any, which is nearly always given the masked image."
     )
     train_once(first, processes)
-    say(f"2/4  Restoring {RESTORED} digits that it has never seen, with ten patches masked, and drawing new ones.")
+    say(f"2/4  Restoring {RESTORED} digits that it has never seen, with ten patches masked.")
     data = ["--data_dir", HELD_OUT, "--mask", "patches:10", "--num_samples", RESTORED]
     run_once(first, "restore", restore.main, "restored", *data, "--steps", CALLS, "--batch_size", 60)
-    count = ["--num_samples", FROM_NOTHING, "--steps", CALLS, "--batch_size", 64]
-    run_once(first, "sample", sample.main, "samples", *count)
     print(numbers.restoration(first.named("restored")))
 
 
@@ -116,7 +114,7 @@ def add_labels(first: Training, second: Training, processes: int) -> None:
     """The second half: a label beside the mask, from the weights of the first. Raises UserError."""
     say(f"3/4  Training with labels too, {second.steps} steps from these weights: given any subset of mask and label.")
     train_once(second, processes, "--resume_checkpoint", str(first.weights))
-    say("4/4  Naming held-out digits, drawing the digit of a label, and drawing from every subset.")
+    say("4/4  Naming held-out digits, drawing new ones: from nothing, of a label, and from every subset.")
     data = ["--data_dir", HELD_OUT, "--num_samples", NAMED, "--draws", 1]
     run_once(second, "classify", classify.main, "named", *data, pictures=[])
     labels = second.run / "samples" / "labels.npz"
@@ -125,6 +123,8 @@ def add_labels(first: Training, second: Training, processes: int) -> None:
     if run_once(second, "sample", sample.main, "of_labels", *given):
         with np.load(second.named("of_labels"), allow_pickle=False) as arrays:
             save_png(make_grid(arrays["arr_0"], columns=10), second.named("of_labels", ".png"))
+    count = ["--num_samples", FROM_NOTHING, "--steps", CALLS, "--batch_size", 64]
+    run_once(second, "sample", sample.main, "samples", *count)
     items = ["--data_dir", HELD_OUT, "--num_samples", COLUMNS, "--each_class", True, "--steps", CALLS]
     run_once(second, "subsets", subsets.main, "subsets", *items, arrays=[])
     print(numbers.labels(second.named("named"), second.named("of_labels"), first.named("restored")))
@@ -180,7 +180,7 @@ def next_steps(first: Training, second: Training) -> str:
         first.named("restored", ".png"): "held-out digits: original, masked, restored",
         second.named("subsets", ".png"): "held-out digits: drawn from nothing, masked image, label, both",
         second.named("of_labels", ".png"): "a column per given label, 0 to 9",
-        first.named("samples", ".png"): "digits drawn from nothing",
+        second.named("samples", ".png"): "digits drawn from nothing, and the masked image drawn with each",
         first.curve: "the losses of the first training",
     }
     typed = {

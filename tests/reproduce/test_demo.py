@@ -45,8 +45,8 @@ def test_all_stages_and_once(small, tmp_path, monkeypatch, capsys):
     for part in ("1/4", "mean training image", "label head names", "digits drawn with a label given", "Type next:"):
         assert part in said
     assert trained == [("demo-digits", run, STEPS), ("demo-digits-label", run / "label", 1)]
-    made = [run / "samples" / f"{name}_{STEPS}.png" for name in ("restored", "samples")]
-    made += [run / "label" / "samples" / f"{name}_1.png" for name in ("of_labels", "subsets")]
+    made = [run / "samples" / f"restored_{STEPS}.png"]
+    made += [run / "label" / "samples" / f"{name}_1.png" for name in ("samples", "of_labels", "subsets")]
     assert all(file.exists() and str(file) in said for file in made)
     assert Image.open(made[-1]).height > 6 * 64  # true, masked, and four subsets
     assert Image.open(made[-2]).width == 10 * (64 + 2) + 2
