@@ -180,7 +180,7 @@ def next_steps(first: Training, second: Training) -> str:
         first.named("restored", ".png"): "held-out digits: original, masked, restored",
         second.named("subsets", ".png"): "held-out digits: drawn from nothing, masked image, label, both",
         second.named("of_labels", ".png"): "a column per given label, 0 to 9",
-        second.named("samples", ".png"): "digits drawn from nothing, and the masked image drawn with each",
+        second.named("samples", ".png"): "digits drawn from nothing, and the mean of what their masked images may be",
         first.curve: "the losses of the first training",
     }
     typed = {
