@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both sides on the CPU, in float32
@@ -48,7 +49,7 @@ def compare(checkout: Path, args: argparse.Namespace) -> tuple[str, list[table.R
         from parents import adm, goldens, speed, training
 
         rows = table.run([*adm.COMPARISONS, training.training])
-        write, times, name = goldens.write_adm, speed.adm, "guided-diffusion"
+        write, times, name = goldens.write_adm, partial(speed.adm, checkout), "guided-diffusion"
     elif (checkout / "ldm").is_dir():
         made = standins.for_latent_diffusion(checkout)
         from parents import goldens, ldm, speed

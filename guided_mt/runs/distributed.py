@@ -21,6 +21,7 @@ from ..errors import ToldElsewhere, UserError, reason
 from .processes.claim import Claim
 from .processes.launcher import DEFAULT_PORT, Started, first_host, slurm_port, started
 from .processes.meeting import meet
+from .processes.memory import keep_freed_memory
 
 # torch's later name for it, under which it doesn't warn
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -115,8 +116,10 @@ def setup(device: str = "") -> Processes:
         chosen = choose_device(device, found.local_rank)
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # the shapes stay the same: let cuDNN choose its kernels by trial
-    elif found.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // found.local_size))
+    else:
+        keep_freed_memory()
+        if found.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // found.local_size))
     return Processes(found.rank, found.world_size, found.local_rank, chosen, found.launcher)
 
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 from guided_mt.runs import distributed
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.processes.launcher import Started, rank_of_launcher, started
+from guided_mt.runs.processes.memory import keep_freed_memory
 
 
 class Launched(ClusterEnvironment):
@@ -86,6 +87,8 @@ def join(options: Mapping[str, Any]) -> Processes:
     Raises UserError as `distributed.join` does.
     """
     found, device = started(), device_of(options)
+    if device.type == "cpu":
+        keep_freed_memory()
     if found.alone:
         return Processes(rank=rank_of_launcher())
     found = distributed.join(found, device.type)
