@@ -153,7 +153,7 @@ def test_ids_of_an_npz_may_be_minus_one(tmp_path):
     np.savez(tmp_path / "none.npz", images, np.full(3, -1))
     assert open_source(tmp_path / "none.npz").labels is None
     np.savez(tmp_path / "wrong.npz", images, np.full(3, -2))
-    with pytest.raises(UserError, match=r"or -1 for an image without a class \(it is int64, from -2\)"):
+    with pytest.raises(UserError, match=r"or -1 for an image without a class \(it is int64, from -2 to -2\)"):
         open_source(tmp_path / "wrong.npz")
 
 
