@@ -1,9 +1,9 @@
 """Listings of large archives, kept on disk: the first process of a machine makes one, the others wait for it and read it.
 
 A listing lies in `$MT_DIFFUSION_LISTINGS` ("off": nowhere), else in `listings` below `$MT_DIFFUSION_CACHE`, else in
-`mt-diffusion/listings` of the user's cache folder. A file is one line of JSON, which says of what archive it is and what follows,
-and then the arrays, byte for byte. What does not fit its archive, or is damaged, is made anew; where nothing can be written,
-all goes on without.
+`mt-diffusion/listings` of the user's cache folder. A file is the CRC-32 of all that follows, one line of JSON, which says of
+what archive it is and which arrays follow, and then these, byte for byte. What does not fit its archive, or is damaged, is made
+anew; where nothing can be written, all goes on without.
 """
 
 from __future__ import annotations
@@ -110,13 +110,12 @@ def _write(place: Path, key: Mapping[str, Any], listing: Listing) -> None:
     arrays = {"names": np.frombuffer(listing.names.joined, np.uint8), "ends": listing.names.ends, **listing.columns}
     parts = {name: (array.dtype.newbyteorder("<").str, len(array)) for name, array in arrays.items()}
     blocks = [array.astype(parts[name][0], copy=False).tobytes() for name, array in arrays.items()]
-    head = {"key": key, "parts": parts, "crc": _crc(blocks)}
+    head = json.dumps({"key": key, "parts": parts}).encode() + b"\n"
     place.parent.mkdir(parents=True, exist_ok=True)
     unfinished = place.with_name(f"{place.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with open(unfinished, "wb") as handle:
-            handle.write(json.dumps(head).encode() + b"\n")
-            handle.writelines(blocks)
+            handle.writelines([b"%08x\n" % _crc([head, *blocks]), head, *blocks])
         os.replace(unfinished, place)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -126,14 +125,15 @@ def _read(place: Path, key: Mapping[str, Any]) -> Listing | None:
     """The listing of the archive that `key` describes, None where there is none, or a damaged one."""
     try:
         with open(place, "rb") as handle:
-            head = json.loads(handle.readline(2**16))
+            crc, line = int(handle.readline(16), 16), handle.readline(2**16)
+            head = json.loads(line)
             types = {name: np.dtype(dtype) for name, (dtype, _) in head["parts"].items()}
             sizes = {name: types[name].itemsize * count for name, (_, count) in head["parts"].items()}
             whole = os.fstat(handle.fileno()).st_size == handle.tell() + sum(sizes.values())
             if head["key"] != key or not whole or any(dtype.kind != "u" for dtype in types.values()):
                 return None
             blocks = {name: handle.read(size) for name, size in sizes.items()}
-        if _crc(blocks.values()) != head["crc"]:
+        if _crc([line, *blocks.values()]) != crc:
             return None
         names = blocks.pop("names")
         columns = {name: np.frombuffer(block, types[name]) for name, block in blocks.items()}
