@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pickle
+import select
+import signal
 import struct
 import tarfile
-import threading
 import zipfile
 
 import numpy as np
@@ -326,18 +328,37 @@ def test_who_waits_reads_what_the_first_one_made(kept, tmp_path, monkeypatch):
 
 def test_the_lock_holds_between_processes(tmp_path):
     place = tmp_path / "0123abc.listing"
-    entered, (read, write_end) = [], os.pipe()
+    heard, said = os.pipe()
+
+    def answer() -> bytes:
+        ready, _, _ = select.select([heard], [], [], 60)
+        return os.read(heard, 1) if ready else b""
+
     with cache._turn(place) as waited:
         assert not waited
         child = os.fork()
-        if child == 0:  # one byte: whether it had to wait
-            with cache._turn(place) as waited:
-                os.write(write_end, bytes([waited]))
-            os._exit(0)
-        waiting = threading.Thread(target=lambda: entered.append(os.read(read, 1)), daemon=True)
-        waiting.start()
-        waiting.join(0.5)
-        assert not entered
-    waiting.join(60)
-    os.waitpid(child, 0)
-    assert entered == [b"\1"]
+        if child == 0:
+            try:
+                _wait_aloud(place, said)
+            finally:
+                os._exit(1)
+        assert answer() == b"w"
+    try:
+        assert answer() == b"\1"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _wait_aloud(place, said: int) -> None:
+    """Say w before waiting for the lock, and then whether it was waited for."""
+    lockf = fcntl.lockf
+
+    def speak(handle, kind, *rest) -> None:
+        if kind == fcntl.LOCK_SH:
+            os.write(said, b"w")
+        lockf(handle, kind, *rest)
+
+    cache.fcntl.lockf = speak
+    with cache._turn(place) as waited:
+        os.write(said, bytes([waited]))
