@@ -14,6 +14,7 @@ import torch
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ["MT_DIFFUSION_LISTINGS"] = "off"  # tests leave nothing in the user's cache
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is off where a shell runs the suite in the background
 
 ROOT = Path(__file__).resolve().parent.parent

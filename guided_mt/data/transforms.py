@@ -25,7 +25,8 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
     elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours; the direct way prints a warning per image
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy one that is RGB already
 
 
 def center_crop_arr(image: Image.Image | np.ndarray, image_size: int) -> np.ndarray:
@@ -87,7 +88,10 @@ def resize_short_side(image: Image.Image, size: int, last: tuple[int, int] | Non
     *halves, own = sizes_to(*image.size, size)
     for half in halves:
         image = image.resize(half, resample=Image.Resampling.BOX)
-    return np.asarray(image.resize(last or own, resample=Image.Resampling.BICUBIC))
+    size_of_last = last or own
+    return np.asarray(
+        image if image.size == size_of_last else image.resize(size_of_last, resample=Image.Resampling.BICUBIC)
+    )
 
 
 def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import BinaryIO
@@ -15,6 +15,7 @@ from typing_extensions import override
 from ..transforms import center_crop_arr, random_crop_arr
 from .classes import class_ids, first_without_class
 from .formats import MAX_PIXELS, open_image
+from .names import Names
 
 
 class ImageSource:
@@ -92,9 +93,11 @@ class FileSource(ImageSource):
     max_pixels = MAX_PIXELS  # of one image; one with more is not decoded
     upright = False  # whether photos are turned as their EXIF orientation says, which ADM does not
 
-    def __init__(self, path: str, names: Sequence[str], class_names: Sequence[str] | None):
+    names: Names  # of the files, in their order
+
+    def __init__(self, path: str, names: Iterable[str], class_names: Sequence[str] | None):
         self.path = path
-        self.names = list(names)
+        self.names = Names.of(names)
         self._known = None if class_names is None else list(class_names)
         if class_names is not None:
             _ = self._classes  # refuses a class that is not known

@@ -6,8 +6,9 @@ import contextlib
 import io
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
+import numpy as np
 from PIL import Image
 
 logger = logging.getLogger("guided_mt.data")
@@ -35,6 +36,8 @@ class TooManyPixels(ValueError):
 
 def is_hidden(name: str) -> bool:
     """Whether a "/"-separated name is a dotfile, in a folder that is one, or a macOS resource fork."""
+    if not (name.startswith(".") or "/." in name or "__MACOSX" in name):  # nearly all names: no need to take them apart
+        return False
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
@@ -43,7 +46,12 @@ def is_image_name(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool
     return name.lower().endswith(suffixes) and not is_hidden(name)
 
 
-def say_left_out(path: str, names: Sequence[str]) -> None:
+def image_names(names: Collection[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> np.ndarray:
+    """Which of N names are files to read, bool [N]."""
+    return np.fromiter((is_image_name(name, suffixes) for name in names), bool, len(names))
+
+
+def say_left_out(path: str, names: Iterable[str]) -> None:
     """Say which files of a source are not read, but for hidden files and texts: what is left looks like all of the data.
 
     names: of the files that are no images by their names, and of links that lead nowhere.

@@ -136,9 +136,9 @@ def test_names_that_are_left_out_and_suffixes(tmp_path):
     good = ("a/x.PNG", "a/y.JpEg", "b/z.webp")
     bad = ("a/.hidden.png", ".thumbs/x.png", "__MACOSX/a/._x.png", "a/notes.txt")
     path = write("folder", dict.fromkeys(good + bad, content), tmp_path)
-    assert open_source(path).names == list(good)
+    assert list(open_source(path).names) == list(good)
     path = write("tar", dict.fromkeys(good + bad, content), tmp_path)
-    assert open_source(path).names == list(good)
+    assert list(open_source(path).names) == list(good)
 
 
 def test_the_later_of_two_tar_members_counts(tmp_path):

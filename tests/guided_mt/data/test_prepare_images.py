@@ -42,7 +42,7 @@ def test_round_trip_is_pixel_exact(workers, folder, tmp_path, capsys):
     assert "70 images of 16x16 pixels" in capsys.readouterr().out
     before, after = load_images(open_source(folder), 16), load_images(open_source(out), 16)
     assert torch.equal(before.images, after.images) and torch.equal(before.labels, after.labels)
-    assert after.names == [name.replace(".jpg", ".png") for name in before.names]
+    assert list(after.names) == [name.replace(".jpg", ".png") for name in before.names]
     assert open_source(out).class_names == ["cat", "dog"]
 
 
