@@ -122,6 +122,7 @@ USES = {
     "classify": "label",
     "classifier-sample": "masked",
     "figure6": "head-e",
+    "classifier-train": "head-e",
     "export ldm": "pairs",
     "latent-sample": "pairs",
     "latent-restore": "joint",
