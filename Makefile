@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml | $(BIN)/python
 
 $(DEMO_STAMP): pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV) with what the demo needs, PyTorch above all: a minute or two, once."
-	$(INSTALL) ".[mpi,plots]"
+	$(INSTALL) ".[plots]"
 	touch $@
 
 lint: $(STAMP)

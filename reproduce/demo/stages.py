@@ -34,7 +34,7 @@ from .training import LOG, draw_curve, train
 PRESET, SECOND = "demo-digits", "demo-digits-label"
 HELD_OUT = "builtin:digits-test"
 CALLS = 20  # network calls per sample: as good as 250 (docs/sampling.md)
-STEPS_PER_MINUTE = 600  # of training, on two idle cores
+STEPS_PER_MINUTE = 500  # of training, on two idle cores
 RESTORED, FROM_NOTHING, NAMED, PER_LABEL, COLUMNS = 120, 64, 360, 12, 10
 
 
@@ -48,7 +48,9 @@ class DemoConfig:
         "steps of the first training, to which those of the second are in proportion; more than before trains on from there",
         least=1,
     )
-    processes: int = option(2, "training processes, started by mpiexec where there is one", least=1)
+    processes: int = option(
+        1, "training processes, started by mpiexec where there is one; one uses all cores too", least=1
+    )
 
 
 @dataclass(frozen=True)
