@@ -1,0 +1,2 @@
+import contextlib
+def Warming(run, order): return contextlib.nullcontext()
