@@ -67,7 +67,23 @@ class Size:
 TINY = Size("tiny", 8, 32, 1, "1,1", "4", 16, head_channels=32)
 SMALL = Size("small", 32, 64, 1, "1,2,2", "16,8", 32)
 CIFAR = Size("CIFAR", 32, 128, 3, "1,2,2,2", "16,8", 128)  # that of the presets
+TWIN = Size("twin", 32, 64, 2, "1,2,2,2", "16,8", 128)  # what learns something on CIFAR-10 in half a minute
 IMAGENET64 = Size("ImageNet-64", 64, 192, 3, "1,2,3,4", "32,16,8", 64, classes=1000)  # ADM's
+
+# How twins are trained: for seconds, so with a fast average and hardly a warm-up.
+TWIN_FLAGS = (
+    "--lr",
+    "4e-4",
+    "--lr_warmup_steps",
+    "100",
+    "--grad_clip",
+    "1",
+    "--random_flip",
+    "True",
+    "--ema_rate",
+    "0.995",
+)
+BF16 = ("--precision", "bf16", "--compile", "True")
 
 
 def random_images(folder: Path, size: Size) -> Path:

@@ -1,6 +1,6 @@
 """The stage `waiting`: no training step and no sampling step makes the host wait for the device.
 
-On a GPU CUDA itself watches; on a CPU `waits.Search` looks for the operations that would wait.
+On a GPU CUDA itself watches; on a CPU `waits.search` looks for the operations that would wait.
 """
 
 from __future__ import annotations

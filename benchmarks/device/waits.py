@@ -1,6 +1,6 @@
 """A search for operations that make the host wait for the GPU, on the CPU, where they cost nothing and nobody notices.
 
-with Search():
+with search():
     loop.run_step(batch)  # raises Waits where a value is read, or a shape depends on values
 
 On a GPU `torch.cuda.set_sync_debug_mode("error")` finds the same.
@@ -96,7 +96,7 @@ def _is_mask(index: Any) -> bool:
 
 
 @contextlib.contextmanager
-def Search(host: Collection[Tensor] = ()) -> Iterator[None]:  # noqa: N802 - used like a class
+def search(host: Collection[Tensor] = ()) -> Iterator[None]:
     """Inside, an operation that would wait raises Waits. host: tensors that may be read, as they never are on the GPU."""
     values = _Values()
     with values, _Copies(values, host):
@@ -116,7 +116,7 @@ def cuda_errors() -> Iterator[None]:
 
 def watch(device: torch.device, host: Collection[Tensor] = ()) -> contextlib.AbstractContextManager[None]:
     """The watch that fits the device."""
-    return cuda_errors() if device.type == "cuda" else Search(host)
+    return cuda_errors() if device.type == "cuda" else search(host)
 
 
 def watched_calls(

@@ -15,7 +15,11 @@ from .arithmetic import FLOAT32, SAFETY, distance
 
 DIM = 64
 SHAPES = {"256 positions": (2, 4, 256, 256, False), "a context of 3, some left out": (2, 4, 64, 67, True)}
-UNITS = {torch.float32: 2.0**-10, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of float32: TF32, which kernels may take
+UNITS = {
+    torch.float32: 2.0**-10,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}  # of float32: TF32, which kernels may take
 
 
 def run(stage: Stage) -> None:

@@ -41,7 +41,11 @@ def networks(size: Size) -> list[Network]:
 DENOISERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("U-Net with classes", "class_cond", ()),
     ("U-Net with up- and down-sampling blocks", "single", ("--resblock_updown", "True")),
-    ("U-Net, new attention order, no FiLM", "single", ("--use_new_attention_order", "True", "--use_scale_shift_norm", "False")),
+    (
+        "U-Net, new attention order, no FiLM",
+        "single",
+        ("--use_new_attention_order", "True", "--use_scale_shift_norm", "False"),
+    ),
     ("form U, masked images", "U", ()),
     ("form X, masked images", "X", ()),
     ("form any, masked images and label tokens", "any", ()),
@@ -111,7 +115,10 @@ def _autoencoder(kind: str, size: Size) -> Network:
 
     def inputs() -> Inputs:
         side = size.image_size
-        return {"x": _noise(BATCH, 3, side, side), "z": _noise(BATCH, 4 if kind == "KL" else 3, side // 2, side // 2, seed=1)}
+        return {
+            "x": _noise(BATCH, 3, side, side),
+            "z": _noise(BATCH, 4 if kind == "KL" else 3, side // 2, side // 2, seed=1),
+        }
 
     return Network(f"autoencoder {kind}", build, inputs, call)
 
@@ -165,7 +172,10 @@ def _distances(
 ) -> dict[str, Any]:
     forward, backward = distance(outputs, reference[0]), distance(gradient, reference[1])
     found = {precision.name: forward, f"{precision.name} gradient": backward}
-    for error, allowed in ((forward, precision.tolerance(plain)), (backward, precision.tolerance(plain, backward=True))):
+    for error, allowed in (
+        (forward, precision.tolerance(plain)),
+        (backward, precision.tolerance(plain, backward=True)),
+    ):
         within(error, allowed, **before, **found)
     return found
 

@@ -48,7 +48,16 @@ def _members(stage: Stage, backend: str, count: int) -> dict[str, Any]:
         port = free.getsockname()[1]
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     said = folder / "said.json"
-    words = [sys.executable, "-m", "device.right.member", backend, str(stage.device), str(count), str(port), str(folder)]
+    words = [
+        sys.executable,
+        "-m",
+        "device.right.member",
+        backend,
+        str(stage.device),
+        str(count),
+        str(port),
+        str(folder),
+    ]
     logs = [open(folder / f"log_{rank}", "w+") for rank in range(count)]  # noqa: SIM115 - read below
     options: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": path}, "stderr": subprocess.STDOUT}
     started = [subprocess.Popen([*words, str(rank)], stdout=log, **options) for rank, log in enumerate(logs)]
