@@ -153,7 +153,7 @@ class Stage:
             where = traceback.extract_tb(error.__traceback__)[-1]
             note = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})".replace("\n", " ")
             verdict, note = FAILED, note[:600]
-            traceback.print_exc()
+            traceback.print_exc(limit=-4)
         self.run.add(Result(self.name, name, verdict, values, note, round(time.monotonic() - start, 2)))
         gc.collect()
         if self.device.type == "cuda":

@@ -122,7 +122,8 @@ def watch(device: torch.device, host: Collection[Tensor] = ()) -> contextlib.Abs
 def watched_calls(
     network: Callable[..., Any], calls: int, make_watch: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> Callable[..., Any]:
-    """The network of a sampler that is called `calls` times: all between its first call and its last is watched."""
+    """The network of a sampler that is called `calls` times: all between its first call and its last is watched. `close` ends it
+    early, `seen` says how many calls there were."""
     stack, seen = contextlib.ExitStack(), 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -135,5 +136,5 @@ def watched_calls(
             stack.close()
         return result
 
-    call.close = stack.close  # type: ignore[attr-defined]
+    call.close, call.seen = stack.close, lambda: seen  # type: ignore[attr-defined]
     return call

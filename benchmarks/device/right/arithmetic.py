@@ -2,8 +2,8 @@
 
 A rounding to p bits errs by at most u = 2^-p of the value, in either direction, so that n of them in a row err like a random walk,
 by about u sqrt(n). A layer rounds three things (input, weights, output) and sums K products in float32, about 2^-24 sqrt(K) more.
-With n layers on the way the error is u sqrt(3 n) + 2^-24 sqrt(n K); a gradient has the way twice. A factor of 4 is left for the shape
-of the network: a wrong kernel errs by the value itself.
+With n layers on the way the error is u sqrt(3 n) + 2^-24 sqrt(n K); a gradient has the way twice. A factor of 4 is left for the
+shape of the network: a wrong kernel errs by the value itself.
 """
 
 from __future__ import annotations
