@@ -273,8 +273,8 @@ def recognised(contest: Contest, generator: Generator) -> float:
 
 
 def restoration(contest: Contest, generator: Generator) -> tuple[float, Tensor]:
-    """The mean squared error, on [-1, 1], in the right half of test images given without it; and some of them as they are, masked and
-    restored, a row each."""
+    """The mean squared error, on [-1, 1], in the right half of test images that are given without it; and some of them, a row each:
+    as they are, masked, restored."""
     count, settings = 4 if contest.stage.tiny else 500, SampleConfig(steps=2 if contest.stage.tiny else CALLS)
     x = from_uint8(contest.test[:count].to(contest.stage.device))
     keep = make_mask("half", contest.size.image_size, 1, SampleStreams(torch.arange(count), device=x.device))

@@ -39,7 +39,7 @@ class Exact:
 
 def compare(name: str, device: torch.device) -> dict[str, Any]:
     """The relative error of the samples."""
-    full = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
+    full = create_gaussian_diffusion(steps=1000, noise_schedule="linear")
     process = full.respace(solver_timesteps(full.alphas_cumprod, [], CALLS))
     noise = SampleStreams(torch.arange(BATCH)).normal(*SHAPE)
     made = {}
