@@ -22,10 +22,10 @@ from device.warm import Warming
 
 # Shares of the time; what a stage leaves, the later ones get.
 STAGES = {
-    "right": (right.run, 0.2),
-    "waiting": (waiting.run, 0.05),
-    "fast": (fast.run, 0.2),
-    "learns": (learns.run, 0.55),
+    "right": (right.run, 0.18),
+    "waiting": (waiting.run, 0.03),
+    "fast": (fast.run, 0.14),
+    "learns": (learns.run, 0.65),
 }
 
 
@@ -54,8 +54,7 @@ def main() -> int:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # as training does
-    run = Run(device, args.out, args.minutes, started)
-    run.cifar10 = learns.find_cifar10(args.cifar10)
+    run = Run(device, args.out, args.minutes, started, learns.find_cifar10(args.cifar10))
     run.watch()
     only = [word.strip() for word in args.only.split(",") if word.strip()]
     order = [name for name in STAGES if name in names]

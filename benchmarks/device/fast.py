@@ -72,7 +72,7 @@ def rows(tiny: bool) -> list[Row]:
 
 
 def run(stage: Stage) -> None:
-    if stage.run.warming.started:
+    if stage.run.warming and stage.run.warming.started:
         stage.measure("networks compiled meanwhile", lambda: stage.run.warming.wait(min(90.0, 0.6 * stage.left())))
     size = TINY if stage.tiny else CIFAR
     stage.measure(f"sampling: {size.name}, single", lambda: sampling(stage, size), 6.0)
@@ -142,6 +142,7 @@ def training_step(row: Row, stage: Stage) -> dict[str, Any]:
             found["share outside the network"] = 1 - network / step
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+        torch._dynamo.reset()  # which else keeps every network, and gives up compiling after the eighth of a kind
     operations = flops.per_image(row.form, row.size)
     found["TFLOP/s"] = operations * row.size.batch / step / 1e12
     best = flops.peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

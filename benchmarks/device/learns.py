@@ -43,6 +43,7 @@ SECONDS = 70.0  # of training, at most
 SCORING_SECONDS, COMPILE_SECONDS = 16.0, 20.0  # of a twin, until the first has told
 CLASSIFIER_SECONDS = 15.0
 CALLS, BATCH = 20, 500
+TINY_STEPS = 5
 EQUAL_STEPS = 0.85  # of those of the first twin, which as the single task has the most
 RATE = TWIN_FLAGS[TWIN_FLAGS.index("--ema_rate") + 1]
 
@@ -79,7 +80,7 @@ def find_cifar10(folder: Path | None) -> dict[str, Path]:
 
 
 def run(stage: Stage) -> None:
-    if stage.run.warming.started:
+    if stage.run.warming and stage.run.warming.started:
         stage.measure("networks compiled meanwhile", lambda: stage.run.warming.wait(min(60.0, 0.3 * stage.left())))
     made: list[Contest] = []
     stage.measure("data, classifier and reference features", lambda: prepare(stage, made), 0.0 if stage.tiny else 40.0)
@@ -89,8 +90,8 @@ def run(stage: Stage) -> None:
     for number, form in enumerate(TWINS):
         each = stage.left() / (len(TWINS) - number)
         if not contest.seconds:  # the same for all
-            free = each - COMPILE_SECONDS - 2 * contest.scoring
-            contest.seconds = 1.0 if stage.tiny else min(SECONDS, max(10.0, free))
+            free = each - COMPILE_SECONDS - contest.scoring
+            contest.seconds = 60.0 if stage.tiny else min(SECONDS, max(10.0, free))
         takes = 1.0 if stage.tiny else contest.seconds + contest.scoring
         stage.measure(f"twin: {form}", lambda form=form: twin(contest, form), takes)
 
@@ -115,15 +116,16 @@ def prepare(stage: Stage, made: list[Contest]) -> dict[str, Any]:
     reference = {name: all_features(network, train.images[:samples]) for name, network in networks.items()}
     test_features = {name: all_features(network, test.images[:samples]) for name, network in networks.items()}
     made.append(Contest(stage, size, array, test.images, test.labels, samples, classifier, networks, reference))
+    if stage.tiny:
+        made[0].equal_steps = TINY_STEPS - 1
     found: dict[str, Any] = {
         "classifier steps": steps,
         "classifier accuracy": accuracy(made[0], test.images, test.labels),
     }
     if "EfficientNet" not in networks:
         found["EfficientNet"] = "not run: needs its packages" if not stage.tiny else "not run: tiny"
-    if not stage.tiny:
-        for name, features in test_features.items():
-            found[f"Frechet distance of the test images, {name}"] = frechet(reference[name], features)
+    for name, features in test_features.items():
+        found[f"Frechet distance of the test images, {name}"] = frechet(reference[name], features)
     return found
 
 
@@ -170,6 +172,7 @@ def twin(contest: Contest, form: str) -> dict[str, Any]:
         with loop.ema.slowest_in(loop.model), torch.no_grad():
             found |= {f"{name}: {what}": value for what, value in score(contest, loop, form, name).items()}
     contest.scoring = time.monotonic() - start
+    torch._dynamo.reset()  # see fast.training_step
     contest.trained.append(form)
     return found
 
@@ -189,11 +192,9 @@ def train_twin(contest: Contest, loop: TrainLoop) -> tuple[dict[str, Any], list[
                 contest.equal_steps = max(loop.step + 1, int(2 * EQUAL_STEPS * loop.step))
             if loop.step == contest.equal_steps:
                 early = [x.clone() for x in loop.ema.averages[RATE]]
-            if passed > contest.seconds or (contest.stage.tiny and loop.step >= 6):
+            if passed > contest.seconds or (contest.stage.tiny and loop.step >= TINY_STEPS):
                 break
     synchronize(device)
-    if contest.stage.tiny and not contest.equal_steps:
-        contest.equal_steps, early = loop.step, [x.clone() for x in loop.ema.averages[RATE]]
     row = loop.report_row()
     seconds = {"compile s": first - start, "train s": time.monotonic() - first, "steps": loop.step}
     return {**seconds, "loss": row["loss"], "skipped steps": int(loop.skipped.total)}, early
@@ -216,9 +217,6 @@ def score(contest: Contest, loop: TrainLoop, form: str, end: str) -> dict[str, A
         "drawn per s and call": len(images) * calls / (time.monotonic() - start),
     }
     for name, network in contest.features.items():
-        if contest.stage.tiny:
-            all_features(network, images)
-            continue
         features = all_features(network, images)
         found[f"Frechet distance, {name}"] = frechet(contest.reference[name], features)
         found[f"KID, {name}"] = kernel_distance(contest.reference[name], features)

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,20 @@ class Result:
 
 
 class Run:
-    """All stages. out: the folder of gpu.json and gpu.md, written after each result; minutes: for everything."""
+    """All stages. out: the folder of gpu.json and gpu.md, written after each result; minutes: for everything. cifar10:
+    {"train", "test": its files}, empty where there are none."""
 
-    def __init__(self, device: torch.device, out: Path, minutes: float, started: float):
+    warming: Any = None  # warm.Warming, where networks are compiled meanwhile
+
+    def __init__(
+        self,
+        device: torch.device,
+        out: Path,
+        minutes: float,
+        started: float,
+        cifar10: Mapping[str, Path] | None = None,
+    ):
+        self.cifar10 = dict(cifar10 or {})
         self.device, self.out, self.started = device, out, started
         self.end = started + 60 * minutes
         self.tiny = device.type == "cpu"

@@ -62,6 +62,13 @@ BF16 = Precision("bf16", "bf16", 2.0**-8)
 FP16 = Precision("fp16", "fp16", 2.0**-11)
 
 
+@contextlib.contextmanager
+def no_tf32() -> Iterator[None]:
+    """Inside, float32 is float32 also in convolutions, which torch otherwise computes in TF32 on a GPU."""
+    with FP32.active(nn.Module()):
+        yield
+
+
 def precisions(device: torch.device) -> tuple[Precision, ...]:
     """Those that the device computes in."""
     return (FP32, TF32, BF16, FP16) if device.type == "cuda" else (FP32, BF16)

@@ -9,10 +9,10 @@ import torch
 from ..compiling import backend, breaks, graphs
 from ..forms import FORMS, TINY, batches, make_loop
 from ..runner import Stage, Wrong, within
+from .arithmetic import no_tf32
+from .resume import ROUNDING
 
 WARM_UP, STEPS = 2, 4
-# Compiled kernels sum in another order: float32 rounding, over steps of Adam (see resume.ROUNDING).
-ROUNDING = 2e-3
 SMALLER_LAST = ("--microbatch", "6")  # 16 = 6 + 6 + 4
 INDUCTOR = ("X", "any", "label")  # of which kernels are made too, which takes longer
 
@@ -35,7 +35,7 @@ def compare(stage: Stage, form: str, compiler: str, *more: str) -> dict[str, Any
     """The largest relative difference of a loss, and the graphs made. Raises Wrong where some are made after the warm-up."""
     folder = stage.folder / "compiled"
     losses = {}
-    with backend(compiler):
+    with backend(compiler), no_tf32():
         for compiled in (False, True):
             loop = make_loop(form, TINY, stage.device, folder, "--compile", str(compiled), *more)
             rows = []

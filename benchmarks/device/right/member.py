@@ -24,6 +24,7 @@ def main(backend: str, device: str, count: str, port: str, folder: str, rank: st
     if place.type == "cuda":
         torch.cuda.set_device(place)
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # numbers are compared
     if backend == "nccl" or int(count) > 1:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group(backend, init_method=address, world_size=int(count), rank=int(rank))

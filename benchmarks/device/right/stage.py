@@ -7,5 +7,5 @@ from . import attention, compiled, draws, losses, networks, optimizer, processes
 
 
 def run(stage: Stage) -> None:
-    for part in (draws, attention, networks, losses, optimizer, samplers, resume, compiled, processes):
+    for part in (draws, attention, networks, losses, optimizer, samplers, resume, processes, compiled):
         part.run(stage)
