@@ -155,7 +155,7 @@ def network_pass(loop: TrainLoop, batch: Any) -> Callable[[], None]:
     """The network's forward and backward alone, on the arguments that a step of the loop gives it."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hook = loop.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    loop.task_losses(loop.model, batch, slice(0, len(batch.images)))
+    loop.losses(batch, slice(0, len(batch.images)))
     hook.remove()
     args, kwargs = seen[-1]
 
@@ -169,17 +169,19 @@ def network_pass(loop: TrainLoop, batch: Any) -> Callable[[], None]:
 
 
 def sampling(stage: Stage, size: Size) -> dict[str, Any]:
-    """Images per second and network call, with and without `--compile`."""
+    """Images per second and network call, with the network as it is and compiled."""
     calls, batch, found = (2, 4, {}) if stage.tiny else (10, 500, {})
     for compiled in (False,) if stage.tiny else (False, True):
-        flags = ("--precision", "fp32" if stage.tiny else "bf16", "--compile", str(compiled))
+        flags = ("--precision", "fp32" if stage.tiny else "bf16")
         loop = make_loop("single", size, stage.device, stage.folder, *flags)
         loop.model.eval().requires_grad_(False)
         generator = Generator(loop.config, loop.model, build_modalities(loop.config, loop.model), None)
+        if compiled:
+            generator.network = torch.compile(loop.model)
         draw = lambda g=generator: g.draw(range(batch), SampleConfig(steps=calls))  # noqa: E731
         draw()
         each = seconds_each(draw, stage.device, stage.tiny)
-        found[f"images/s per call{', --compile' if compiled else ''}"] = batch * calls / each
+        found[f"images/s per call{', compiled' if compiled else ''}"] = batch * calls / each
     return found
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guided_mt.training.train_loop import TrainLoop
 
@@ -37,11 +36,11 @@ def compare(form: str, stage: Stage) -> dict[str, Any]:
         with precision.active(loop.model):
             _prepare(loop)
             scale = FP16_SCALE if precision.flag == "fp16" else 1.0
-            measured[precision] = _losses(loop, batch.to(stage.device), loop.model, scale)
-    cpu.model.double()
+            measured[precision] = _losses(loop, batch.to(stage.device), scale)
+    widen(cpu.model)
     with float64():
         _prepare(cpu)
-        reference, slope = _losses(cpu, batch, _widened(cpu.model))
+        reference, slope = _losses(cpu, batch)
     for precision, (losses, gradient) in measured.items():
         allowed = LOSS_FACTOR * (precision.tolerance(cpu.model) + TIMESTEPS * FLOAT32)
         for name, values in losses.items():
@@ -58,21 +57,20 @@ def _prepare(loop: TrainLoop) -> None:
         modality.before_step(0, loop.processes)
 
 
-def _widened(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A float64 network for float32 inputs."""
+def widen(model: nn.Module) -> None:
+    """Turn a network to float64, whatever it is called with."""
+    forward = model.double().forward
 
-    def network(z: Tensor, t: Tensor, modalities: dict[str, Tensor], **options: Any) -> Any:
-        return model(as_double(z), t, {name: as_double(x) for name, x in modalities.items()}, **options)
+    def widened(z: Tensor, t: Tensor, modalities: dict[str, Tensor], **options: Any) -> Any:
+        return forward(as_double(z), t, {name: as_double(x) for name, x in modalities.items()}, **options)
 
-    return network
+    model.forward = widened  # type: ignore[method-assign]
 
 
-def _losses(
-    loop: TrainLoop, batch: Any, network: Callable[..., Any], scale: float = 1.0
-) -> tuple[dict[str, Tensor], Tensor]:
+def _losses(loop: TrainLoop, batch: Any, scale: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:
     """({name: values of each sample}, gradient of the mean loss). scale: of the loss in the backward pass."""
     loop.model.zero_grad(set_to_none=True)
-    losses, _, weights = loop.task_losses(network, batch, slice(0, len(batch.images)))
-    ((losses.loss * weights).mean() * scale).backward()
+    loss, record = loop.losses(batch, slice(0, len(batch.images)))
+    (loss * scale).backward()
     gradient = joined(p.grad for _, p in sorted(loop.model.named_parameters()) if p.grad is not None) / scale
-    return {"loss": losses.loss.detach(), **{name: x.detach() for name, x in losses.terms.items()}}, gradient
+    return {name: record.values[name] for name in ("loss", *loop.terms)}, gradient

@@ -57,13 +57,14 @@ def collectives(device: torch.device, folder: Path) -> dict[str, Any]:
     loop = make_loop("U", TINY, device, folder)
     batch = batches(loop, 1)[0].to(device)
     gradients = []
-    wrapped = DistributedDataParallel(
-        loop.model, device_ids=[device.index], broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-    for network in (loop.model, wrapped):
+    for wrapped in (False, True):
+        if wrapped:
+            loop.network = DistributedDataParallel(
+                loop.network, device_ids=[device.index], broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         loop.model.zero_grad(set_to_none=True)
-        losses, _, _ = loop.task_losses(network, batch, slice(0, len(batch.images)))
-        losses.loss.mean().backward()
+        loss, _ = loop.losses(batch, slice(0, len(batch.images)))
+        loss.backward()
         gradients.append(joined(p.grad for p in loop.model.parameters() if p.grad is not None))
     difference = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
     assert difference < 1e-5, f"the wrapped network's gradient differs by {difference:.2g}"
