@@ -15,7 +15,7 @@ from ..report import ROOT
 from ..runner import Stage, Wrong, within
 from .resume import ROUNDING
 
-TIMEOUT = 90.0  # seconds, of which most go into imports
+TIMEOUT = 180.0  # seconds, of which most go into imports
 
 
 def run(stage: Stage) -> None:
