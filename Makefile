@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 INSTALL := $(BIN)/python -m pip install --editable
 
-.PHONY: setup test lint smoke bench demo docs clean
+.PHONY: setup test lint smoke bench gpu demo docs clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/latent_step.py
 	$(BIN)/python benchmarks/samplers.py --samples 5000
 	$(BIN)/python benchmarks/evaluator.py
+
+# Eight minutes on a GPU: right, waiting for nothing, how fast, what is learned. DEVICE=cpu: the same on tiny networks.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(STAGES),--stages $(STAGES))
 
 demo: $(DEMO_STAMP)
 	@$(BIN)/python scripts/demo.py $(if $(STEPS),--steps $(STEPS))

@@ -122,4 +122,9 @@ grep -q '"fid"' "$work/s.json"
 score restoration.py "$work/X/samples/restored_mt_patches2.npz" --metrics psnr,ssim,mse,mae
 score segmentation.py "$work/maps.npz" "$work/maps.npz" --out_dir "$work/maps"
 score classification.py "$work/step_1.npz" "$work/step_2.npz" --csv "$work/figure6.csv" --plot "$work/figure6.png"
+
+echo "+ python benchmarks/gpu.py --device cpu"
+python benchmarks/gpu.py --device cpu --out "$work/gpu" --stages right,waiting,learns --minutes 4 \
+  --only words,"form any",optimiser,dpm++,"step: any",classifier,"twin: any" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+grep -q '"measured"' "$work/gpu/gpu.json"
 echo "smoke: every script ran"

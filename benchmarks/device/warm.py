@@ -1,0 +1,92 @@
+"""Compiles the networks that are timed and trained later, in processes of their own, while the checks run.
+
+Compiling takes longer than most of what is measured, and the compiler's cache is shared by all processes of a user. A process that
+fails costs nothing but that its network is compiled where it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .forms import BF16, CIFAR, TWIN, TWIN_FLAGS, batches, make_loop
+from .report import ROOT
+from .runner import Run
+
+SIZES = {"CIFAR": CIFAR, "twin": TWIN}
+NEEDED = {"fast": [("single", "CIFAR"), ("X", "CIFAR")]}
+NEEDED["learns"] = [(form, "twin") for form in ("single", "X", "any", "label", "class_cond")]
+
+
+class Warming(contextlib.AbstractContextManager):
+    """The processes for the stages of a run; none on a CPU. `wait` before anything is timed."""
+
+    def __init__(self, run: Run, stages: Sequence[str]):
+        wanted = [pair for stage in stages for pair in NEEDED.get(stage, [])] if run.device.type == "cuda" else []
+        path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+        threads = str(max(1, (os.cpu_count() or 2) // max(1, len(wanted))))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "TORCHINDUCTOR_COMPILE_THREADS": threads,
+            "OMP_NUM_THREADS": "1",
+        }
+        self.logs = run.folder / "warm"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.started: dict[tuple[str, str], subprocess.Popen] = {}
+        for form, size in wanted:
+            with open(self.logs / f"{size}_{form}.log", "w") as log:
+                words = [
+                    sys.executable,
+                    "-m",
+                    "device.warm",
+                    form,
+                    size,
+                    str(run.device),
+                    str(self.logs / f"{size}_{form}"),
+                ]
+                self.started[form, size] = subprocess.Popen(
+                    words, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+
+    def wait(self, seconds: float) -> dict[str, str]:
+        """Until all have ended, or are ended after so long: {network: what became of it}."""
+        end, found = time.monotonic() + seconds, {}
+        for (form, size), process in self.started.items():
+            try:
+                code = process.wait(timeout=max(0.1, end - time.monotonic()))
+                found[f"{size} {form}"] = "compiled" if code == 0 else f"failed with code {code}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                found[f"{size} {form}"] = "not in time"
+        self.started = {}
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.started.values():
+            process.kill()
+            process.wait()
+
+
+def main(form: str, size: str, device: str, folder: str) -> None:
+    """Two steps of a network as it is timed or trained."""
+    place = torch.device(device)
+    torch.cuda.set_device(place)
+    torch.backends.cudnn.benchmark = True
+    flags = TWIN_FLAGS if size == "twin" else ()
+    loop = make_loop(form, SIZES[size], place, Path(folder), *flags, *BF16)
+    for batch in batches(loop, 2):
+        loop.run_step(batch.to(place))
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
