@@ -32,6 +32,7 @@ def test_all_stages_and_once(small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     run = tmp_path / "run"
     argv, trained = ["--run", str(run), "--steps", str(STEPS)], []
+    less = stages.trainings(run, STEPS)[1].steps
 
     def in_process(preset, folder, steps, processes, *more):
         assert processes == 1
@@ -44,9 +45,9 @@ def test_all_stages_and_once(small, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     for part in ("1/4", "mean training image", "label head names", "digits drawn with a label given", "Type next:"):
         assert part in said
-    assert trained == [("demo-digits", run, STEPS), ("demo-digits-label", run / "label", 1)]
+    assert trained == [("demo-digits", run, STEPS), ("demo-digits-label", run / "label", less)]
     made = [run / "samples" / f"restored_{STEPS}.png"]
-    made += [run / "label" / "samples" / f"{name}_1.png" for name in ("samples", "of_labels", "subsets")]
+    made += [run / "label" / "samples" / f"{name}_{less}.png" for name in ("samples", "of_labels", "subsets")]
     assert all(file.exists() and str(file) in said for file in made)
     assert Image.open(made[-1]).height > 6 * 64  # true, masked, and four subsets
     assert Image.open(made[-2]).width == 10 * (64 + 2) + 2
