@@ -116,7 +116,7 @@ np.savez(work / "maps.npz", arr_0=maps)
 for step in (1, 2):
     np.savez(work / f"step_{step}.npz", probabilities=rng.dirichlet(np.ones(10), 20), labels=rng.integers(0, 10, 20))
 END
-score make_reference.py "$work/demo/samples/samples_2.npz" "$work/reference.npz" --inception "$work/graph.pb" --images 8
+score make_reference.py "$work/demo/label/samples/samples_2.npz" "$work/reference.npz" --inception "$work/graph.pb" --images 8
 score evaluator.py "$work/reference.npz" "$work/X/samples/samples_3x8x8x3.npz" --inception "$work/graph.pb" --metrics is,fid --json "$work/s.json"
 grep -q '"fid"' "$work/s.json"
 score restoration.py "$work/X/samples/restored_mt_patches2.npz" --metrics psnr,ssim,mse,mae
