@@ -101,7 +101,7 @@ def test_labels_that_are_no_class_ids(labels, expected, tmp_path):
 def test_a_link_in_a_circle_is_left_out(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("b.png")
-    assert open_source(tmp_path).names == ["a.png"]
+    assert list(open_source(tmp_path).names) == ["a.png"]
 
 
 def test_prepare_takes_no_more_workers_than_a_machine_has(tmp_path):
