@@ -34,7 +34,7 @@ from .training import LOG, draw_curve, train
 PRESET, SECOND = "demo-digits", "demo-digits-label"
 HELD_OUT = "builtin:digits-test"
 CALLS = 20  # network calls per sample: as good as 250 (docs/sampling.md)
-STEPS_PER_MINUTE = 500  # of training, on two idle cores
+STEPS_PER_MINUTE = 400  # of training, on two idle cores
 RESTORED, FROM_NOTHING, NAMED, PER_LABEL, COLUMNS = 120, 64, 360, 12, 10
 
 
