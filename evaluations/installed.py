@@ -22,11 +22,8 @@ def run_as_script(packages: Sequence[str] = PACKAGES) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.path[:] = [
-        str(ROOT),
-        *sys.path[1:],
-        sys.path[0],
-    ]  # its folder too: children that are spawned run the script anew
+    # The script's own folder stays, as the last: children that are spawned run the script anew.
+    sys.path[:] = [str(ROOT), *sys.path[1:], sys.path[0]]
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         print(f"error: {what_to_type(missing)}", file=sys.stderr)

@@ -39,13 +39,9 @@ def in_a_line(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     first = str(error).partition("\n")[0]
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch, of a GPU
-        or any(
-            words in str(error) for words in ("can't allocate memory", "array is too big")
-        )  # torch and numpy, which raise
-    ):  # RuntimeError and ValueError; a loader's worker puts a traceback around them
+    # torch raises OutOfMemoryError on a GPU and RuntimeError on a CPU, numpy ValueError; a loader's worker puts a traceback around.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if named or any(words in str(error) for words in ("can't allocate memory", "array is too big")):
         return f"memory has run out{f' ({first})' if first else ''}; take a smaller batch, image size or model"
     return ""
 

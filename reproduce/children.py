@@ -29,13 +29,13 @@ def passing_on_sigterm() -> Iterator[None]:
         for program in list(_running):
             program.terminate()
 
-    _stopped.clear()
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
         if _stopped.is_set():
+            _stopped.clear()
             sys.exit(128 + signal.SIGTERM)
 
 
@@ -47,6 +47,8 @@ def run_child(words: Sequence[str], **options: Any) -> int:
     """
     with passing_on_sigterm(), subprocess.Popen(words, **options) as program:
         _running.add(program)
+        if _stopped.is_set():  # while this one was started
+            program.terminate()
         try:
             code = program.wait()
         except KeyboardInterrupt:

@@ -176,11 +176,9 @@ class Comparison:
         self.name, self.data = arguments.data, DATA[arguments.data]
         self.train_data = arguments.train_data or self.data.train
         self.test_data = arguments.test_data or self.data.held_out
-        for flag in ("steps", "samples", "classifier_steps", "jobs"):
-            if getattr(arguments, flag) < (flag in ("samples", "jobs")):
-                raise UserError(
-                    f"--{flag} {getattr(arguments, flag)}: must be at least {int(flag in ('samples', 'jobs'))}"
-                )
+        for flag, least in (("steps", 0), ("classifier_steps", 0), ("samples", 1), ("jobs", 1)):  # 0: the default
+            if getattr(arguments, flag) < least:
+                raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least {least}")
         if not self.train_data or not self.test_data:
             raise UserError(f"--data {self.name} needs --train_data and --test_data")
         self.steps = arguments.steps or self.data.steps

@@ -109,3 +109,15 @@ def test_precisions_allow_little():
     network = torch.nn.Sequential(*(torch.nn.Conv2d(64, 64, 3) for _ in range(30)))
     allowed = [precision.tolerance(network) for precision in (FP32, FP16, BF16)]
     assert allowed == sorted(allowed) and allowed[0] < 2e-4 and allowed[2] < 0.2
+
+
+def test_kid_on_the_device_is_the_evaluators(run):
+    """A bare machine lacks torch-fidelity, so the formula stands twice: it must give the same."""
+    pytest.importorskip("torch_fidelity")
+    from device.distances import kernel_distance
+
+    from evaluations.scores.kid import kernel_distance as evaluators
+
+    x, y = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
+    expected, _ = evaluators(x.double().numpy(), (y + 0.3).double().numpy())
+    assert kernel_distance(x, y + 0.3) == pytest.approx(expected, rel=1e-5)

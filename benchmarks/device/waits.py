@@ -40,7 +40,7 @@ INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, a
 TO_HOST = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
 FROM_HOST = {torch.tensor, torch.from_numpy}  # a copy of memory that is not pinned waits too
 # On a CPU alone these look at their arguments' values.
-CHECKS_ON_CPU = {F.one_hot, torch.nn.functional.one_hot}
+CHECKS_ON_CPU = {F.one_hot}
 
 
 class Waits(RuntimeError):

@@ -204,21 +204,12 @@ def _walk(folder: str, prefix: str, above: frozenset[str], links: bool) -> Itera
         for entry in entries:
             if not _visible(entry.name):
                 continue
-            folder_there, file_there = _what_is_there(entry)
-            if folder_there:
+            # Where links go round in a circle, a Path is neither; an entry raises.
+            there = Path(entry.path) if entry.is_symlink() else entry
+            if there.is_dir():
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {real}, links)
-            elif file_there or (links and entry.is_symlink()):
+            elif there.is_file() or (links and entry.is_symlink()):
                 yield prefix + entry.name
-
-
-def _what_is_there(entry: os.DirEntry[str]) -> tuple[bool, bool]:
-    """(whether it is a folder, whether it is a file); neither for a link that leads nowhere, or in a circle."""
-    try:
-        return entry.is_dir(), entry.is_file()
-    except OSError:
-        if not entry.is_symlink():
-            raise
-        return False, False
 
 
 def _zip_entries(path: Path) -> tuple[dict[str, Callable[[], bytes]], list[str]]:

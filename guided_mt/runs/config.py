@@ -385,9 +385,7 @@ def preset_names() -> list[str]:
 def load_preset(name: str) -> dict[str, Any]:
     """The flags of presets/NAME.yaml. Raises UserError for an unknown name."""
     if name not in presets.names():
-        raise UserError(
-            f"unknown preset '{name}'{nearest(name, presets.names())}; there are {', '.join(presets.names())}"
-        )
+        raise UserError(f"unknown preset '{name}'{nearest(name, presets.names())}; mt-diffusion presets lists them")
     return _parse_yaml(presets.file_of(name).read_text(encoding="utf-8"), name)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ToldElsewhere, UserError, reason
+from ..errors import ToldElsewhere, UserError, how_to_install, reason
 from .processes.claim import Claim
 from .processes.launcher import DEFAULT_PORT, Started, first_host, slurm_port, started
 from .processes.meeting import meet
@@ -177,13 +177,13 @@ def rendezvous_over_mpi() -> None:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
         raise UserError(
-            f"started by an MPI launcher, but mpi4py can't be imported ({reason(error)}); pip install '.[mpi]'"
+            f"started by an MPI launcher, but mpi4py can't be imported ({reason(error)}); {how_to_install('mpi4py')}"
         ) from None
     world, found = MPI.COMM_WORLD, started()
     if (world.rank, world.size) != (found.rank, found.world_size):
         raise UserError(
             f"mpiexec started {found.world_size} processes, but mpi4py finds a world of {world.size}: it was built on another MPI "
-            "than this mpiexec is of; start with the mpiexec of mpi4py's MPI (pip install '.[mpi]' brings both), or with torchrun"
+            f"than this mpiexec is of; start with torchrun, or the mpiexec of mpi4py's MPI ({how_to_install('mpi4py')} brings both)"
         )
     one_machine = world.Split_type(MPI.COMM_TYPE_SHARED).size == world.size
     address = None

@@ -76,12 +76,8 @@ def export_diffusion(raw: Path, averaged: Path, out: Path, with_averages: bool) 
         exported.scale_factor = found.scale_factor
     if params.get("use_ema", True):
         _add_averages(exported, found, raw, averaged, saved, with_averages)
-    for part in (
-        exported.model,
-        exported.ema or {},
-        exported.first_stage,
-        exported.cond_stage,
-    ):  # names are alike in them
+    # One by one, since their names are alike.
+    for part in (exported.model, exported.ema or {}, exported.first_stage, exported.cond_stage):
         refuse_not_finite(part, raw)
     write_ldm(out, exported)
     left = sorted({key.split(".")[0] for key in found.model.keys() - exported.model.keys()} | set(found.unknown))

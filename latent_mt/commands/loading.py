@@ -39,9 +39,8 @@ def load_model(
     saved: Mapping[str, Any], weights: Path, device: torch.device, averaged: bool = True
 ) -> LatentMTDiffusion:
     """The trained model, ready to draw from. averaged: take the averages of a foreign file. Raises UserError."""
-    read_state_dict(
-        weights, "diffusion", averaged, lazily=True
-    )  # another kind of file is told before the model is built
+    # Another kind of file is told before the model is built.
+    read_state_dict(weights, "diffusion", averaged, lazily=True)
     # The weights file holds the first stage too: where either began is not read again.
     params = _without_file(saved["model"].get("params"))
     stage = params.get("first_stage_config")

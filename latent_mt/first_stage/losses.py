@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from guided_mt.errors import UserError
+from guided_mt.errors import UserError, how_to_install
 from guided_mt.runs import checkpoint
 from guided_mt.runs.weights import refuse_not_finite
 
@@ -85,7 +85,7 @@ def build_lpips() -> nn.Module | None:
     try:
         import lpips
     except ImportError as error:
-        log.warning("no perceptual loss: package lpips is missing (%s): pip install '.[eval]'", error)
+        log.warning("no perceptual loss: package lpips is missing (%s): %s", error, how_to_install("lpips"))
         return None
     file = find_vgg()
     if file is None:

@@ -163,10 +163,8 @@ class LatentMTDiffusion(LatentCodec):
         stages: dict[str, Any] = {"first_stage_config": first_stage_config}
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
             stages["cond_stage_config"] = cond_stage_config
-        for (
-            name,
-            stage,
-        ) in stages.items():  # what is wrong there is told before the network, which can take minutes to build
+        # What is wrong there is told before the network is built, which can take minutes.
+        for name, stage in stages.items():
             arguments(stage, f"model.params.{name}")
         network = build_network(unet, config, self.diffusion, self)
         self.model = DiffusionWrapper(network, self.conditioning_key)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from evaluations.tables.figures import new_figure, save_figure
-from guided_mt.errors import UserError
+from guided_mt.errors import UserError, how_to_install
 
 from ..children import run_child
 from ..commands import command, environment, launcher, shown
@@ -28,7 +28,7 @@ def train(preset: str, run: Path, steps: int, processes: int, *more: str) -> Non
     """
     words = command("train", *options(preset, run, steps), *more, processes=processes)
     if processes > 1 and launcher() is None:
-        print("no mpiexec found: training in one process (pip install '.[mpi]' brings one)")
+        print(f"no mpiexec found: training in one process; {how_to_install('mpi4py')} brings one")
     log = run / LOG
     print("$", shown(words), flush=True)
     run.mkdir(parents=True, exist_ok=True)

@@ -71,18 +71,9 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
-            folder_there, file_there = _what_is_there(entry)
-            if not folder_there:
-                yield name, file_there
+            # Where links go round in a circle, a Path is neither; an entry raises.
+            there = Path(entry.path) if entry.is_symlink() else entry
+            if not there.is_dir():
+                yield name, there.is_file()
             elif not is_hidden(entry.name):
                 yield from _walk(entry.path, name + "/", above | {real})
-
-
-def _what_is_there(entry: os.DirEntry[str]) -> tuple[bool, bool]:
-    """(whether it is a folder, whether it is a file); neither for a link that leads nowhere, or in a circle."""
-    try:
-        return entry.is_dir(), entry.is_file()
-    except OSError:
-        if not entry.is_symlink():
-            raise
-        return False, False

@@ -22,7 +22,7 @@ def complaint(command, argv: list[str]) -> str:
     with pytest.raises(UserError) as caught:
         command.main(argv)
     text = str(caught.value)
-    assert "\n" not in text and 20 < len(text) < 600, text
+    assert "\n" not in text and 20 < len(text) < 400, text
     return text
 
 
