@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class UniformSampler(nn.Module):
     """Every timestep alike, weight 1."""
 
+    learns = False  # whether `update` has to be told the losses
+
     def __init__(self, num_timesteps: int):
         super().__init__()
         self.num_timesteps = num_timesteps
@@ -27,6 +29,7 @@ class LossSecondMomentResampler(UniformSampler):
     A ring of losses per timestep lives on the device and takes a whole batch at once.
     """
 
+    learns = True
     losses: Tensor  # [T, history]
     counts: Tensor  # [T], losses seen at each timestep
 

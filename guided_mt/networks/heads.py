@@ -104,12 +104,21 @@ class HeadVariance(nn.Module):
         self.register_buffer("error_count", torch.zeros(num_timesteps))
 
     @torch.no_grad()
-    def update(self, t: Tensor, error: Tensor, weight: Tensor) -> None:
-        """error [B]: mean squared errors at timesteps t [B]; weight [B]: 0 leaves a sample out."""
+    def sums(self, t: Tensor, error: Tensor, weight: Tensor) -> Tensor:
+        """Errors [B] at timesteps t [B] as [2, T]: how many were seen at each timestep, and their sum.
+
+        error: mean squared errors; weight [B]: 0 leaves a sample out. Errors that are not finite are left out.
+        """
         weight = weight * torch.isfinite(error)
-        seen = torch.zeros_like(self.error_count).index_add_(0, t, weight)
+        rows = torch.stack([weight, torch.nan_to_num(error) * weight])
+        return torch.zeros_like(self.error_sum).repeat(2, 1).index_add_(1, t, rows)
+
+    @torch.no_grad()
+    def update(self, sums: Tensor) -> None:
+        """Learn from the `sums` [2, T] of a step, over all processes."""
+        seen, errors = sums
         forget = self.decay**seen
-        self.error_sum.mul_(forget).index_add_(0, t, torch.nan_to_num(error) * weight)
+        self.error_sum.mul_(forget).add_(errors)
         self.error_count.mul_(forget).add_(seen)
 
     def value(self) -> Tensor:

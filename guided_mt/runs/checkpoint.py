@@ -55,8 +55,8 @@ def save_checkpoint(
 
     On any error the half-written folder is removed, older checkpoints stay, and a UserError says why.
     """
-    folder = run / "checkpoints"
-    final, temporary = folder / f"step_{step:08d}", folder / f".tmp_step_{step:08d}"
+    final = step_folder(run, step)
+    folder, temporary = final.parent, final.with_name(f".tmp_{final.name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".tmp_step_*"):
@@ -76,13 +76,21 @@ def save_checkpoint(
         sync(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are intact"
-        ) from None
+        raise not_written(final, error) from None
     if keep:
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def not_written(final: Path, error: Exception) -> UserError:
+    """What to say of the checkpoint `final` that could not be written."""
+    return UserError(f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are intact")
 
 
 # What network, FUSE and shared file systems answer to an fsync of a folder that they have no notion of.

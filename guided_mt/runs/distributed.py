@@ -52,12 +52,22 @@ class Processes:
         ALL_GATHER(gathered, values.contiguous())
         return gathered
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over processes, the same on all."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, the same on all; `values` itself is changed."""
         if self.world_size > 1:
             dist.all_reduce(values)
-            values /= self.world_size
         return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes, the same on all; `values` itself is changed."""
+        return self.sum(values).div_(self.world_size)
+
+    def collect(self, totals: Tensor) -> None:
+        """Move what every process has summed up to the main one: there `totals` becomes the sum of all, elsewhere zero."""
+        if self.world_size > 1 and totals.numel():  # not every backend reduces an empty tensor
+            dist.reduce(totals, dst=0)
+            if not self.is_main:
+                totals.zero_()
 
     def any(self, flag: bool) -> bool:
         """True on all processes if true on one (waits for all of them)."""

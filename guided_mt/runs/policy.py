@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..data.images import save_png
 from ..errors import Interrupted, UserError
-from . import checkpoint
 from .distributed import Processes
 from .loop_config import LoopConfig
 from .processes.signals import Request, Requests
 from .reporter import Reporter
 from .skipped import MAX_SKIPPED_IN_ROW, SkippedSteps
+from .writer import CheckpointWriter
 
 SIGNAL_INTERVAL = 10  # steps between GPU processes' agreeing on what signals asked of one of them
 NO_FIGURES: Mapping[str, float] = {}
@@ -35,7 +35,11 @@ log = logging.getLogger("guided_mt")
 
 
 class Trained(Protocol):
-    """What a policy asks of what is trained. `report_row` is called on all processes, the others on the main one alone."""
+    """What a policy asks of what is trained.
+
+    `report_row` and `training_state` are called on all processes, and what the main one answers is used; the others are called on
+    the main one alone.
+    """
 
     @property
     def skipped(self) -> SkippedSteps:
@@ -85,6 +89,7 @@ class RunPolicy:
         self.save_due = False
         self.requests, self.ended_by = Requests(processes.is_main), Request.NOTHING
         self.reporter: Reporter | None = None
+        self.writer = CheckpointWriter()
 
     def __enter__(self) -> RunPolicy:
         if self.processes.is_main:
@@ -93,10 +98,17 @@ class RunPolicy:
         self.requests.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.requests.__exit__()
-        if self.reporter:
-            self.reporter.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            failure = self.writer.close()
+        finally:
+            self.requests.__exit__()
+            if self.reporter:
+                self.reporter.close()
+        if failure is not None and error is None:
+            raise failure
+        if failure is not None:
+            log.error("%s", failure)  # beside why the run ends
 
     def raise_if_interrupted(self) -> None:
         """For after the run: Interrupted where Ctrl-C ended it. All is said and saved by then.
@@ -112,7 +124,7 @@ class RunPolicy:
         """Do what is due after `step` steps; returns whether the run is to end here, on every process alike.
 
         figures: {column: value} measured after this step on all processes; where there are some, the step is reported.
-        Raises UserError for a run that diverges, and for a checkpoint that can't be written.
+        Raises UserError for a run that diverges, and, at the next look, for a checkpoint that can't be written.
         """
         self.step, last = step, step == self.config.total_steps
         if figures or last or step % self.config.log_interval == 0:
@@ -126,7 +138,7 @@ class RunPolicy:
         self.save_due = self.save_due or asked is Request.SAVE or step % self.config.save_interval == 0
         # After a skipped step a save waits for a good one: a diverged run must not push out its good checkpoints.
         if last or stop or (self.save_due and not self.trained.skipped.in_row.item()):
-            self._save()
+            self._save(whole=last or asked is not Request.NOTHING)
             self.save_due = False
             if asked and self.processes.is_main:
                 log.info(
@@ -149,6 +161,7 @@ class RunPolicy:
             values |= {"skipped_steps": int(self.trained.skipped.total)}
             values |= {"images_per_second": steps * self.images_per_step / seconds}
             self.reporter.row({name: values[name] for name in self.columns if name in values})
+        self._look(wait=False)
 
     def _preview(self) -> None:
         if self.reporter:
@@ -171,20 +184,23 @@ class RunPolicy:
             return Request.NOTHING
         return Request(self.processes.largest(self.requests.take()))
 
-    def _save(self) -> None:
-        """Write a checkpoint on the main process. The others wait, and stop with it when it can't be written."""
-        failure = None
+    def _save(self, whole: bool) -> None:
+        """Begin to write a checkpoint on the main process, once the one before is written. whole: wait until this one is, too."""
+        self._look(wait=True)
+        state = {"step": self.step, **self.trained.training_state()}
         if self.processes.is_main:
-            try:
-                checkpoint.save_checkpoint(
-                    self.folder,
-                    self.step,
-                    config_yaml=self.config_yaml,
-                    weights=self.trained.weights(),
-                    training_state={"step": self.step, **self.trained.training_state()},
-                    classes=self.classes,
-                    keep=self.config.keep_checkpoints,
-                )
-            except UserError as error:
-                failure = error
-        self.processes.agree(failure)
+            self.writer.begin(
+                self.folder,
+                self.step,
+                config_yaml=self.config_yaml,
+                weights=self.trained.weights(),
+                training_state=state,
+                classes=self.classes,
+                keep=self.config.keep_checkpoints,
+            )
+        if whole:
+            self._look(wait=True)
+
+    def _look(self, wait: bool) -> None:
+        """Stop all processes where the main one could not write the last checkpoint; wait: until it is written."""
+        self.processes.agree(self.writer.failure(wait))

@@ -8,28 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runs.distributed import Processes
 from .record import Record
 
 QUARTILES = 4  # as ADM's log: q0 has the first quarter of the timesteps
 
 
 class Averages:
-    """Sums on the device of several values per sample and of `scalars` per step; the host sees them only when asked."""
+    """Sums on the device of several values per sample and of `scalars` per step; the host sees them only when asked.
+
+    Every process sums up its own samples. Only `pop` and `state_dict`, which all processes have to call, bring the sums together,
+    by one reduction to the main process.
+    """
 
     def __init__(
         self,
         names: Sequence[str],
         num_timesteps: int,
-        device: torch.device,
+        processes: Processes,
         scalars: Sequence[str] = ("grad_norm",),
     ):
-        self.names, self.num_timesteps = list(names), num_timesteps
-        self.sums = torch.zeros(1 + QUARTILES, len(names), device=device)
-        self.counts = torch.zeros_like(self.sums)
-        self.scalars = {name: torch.zeros(2, device=device) for name in scalars}  # sum, count
+        self.names, self.num_timesteps, self.processes = list(names), num_timesteps, processes
+        size = (1 + QUARTILES) * len(names)
+        self._totals = torch.zeros(2 * size + 2 * len(scalars), device=processes.device)
+        sums, counts, pairs = self._totals.split([size, size, 2 * len(scalars)])
+        self.sums, self.counts = (x.view(1 + QUARTILES, len(names)) for x in (sums, counts))
+        self.scalars = dict(zip(scalars, pairs.view(len(scalars), 2), strict=True))  # sum, count
 
     def add(self, record: Record) -> None:
-        """The record has values by all names of these averages; what is not finite is left out."""
+        """A record of this process's samples, with values by all names of these averages; what is not finite is left out."""
         values, counts = record.table(self.names)
         quarter = record.timesteps * QUARTILES // self.num_timesteps
         quartile = torch.nn.functional.one_hot(quarter, QUARTILES).to(values.dtype)
@@ -39,26 +46,33 @@ class Averages:
         self.counts += groups @ counts
 
     def add_scalars(self, values: Mapping[str, Tensor]) -> None:
-        """{name: 0-dim tensor} of this step, for some or all of the scalars."""
-        for name, value in values.items():
-            self.scalars[name] += torch.stack([value, torch.ones_like(value)])
+        """{name: 0-dim tensor} of this step, for some or all of the scalars; every process gives the same names."""
+        for name, value in values.items():  # so that the count over all processes is that of the steps
+            self.scalars[name].add_(torch.stack([value, torch.ones_like(value)]), alpha=1 / self.processes.world_size)
 
     def pop(self) -> dict[str, float]:
-        """{name: mean, name_q0: ..., scalar: mean}, nan where nothing was seen; starts anew."""
+        """{name: mean, name_q0: ..., scalar: mean} over all processes, nan where nothing was seen; starts anew.
+
+        The values are the main process's; the others get nan.
+        """
+        self.processes.collect(self._totals)
         means = (self.sums / self.counts).cpu()  # 0 / 0 is nan, on purpose
         measured = {name: float(total[0] / total[1]) for name, total in self.scalars.items()}
-        for total in (self.sums, self.counts, *self.scalars.values()):
-            total.zero_()
+        self._totals.zero_()
         suffixes = ["", *(f"_q{q}" for q in range(QUARTILES))]
         values = {name + s: float(means[i, j]) for j, name in enumerate(self.names) for i, s in enumerate(suffixes)}
         return values | measured
 
     def state_dict(self) -> dict[str, Any]:
-        """An unfinished interval, so that a resumed run logs the same line."""
+        """An unfinished interval of all processes, so that a resumed run logs the same line; the main process's is to be saved."""
+        self.processes.collect(self._totals)
         return {"sums": self.sums, "counts": self.counts, "scalars": dict(self.scalars)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; names that it lacks start empty."""
+        self._totals.zero_()
+        if not self.processes.is_main:
+            return
         for mine, saved in ((self.sums, state["sums"]), (self.counts, state["counts"])):
             mine[:, : saved.shape[1]].copy_(saved)  # version 0.1 had fewer names, the first of these
         saved = state["scalars"] if "scalars" in state else {"grad_norm": state["norms"]}  # checkpoints of version 0.1

@@ -100,7 +100,7 @@ class ClassifierLoop(Loop):
         self.validation: Iterator[Batch] | None = None
         self.val_timesteps = UniformSampler(diffusion.num_timesteps)
         names = [f"val_{name}" for name in SCORES] if val_source else []
-        self.val_averages = Averages(names, diffusion.num_timesteps, processes.device, scalars=())
+        self.val_averages = Averages(names, diffusion.num_timesteps, processes, scalars=())
         super().__init__(config, processes, source, folder, build=build_classifier, diffusion=diffusion, names=SCORES)
 
     # ------------------------------------------------------------ set-up
@@ -195,7 +195,7 @@ class ClassifierLoop(Loop):
             scores = self._scores(self.model, x_start, classes_of(batch, part), t, streams)
             records.append(Record(t, dict(zip(self.val_averages.names, scores.unbind(1), strict=True))))
         self.model.train()
-        self.val_averages.add(Record.joined(records).gathered(self.processes))
+        self.val_averages.add(Record.joined(records))
 
     @override
     def extra_columns(self) -> list[str]:

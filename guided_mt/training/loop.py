@@ -84,7 +84,7 @@ class Loop:
             scale_growth=config.fp16_scale_growth,
         )
         self.scalars = tuple(scalars)
-        self.averages = Averages(names, diffusion.num_timesteps, self.device, ("grad_norm", *self.scalars))
+        self.averages = Averages(names, diffusion.num_timesteps, processes, ("grad_norm", *self.scalars))
         self.step = self._restore()  # before the averaged weights, which start as copies of the weights
         resume.agree_on_step(folder, self.step, processes)
         self.network = self._wrap(compiled)
@@ -108,7 +108,7 @@ class Loop:
         raise NotImplementedError
 
     def learn(self, record: Record) -> None:
-        """More to learn from the record of all processes."""
+        """More to learn from the record of this process's samples, on all processes alike."""
 
     def measure(self) -> None:
         """Called after each step and before its report: what is measured now and then."""
@@ -287,9 +287,12 @@ class Loop:
 
     @torch.no_grad()
     def track(self, record: Record, norm: Tensor) -> None:
-        """Feed every process's values to the schedule sampler, the subclass and the averages: the same on all."""
-        record = record.gathered(self.processes)
-        self.schedule_sampler.update(record.timesteps, record.values[self.averages.names[0]])
+        """Feed the samples' values to the schedule sampler, the subclass and the averages.
+
+        What training rests on is the same on all processes; the averages come together when they are read.
+        """
+        if self.schedule_sampler.learns:
+            self.schedule_sampler.update(*record.gathered(self.averages.names[0], self.processes))
         self.learn(record)
         self.averages.add(record)
         self.averages.add_scalars({"grad_norm": norm})

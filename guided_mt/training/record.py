@@ -33,15 +33,11 @@ class Record:
             {name: torch.cat([part.counted[name] for part in parts]) for name in first.counted},
         )
 
-    def gathered(self, processes: Processes) -> Record:
-        """The samples of all processes in rank order, the same on all: one collective, of one tensor."""
-        if processes.world_size == 1:
-            return self
-        columns = [*self.values.values(), *self.counted.values()]
-        timesteps, *found = processes.all_gather(torch.stack([self.timesteps.float(), *columns], dim=1)).unbind(dim=1)
-        values = dict(zip(self.values, found, strict=False))
-        counted = dict(zip(self.counted, found[len(values) :], strict=True))
-        return Record(timesteps.long(), values, counted)
+    def gathered(self, name: str, processes: Processes) -> tuple[Tensor, Tensor]:
+        """(timesteps, values `name`), each [processes * B], of all processes in rank order: one collective, of one tensor."""
+        columns = torch.stack([self.timesteps.float(), self.values[name].float()], dim=1)
+        timesteps, values = processes.all_gather(columns).unbind(dim=1)
+        return timesteps.long(), values
 
     def counts(self, name: str) -> Tensor:
         """[B]: 1 where the value `name` counts, else 0."""

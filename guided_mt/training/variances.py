@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from ..modalities.roles import variance_name
 from ..networks.multi_task import MultiTask
+from ..runs.distributed import Processes
 from .record import Record
 
 
 @torch.no_grad()
-def learn_variances(model: MultiTask, record: Record, names: Iterable[str]) -> None:
-    """Update the variances that `model` tracks of the modalities `names`: each role's own where there is more than one."""
+def learn_variances(model: MultiTask, record: Record, names: Iterable[str], processes: Processes) -> None:
+    """Update the variances that `model` tracks of the modalities `names`: each role's own where there is more than one.
+
+    record: this process's samples. One reduction of [tracked variances, 2, T] makes the update the same on all processes.
+    """
+    tracked = model.head_variance
+    keys, sums = [], []
+    for key, values, counts in _learned_from(model, record, names):
+        keys.append(key)
+        sums.append(tracked[key].sums(record.timesteps, values, counts))  # type: ignore[operator]  # a HeadVariance
+    if keys:
+        for key, own in zip(keys, processes.sum(torch.stack(sums)), strict=True):
+            tracked[key].update(own)  # type: ignore[operator]
+
+
+def _learned_from(model: MultiTask, record: Record, names: Iterable[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(key of a tracked variance, values [B], which of them count [B])."""
     tracked = model.head_variance
     for name in names:
         if name not in tracked:
@@ -21,6 +38,5 @@ def learn_variances(model: MultiTask, record: Record, names: Iterable[str]) -> N
         seen, role = record.counts(name), 0
         by_role = variance_name(name, 1) in tracked
         while (key := variance_name(name, role)) in tracked:
-            counts = seen * (record.values["role"] == role) if by_role else seen
-            tracked[key].update(record.timesteps, record.values[name], counts)  # type: ignore[operator]  # a HeadVariance
+            yield key, record.values[name], seen * (record.values["role"] == role) if by_role else seen
             role += 1

@@ -108,7 +108,7 @@ class RunFolder(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, module: TrainedModule, exception: BaseException) -> None:
         self.interrupted = isinstance(exception, KeyboardInterrupt)
-        self.running.close()
+        self.running.__exit__(type(exception), exception, exception.__traceback__)
 
 
 # ---------------------------------------------------------------- the run

@@ -222,7 +222,7 @@ class AutoencoderTraining(TrainedModule):
             )
         self.autoencoder.to_fast_layout()
         super().prepare(data, resumed)
-        self.averages = Averages([], 1, self.device, (*self.loss.names(), "grad_norm"))
+        self.averages = Averages([], 1, self.processes, (*self.loss.names(), "grad_norm"))
         self.figures = torch.zeros(self.autoencoder.figure_count, dtype=torch.int64, device=self.device)
 
     @override
@@ -234,11 +234,10 @@ class AutoencoderTraining(TrainedModule):
 
     @override
     def report_row(self) -> dict[str, float]:
-        for total in self.averages.scalars.values():
-            total.copy_(self.processes.all_gather(total[None]).sum(dim=0))
         row = {name: value for name, value in self.averages.pop().items() if value == value}  # nan: never seen
-        if self.figures.numel():  # not every backend gathers an empty tensor
-            row |= self.autoencoder.report(self.processes.all_gather(self.figures[None]).sum(dim=0))
+        if self.figures.numel():
+            self.processes.collect(self.figures)
+            row |= self.autoencoder.report(self.figures)
             self.figures.zero_()
         return {**row, "lr": self.rate(self.steps_done - 1)}
 
@@ -320,12 +319,14 @@ class AutoencoderTraining(TrainedModule):
 
     @override
     def run_state(self) -> dict[str, Any]:
+        self.processes.collect(self.figures)
         return {"averages": self.averages.state_dict(), "counts": self.figures}
 
     @override
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
-        self.figures.copy_(state["counts"])
+        if self.processes.is_main:  # they are the counts of all processes
+            self.figures.copy_(state["counts"])
 
 
 def _add(total: dict[str, Tensor], record: Mapping[str, Tensor], share: float) -> None:

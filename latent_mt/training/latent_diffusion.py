@@ -71,13 +71,13 @@ class LatentTraining(TrainedModule):
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}}
         values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | {"role": losses.role.float()}
         record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
-        self._track(record.gathered(self.processes))
+        self._track(record)
         return self.model.l_simple_weight * losses.loss.mean()
 
     @torch.no_grad()
     def _track(self, record: Record) -> None:
         self.averages.add(record)
-        learn_variances(self.model.network, record, self.model.modality_names)
+        learn_variances(self.model.network, record, self.model.modality_names, self.processes)
 
     @property
     def encoded(self) -> list[str]:
@@ -128,7 +128,7 @@ class LatentTraining(TrainedModule):
         self.averages = Averages(
             ["loss", *self.model.terms, *(f"rms_{name}" for name in self.encoded)],
             self.model.diffusion.num_timesteps,
-            self.device,
+            self.processes,
         )
         if not self.model.scale_known and not resumed:
             self._measure_scale(data)

@@ -20,6 +20,7 @@ import torch
 
 from guided_mt.commands import sample, train
 from guided_mt.runs import distributed
+from guided_mt.runs.writer import CheckpointWriter
 from guided_mt.training.train_loop import TrainLoop
 from latent_mt.commands import latent_sample, latent_train
 from latent_mt.training.latent_diffusion import LatentTraining
@@ -50,7 +51,14 @@ def run_and_die(command: str, argv: list[str], step: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return run_step(self, *args)
 
+        begin = CheckpointWriter.begin
+
+        def begin_and_wait(self: CheckpointWriter, *args: Any, **values: Any) -> None:
+            begin(self, *args, **values)
+            assert self.failure(wait=True) is None
+
         setattr(kind, name, mortal)
+        CheckpointWriter.begin = begin_and_wait  # else it is chance whether a checkpoint is whole when the process dies
         try:
             COMMANDS[command].main(argv)
         finally:

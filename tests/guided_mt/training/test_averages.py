@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from guided_mt.training.record import Record
 
 
 def averages(scalars: tuple[str, ...] = ("grad_norm", "cosine")) -> Averages:
-    return Averages(["loss"], 8, torch.device("cpu"), scalars)
+    return Averages(["loss"], 8, Processes(), scalars)
 
 
 def test_scalars_are_averaged_over_the_steps_that_measured_them():
@@ -41,7 +42,7 @@ def test_state_goes_on_and_takes_older_files():
 
 
 def test_averages_by_quartile():
-    found = Averages(["loss", "masked"], 8, torch.device("cpu"))
+    found = Averages(["loss", "masked"], 8, Processes())
     values = {"loss": torch.tensor([1.0, 3.0, 5.0, math.nan]), "masked": torch.tensor([10.0, 20.0, 30.0, 40.0])}
     found.add(Record(torch.tensor([0, 1, 7, 3]), values, {"masked": torch.tensor([1.0, 0.0, 1.0, 1.0])}))
     means = found.pop()
@@ -66,7 +67,7 @@ def test_a_record_joins_its_parts_and_tells_what_counts():
     assert values.tolist() == [[0.5, 4.0], [0.5, 7.0]] and counts.tolist() == [[0.0, 1.0], [1.0, 1.0]]
 
 
-def test_a_record_is_gathered_as_one_tensor():
+def test_what_the_importance_sampler_learns_from_is_gathered_as_one_tensor():
     """Two processes with the same samples: everything twice, in rank order, through a single collective."""
 
     class Two(Processes):
@@ -75,9 +76,68 @@ def test_a_record_is_gathered_as_one_tensor():
             return torch.cat([values, values + 1])
 
     calls: list[torch.Tensor] = []
-    record = Record(torch.tensor([4, 7]), {"loss": torch.ones(2), "role": torch.zeros(2)}, {"loss": torch.zeros(2)})
-    found = record.gathered(Two(world_size=2))
-    assert len(calls) == 1
-    assert found.timesteps.tolist() == [4, 7, 5, 8] and found.timesteps.dtype == torch.int64
-    assert found.values["role"].tolist() == [0, 0, 1, 1] and found.values["loss"].tolist() == [1, 1, 2, 2]
-    assert found.counted.keys() == {"loss"} and found.counted["loss"].tolist() == [0, 0, 1, 1]
+    record = Record(torch.tensor([4, 7]), {"loss": torch.tensor([0.5, 2.0]), "x": torch.zeros(2)})
+    timesteps, losses = record.gathered("loss", Two(world_size=2))
+    assert [call.shape for call in calls] == [(2, 2)]
+    assert timesteps.tolist() == [4, 7, 5, 8] and timesteps.dtype == torch.int64
+    assert losses.tolist() == [0.5, 2.0, 1.5, 3.0]
+
+
+class Together(Processes):
+    """One of several processes that take their turns in one, the main one last."""
+
+    box: ClassVar[list[torch.Tensor]] = []
+
+    def collect(self, totals: torch.Tensor) -> None:
+        self.box.append(totals.clone())
+        totals.zero_()
+        if self.is_main:
+            assert len(self.box) == self.world_size
+            totals += torch.stack(self.box).sum(dim=0)
+            self.box.clear()
+
+
+def several(count: int) -> list[Averages]:
+    """Averages of `count` processes, the main one's last."""
+    return [Averages(["loss", "masked"], 8, Together(rank, count)) for rank in reversed(range(count))]
+
+
+def feed(members: list[Averages], samples: Record, norm: float) -> None:
+    """A step of which each process has its share of the samples."""
+    size = len(samples.timesteps) // len(members)
+    for place, member in enumerate(members):
+        part = slice(place * size, (place + 1) * size)
+        values, counted = ({k: x[part] for k, x in xs.items()} for xs in (samples.values, samples.counted))
+        member.add(Record(samples.timesteps[part], values, counted))
+        member.add_scalars({"grad_norm": torch.tensor(norm)})
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (4, 4), (1, 4), (6, 3), (2, 1)], ids=str)
+def test_the_log_is_that_of_one_process(counts, tmp_path):
+    """Whatever the number of processes before and after a resumption; a save in between, as this is, changes nothing."""
+    torch.manual_seed(0)
+    steps = []
+    for _ in range(5):
+        values = {"loss": torch.rand(12), "masked": torch.rand(12)}
+        values["loss"][3] = math.nan
+        steps.append(Record(torch.randint(0, 8, (12,)), values, {"masked": torch.randint(0, 2, (12,)).float()}))
+    whole = Averages(["loss", "masked"], 8, Processes())
+    for number, step in enumerate(steps):
+        feed([whole], step, float(number))
+    before, after = several(counts[0]), several(counts[1])
+    for number, step in enumerate(steps[:2]):
+        feed(before, step, float(number))
+    state = [member.state_dict() for member in before][-1]
+    torch.save(state, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for member in after:
+        member.load_state_dict(state)
+    for number, step in enumerate(steps[2:], start=2):
+        feed(after, step, float(number))
+        if counts[0] == counts[1]:  # the run that was not stopped
+            feed(before, step, float(number))
+    *others, main = [member.pop() for member in after]
+    assert main == pytest.approx(whole.pop(), rel=1e-6, nan_ok=True)
+    assert all(math.isnan(value) for other in others for value in other.values())
+    if counts[0] == counts[1]:
+        assert main == [member.pop() for member in before][-1]  # to the bit
