@@ -47,12 +47,17 @@ class CheckpointWriter:
         save = partial(checkpoint.save_checkpoint, run, step, weights=host_weights, training_state=host_state, **rest)
         self._writing = self._pool.submit(save)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writing is not None and not self._writing.done()
+
     def failure(self, wait: bool) -> UserError | None:
         """Why the last checkpoint could not be written, told once; None where it could. Raises what is no UserError.
 
         wait: until it is written; else None as well while it is being written.
         """
-        if self._writing is None or not (wait or self._writing.done()):
+        if self._writing is None or (self.writing and not wait):
             return None
         error, self._writing = self._writing.exception(), None
         if error is not None and not isinstance(error, UserError):
