@@ -20,6 +20,7 @@ import torch
 
 from guided_mt.networks.create import create_model
 from guided_mt.runs.checkpoint import save_checkpoint
+from guided_mt.runs.processes.memory import keep_freed_memory
 from guided_mt.runs.writer import CheckpointWriter
 from guided_mt.training.optim import Ema, Optimizer
 
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="on the disk that is to be measured")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()  # as training does
     saved = state(args.num_channels, args.device)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = [measure(Path(folder), 2 * k, saved) for k in range(args.rounds)]
