@@ -143,6 +143,13 @@ class Aggregation:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         key = (name, like.device, dtype)
         if key not in self._tables:  # copied to the device once, so that a training step never waits for the host
-            padded = np.append(0.0, self.coefficients[name])
-            self._tables[key] = torch.from_numpy(padded).to(device=like.device, dtype=dtype)
+            self._tables[key] = self._table(*key)
         return self._tables[key][t + 1].view(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.append(0.0, self.coefficients[name])).to(device=device, dtype=dtype)
+
+    def prepare(self, device: torch.device) -> None:
+        """Copy the coefficients to the device now, in float32, as `GaussianDiffusion.prepare`."""
+        for name in self.coefficients:
+            self._tables[name, device, torch.float32] = self._table(name, device, torch.float32)

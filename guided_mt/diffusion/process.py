@@ -142,10 +142,20 @@ class GaussianDiffusion(ADMLoops):
         dtype = like.dtype if like.is_floating_point() and like.dtype.itemsize >= 4 else torch.float32
         key = (name, like.device, dtype)
         if key not in self._tables:
-            self._tables[key] = torch.from_numpy(np.asarray(getattr(self, name))).to(like.device)
-            if name != "timestep_map":
-                self._tables[key] = self._tables[key].to(dtype)
+            self._tables[key] = self._table(*key)
         return self._tables[key][t].view(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        table = torch.from_numpy(np.asarray(getattr(self, name))).to(device)
+        return table if name == "timestep_map" else table.to(dtype)
+
+    def prepare(self, device: torch.device) -> None:
+        """Copy all arrays to the device now, in float32: a compiled function finds them there, and can't make them."""
+        device = torch.empty(0, device=device).device  # with its number
+        for name, array in vars(self).items():
+            if isinstance(array, np.ndarray):
+                self._tables[name, device, torch.float32] = self._table(name, device, torch.float32)
+        self.aggregation.prepare(device)
 
     def network_timesteps(self, t: Tensor) -> Tensor:
         """The original timestep [B] of local t [B]: what is trained on, and the index of per-timestep head statistics."""

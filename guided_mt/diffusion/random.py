@@ -1,21 +1,29 @@
 """Random numbers that belong to a sample: a function of (seed, sample index, draw) and of nothing else.
 
 Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) in integer tensor operations: a whole
-batch is drawn at once on its device, and sample k gets the same numbers in any batch, on any rank, after any restart.
+batch is drawn at once on its device, and sample k gets the same numbers in any batch, on any rank, after any restart. On a GPU
+the operations of a draw, some 170, are one kernel.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
+import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import reason
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 POOL = 64  # uniform numbers drawn at once
+log = logging.getLogger("guided_mt")
 
 
 @enum.unique
@@ -53,6 +61,43 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+def stream_words(
+    blocks: Tensor, draw: Tensor, index: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """Four int64 tensors [B, n] of 32 random bits each: the blocks [n] of the draw [] of streams by the halves of index and key,
+    [B, 1] each.
+
+    The counter's words are masked although they are small already. Inductor would take the numbers of an `arange` for addresses,
+    multiply them as such in 32 bits on a GPU, and make other random numbers; what was masked is a value.
+    """
+    size = (len(index[0]), len(blocks))
+    block, number = (blocks & _MASK).expand(size), (draw & _MASK).expand(size)
+    return philox((block, number, index[0].expand(size), index[1].expand(size)), key)
+
+
+@functools.cache
+def one_kernel() -> Callable[..., tuple[Tensor, ...]]:
+    """`stream_words` as one compiled kernel, the same to the bit: integers don't round. Its sizes are variables, so that it is
+    compiled once for any batch and count (and once more where one of them is 1). Without a compiler it is the plain function, and
+    a warning says so."""
+    compiled, works = torch.compile(stream_words, dynamic=True), True
+
+    @torch.no_grad()  # else it would be compiled once more outside of it
+    def words(*arguments: Any) -> tuple[Tensor, ...]:
+        nonlocal works
+        if works:
+            try:
+                return compiled(*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of many kinds: no C compiler, no Triton, a GPU that it doesn't know
+                works = False
+                log.warning("random numbers are drawn slower, as they can't be compiled here: %s", reason(error))
+        return stream_words(*arguments)
+
+    return words
+
+
 def _vector(values: Tensor | int, device: torch.device | str) -> Tensor:
     """int64 [B], or [1] for a number, which is filled in on the device: copying it there would wait for the host."""
     if isinstance(values, int):
@@ -83,12 +128,12 @@ class SampleStreams:
 
     def words(self, count: int) -> tuple[Tensor, ...]:
         """Four int64 tensors [B, ceil(count / 4)] of 32 random bits each: the next draw."""
-        block = torch.arange(-(-count // 4), device=self._index[0].device)[None]
-        draw = torch.full_like(block, self._draw)
+        blocks = torch.arange(-(-count // 4), device=self.device)
+        draw = torch.full((), self._draw, device=self.device)
         self._draw += 1
-        size = (len(self), block.shape[1])
-        low, high = self._index
-        return philox((block.expand(size), draw.expand(size), low.expand(size), high.expand(size)), self._key)
+        # Within a function that is being compiled as a whole, the operations become part of it.
+        separate = self.device.type == "cuda" and not torch.compiler.is_compiling()
+        return (one_kernel() if separate else stream_words)(blocks, draw, self._index, self._key)
 
     def uniform(self, *shape: int) -> Tensor:
         """float32 [B, *shape] in [0, 1)."""

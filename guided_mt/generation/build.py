@@ -279,14 +279,20 @@ def build_modalities(config: Config, model: MTModel | None = None, space: Space 
     return made
 
 
-def bind(modalities: Mapping[str, Modality], config: Config, model: MTModel, role: int = 0) -> None:
-    """Let modalities encode by `model`, and know what became of their heads by now: whether they were trained, and their
-    variances in `role`."""
+def bind(
+    modalities: Mapping[str, Modality],
+    config: Config,
+    model: MTModel,
+    role: int = 0,
+    encode: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:
+    """Let modalities encode by `model`, or by `encode` in the place of its `encode_modality`, and know what became of their heads
+    by now: whether they were trained, and their variances in `role`."""
     weights = loss_weights(config)
     for name, modality in modalities.items():
         modality.head_trained = weights[name] > 0 and config.mt_drop_prob < 1
         if row_of(config, name).tokens is not None:
-            modality.encoder = partial(_encode, model, name, encoding_norm(config, name))
+            modality.encoder = partial(_encode, encode or model.encode_modality, name, encoding_norm(config, name))
         own = variance_name(name, role)
         key = own if own in model.head_variance else name
         tracked = cast(HeadVariance, model.head_variance[key]) if key in model.head_variance else None
@@ -294,5 +300,5 @@ def bind(modalities: Mapping[str, Modality], config: Config, model: MTModel, rol
             modality.use_variance(tracked.value())
 
 
-def _encode(model: MTModel, name: str, norm: str, x: Tensor) -> Tensor:
-    return rescaled(model.encode_modality(name, x), norm)
+def _encode(encode: Callable[[str, Tensor], Tensor], name: str, norm: str, x: Tensor) -> Tensor:
+    return rescaled(encode(name, x), norm)

@@ -26,6 +26,7 @@ from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
 from .build import bind, build_modalities, build_model, needs_labels, sees_plain_noise, trained_process
+from .compiling import compiled_encoder, compiled_network
 from .drawing import draw, start_warning, visited
 
 log = logging.getLogger("guided_mt")
@@ -37,7 +38,7 @@ class Generator:
 
     config: of the model; classes: the names of its classes, where it had some. space: Z, None for pixels. process: on all
     timesteps of training, None for that of `config`. network: the model as it is called, `model` itself unless it stands in
-    something else.
+    something else or is compiled; encode: likewise its `encode_modality`.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Generator:
     space: Space = None  # type: ignore[assignment]  # filled in below, as the next two
     process: GaussianDiffusion = None  # type: ignore[assignment]
     network: Callable[..., ModelOutput] = None  # type: ignore[assignment]
+    encode: Callable[[str, Tensor], Tensor] | None = None
     warned: bool = False
 
     def __post_init__(self) -> None:
@@ -66,8 +68,10 @@ class Generator:
         model = build_model(config, modalities)
         load_weights(model, weights.file, allow_new=weights.settings is None, averaged=config.ema != "none")
         model = model.to(device).to_fast_layout().eval().requires_grad_(False)
-        bind(modalities, config, model)
-        return cls(config, model, modalities, weights.classes)
+        how = config.compile if "compile" in config.typed else "False"  # else it says how the model was trained
+        network, encode = compiled_network(model, how), compiled_encoder(model, how)
+        bind(modalities, config, model, encode=encode)
+        return cls(config, model, modalities, weights.classes, network=network, encode=encode)
 
     @property
     def known_classes(self) -> list[str] | None:
@@ -150,7 +154,7 @@ class Generator:
     def _take_role(self, role: int) -> None:
         """Heads' variances differ between roles."""
         if role != self._role:
-            bind(self.modalities, self.config, self.model, role)
+            bind(self.modalities, self.config, self.model, role, self.encode)
             self._role = role
 
     def network_in(self, role: int, labels: Tensor | None = None) -> Callable[..., ModelOutput]:

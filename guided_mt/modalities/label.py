@@ -78,7 +78,7 @@ class LabelModality(Modality):
         # Each class once; which ones occur is not asked, since that would wait for a GPU.
         if self.num_classes <= len(x):
             return self._encode_ids(torch.arange(self.num_classes, device=x.device))[x]
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             distinct, where = x.unique(return_inverse=True)
             return self._encode_ids(distinct)[where]
         return self._encode_ids(x)

@@ -6,8 +6,7 @@ as tokens that the backbone attends to. E(x) of a modality without pixels is a p
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +138,7 @@ class MultiTask(Backbone):
         classes = None if self.num_classes is None else torch.full((len(x),), -1, device=x.device)
         shown = self._context(len(x), _State({name: x}))
         tokens = None if shown is None else shown.tokens
-        with _no_dropout(self):
+        with _NoDropout(self):
             features = self.features(zeros, zeros.new_zeros(len(x)), classes, tokens, condition)
             return self.output(features)[:, : self.in_channels]
 
@@ -214,13 +213,16 @@ class _State(NamedTuple):
         return torch.where(self.unconditional.view(-1, 1, 1, 1), 1.0, missing)
 
 
-@contextlib.contextmanager
-def _no_dropout(model: nn.Module) -> Iterator[None]:
-    active = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
-    for module in active:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in active:
+class _NoDropout:
+    """Inside, `model` drops nothing out. A class, since a generator would break the graph in torch 2.6."""
+
+    def __init__(self, model: nn.Module):
+        self.active = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
+
+    def __enter__(self) -> None:
+        for module in self.active:
+            module.training = False
+
+    def __exit__(self, *error: object) -> None:
+        for module in self.active:
             module.training = True

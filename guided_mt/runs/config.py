@@ -25,6 +25,7 @@ from ..diffusion.weighting import TIMESTEP_WEIGHTS
 from ..errors import UserError, nearest
 from ..networks.classifier import POOLS
 from . import presets
+from .compiling import COMPILE
 
 
 def option(
@@ -80,7 +81,13 @@ class ModelConfig:
     precision: str = option(
         "fp32", "network arithmetic; norms, output and losses stay float32", ("fp32", "bf16", "fp16"), free=True
     )
-    compile: bool = option(False, "train through torch.compile; sampling ignores it", free=True)
+    compile: str = option(
+        "False",
+        "torch.compile, as one graph the whole training step, or in sampling, where it has to be asked for again, the network; "
+        "reduce-overhead: on a GPU also as CUDA graphs, for networks so small that starting their kernels takes the time",
+        COMPILE,
+        free=True,
+    )
 
 
 @dataclass
@@ -333,6 +340,8 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
                 raise ValueError
         else:
             result = "" if value is None else str(value)
+            if "True" in (field.metadata["choices"] or ()):  # a switch with more than two positions
+                result = str(_BOOLEANS.get(result.strip().lower(), result))
     except (ValueError, KeyError, TypeError, OverflowError):
         wanted = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text"}[kind]
         raise UserError(f"--{field.name} takes {wanted}, not '{value}'") from None

@@ -31,6 +31,7 @@ from ..runs.loop_config import FlagLoopConfig
 from .averages import QUARTILES, Averages
 from .loop import Loop
 from .record import Record
+from .step import draw
 
 SCORES = ("loss", "acc@1", "acc@5")  # ADM's names
 VALIDATION = 1 << 32  # added to the seed, which is smaller: random numbers that no training sample has
@@ -137,7 +138,10 @@ class ClassifierLoop(Loop):
 
     @override
     def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
-        streams, x_start, t, weights = self.draw(batch, part)
+        flip = self.config.random_flip
+        streams, x_start, t, weights = draw(
+            self.seed, batch.images[part], batch.positions[part], self.schedule_sampler, flip
+        )
         if not self.config.noised:
             t, weights = torch.zeros_like(t), torch.ones_like(weights)
         scores = self._scores(self.network, x_start, classes_of(batch, part), t, streams)

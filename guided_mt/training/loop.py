@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch, ImageSource, ImageStream
-from ..data.images import from_uint8
 from ..diffusion.process import GaussianDiffusion
-from ..diffusion.random import SampleStreams, seed_dropout
+from ..diffusion.random import seed_dropout
 from ..diffusion.resample import create_named_schedule_sampler
 from ..errors import UserError
 from ..networks.layers import FastLayout
 from ..runs import checkpoint, resume
+from ..runs.compiling import CUDA_GRAPHS, compiled
 from ..runs.config import Config
 from ..runs.distributed import Processes
 from ..runs.loop_config import LoopConfig
@@ -63,7 +63,7 @@ class Loop:
         names: Sequence[str],
         scalars: Sequence[str] = (),
         dropout: float = 0.0,
-        compiled: bool = False,
+        compiling: str = "False",
     ):
         self.config, self.processes, self.source, self.folder = config, processes, source, folder
         self.device = processes.device
@@ -87,7 +87,13 @@ class Loop:
         self.averages = Averages(names, diffusion.num_timesteps, processes, ("grad_norm", *self.scalars))
         self.step = self._restore()  # before the averaged weights, which start as copies of the weights
         resume.agree_on_step(folder, self.step, processes)
-        self.network = self._wrap(compiled)
+        self.cuda_graphs = compiling == CUDA_GRAPHS
+        if self.cuda_graphs and self.microbatch < self.local_batch:
+            raise UserError(
+                f"--compile {compiling}: gradients of parts of a batch can't be summed; leave out --microbatch, or take "
+                "--compile True"
+            )
+        self.network = self._wrap(compiling)
 
     # ------------------------------------------------------------ what a subclass trains
 
@@ -106,6 +112,10 @@ class Loop:
     def saved_settings(self, weights: Path) -> dict[str, Any]:
         """The configuration beside a weights file of this run. Raises UserError for keys that no such run has."""
         raise NotImplementedError
+
+    def trained(self) -> nn.Module:
+        """What each step calls, and `--compile` compiles, with `model` inside."""
+        return self.model
 
     def learn(self, record: Record) -> None:
         """More to learn from the record of this process's samples, on all processes alike."""
@@ -186,11 +196,16 @@ class Loop:
             "take another --log_dir (with --resume_checkpoint to start from these weights)",
         )
 
-    def _wrap(self, compiled: bool) -> Any:
-        network: Any = self.model
-        if compiled:
-            network = torch.compile(network)
+    def _wrap(self, compiling: str) -> Any:
+        """`trained` as `network`: compiled, and the compiled one in DistributedDataParallel; see `step.Step`."""
+        network: Any = self.trained()
+        if compiling != "False":
+            self.diffusion.prepare(self.device)
+            network = compiled(network, compiling)
         if self.processes.world_size > 1:
+            if getattr(self.config, "use_checkpoint", False):
+                # Where activations are recomputed, Dynamo can't cut a graph at DDP's buckets.
+                torch._dynamo.config.optimize_ddp = False
             ids = [self.device.index] if self.device.type == "cuda" else None
             # torch 2.15 warns that broadcast_buffers gets another name; this one works in every version we support.
             with warnings.catch_warnings():
@@ -259,6 +274,8 @@ class Loop:
         """Gradients of the global mean loss; returns the record of this process's samples."""
         records = []
         self.seed_dropout()
+        if self.cuda_graphs:  # what the last step's graphs returned is used up
+            torch.compiler.cudagraph_mark_step_begin()
         count = len(batch.images)
         for start in range(0, count, self.microbatch):
             part = slice(start, min(start + self.microbatch, count))
@@ -274,16 +291,6 @@ class Loop:
         """Seed dropout for the coming step, the one kind of randomness that belongs to a process; nothing without dropout."""
         if self.dropout > 0:
             seed_dropout(self.seed, self.step, self.processes.rank)
-
-    def draw(self, batch: Batch, part: slice) -> tuple[SampleStreams, Tensor, Tensor, Tensor]:
-        """A part of the batch as trained on: the samples' random numbers, x_start [b, 3, H, W], mirrored by halves where asked for,
-        timesteps [b] and their importance weights [b]. The same at every call."""
-        streams = SampleStreams(self.seed, batch.positions[part], device=self.device)
-        x_start = from_uint8(batch.images[part])
-        flip = streams.uniform() < 0.5
-        if self.config.random_flip:
-            x_start = torch.where(flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
-        return streams, x_start, *self.schedule_sampler(streams.uniform())
 
     @torch.no_grad()
     def track(self, record: Record, norm: Tensor) -> None:

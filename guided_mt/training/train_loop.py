@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..data import Batch, ImageSource, load_images
 from ..data.images import make_grid, to_nhwc
 from ..diffusion.random import SampleStreams, Stream
 from ..errors import UserError
-from ..generation.batches import load_beside, split_sides, take_images
+from ..generation.batches import load_beside, take_images
 from ..generation.build import (
     bind,
     build_modalities,
@@ -31,7 +31,7 @@ from ..generation.build import (
     trained_process,
 )
 from ..generation.generate import Generator
-from ..modalities import Images, Modality
+from ..modalities import Modality
 from ..modalities.registry import TASKS
 from ..modalities.settings import MTConfig, absent_names, loss_weights, roles_of, variant_of
 from ..networks.model import MTModel
@@ -42,8 +42,8 @@ from .adm_run import ADMRun
 from .conflict import conflict_names, task_conflict
 from .loop import Loop
 from .loop import batch_sizes as batch_sizes
-from .objective import Losses, multi_task_losses
 from .record import Record
+from .step import Outcome, Part, Step
 from .variances import learn_variances
 
 PREVIEW_COUNT = 16
@@ -82,7 +82,7 @@ class TrainLoop(Loop):
                 *(conflict_names(tasks) if config.mt_conflict_interval else ()),
             ],
             dropout=config.dropout,
-            compiled=config.compile,
+            compiling=config.compile,
         )
 
     # ------------------------------------------------------------ set-up
@@ -92,6 +92,20 @@ class TrainLoop(Loop):
         model = build_model(config, self.modalities)
         bind(self.modalities, config, model)
         return model
+
+    @override
+    def trained(self) -> Step:
+        self.forward_step = Step(
+            self.model,
+            self.config,
+            self.diffusion,
+            self.modalities,
+            self.schedule_sampler,
+            terms=self.terms,
+            sizes=self.timeless,
+            side_names=tuple(self.source.side_names),
+        )
+        return self.forward_step
 
     @override
     def start_from(self, path: str) -> Path | None:
@@ -133,46 +147,10 @@ class TrainLoop(Loop):
 
     @override
     def losses(self, batch: Batch, part: slice) -> tuple[Tensor, Record]:
-        losses, t, weights = self.task_losses(self.network, batch, part)
-        values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.terms}}
-        if self.timeless:
-            values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.modalities}
-        values = {name: value.detach() for name, value in values.items()}
-        if self.roles.told:
-            values["role"] = losses.role.float()
-        record = Record(t, values, losses.predicted)
-        return (losses.loss * weights).mean(), record
-
-    def task_losses(self, network: Callable, batch: Batch, part: slice) -> tuple[Losses, Tensor, Tensor]:
-        """(losses, timesteps [b], importance weights [b]) of a part of the batch: the same draws at every call."""
-        streams, pixels, t, weights = self.draw(batch, part)
-        x_start, sides = split_sides(pixels, self.source.side_names)
-        noise = streams.normal(*x_start.shape[1:])
-        labels = batch.labels[part] if batch.labels is not None else None
-        images = Images(
-            x_start,
-            labels,
-            {name: x[part] for name, x in batch.loaded.items()},
-            sides,
-            {name: mask[part] for name, mask in batch.present.items()},
-        )
-        losses = multi_task_losses(
-            network,
-            self.diffusion,
-            self.modalities,
-            images,
-            t,
-            noise,
-            streams,
-            variant=self.model.variant,
-            loss_weight=self.loss_weight,
-            drop_prob=self.config.mt_drop_prob,
-            given_prob=self.config.mt_given_prob,
-            model_kwargs={"y": labels} if self.config.class_cond else None,
-            roles=self.roles,
-            role=self.roles.draw(streams) if self.roles.slots else None,
-        )
-        return losses, t, weights
+        outcome = self.network(Part.of(batch, part))
+        if self.cuda_graphs:  # the record outlives the graphs' next call
+            outcome = Outcome(outcome.loss, outcome.timesteps.clone(), outcome.table.clone())
+        return outcome.loss, self.forward_step.record(outcome)
 
     def measure(self) -> None:
         """How much the encodings tell: an E(x) that is the same for every x has a fine RMS and says nothing."""
@@ -183,8 +161,8 @@ class TrainLoop(Loop):
     def measure_conflict(self, batch: Batch) -> None:
         """Norms of the tasks' gradients on the shared backbone and the cosines between them, on this step's first images."""
         self.seed_dropout()
-        # The network itself, not its wrapper: nothing is to be accumulated or sent along the way.
-        losses, _, weights = self.task_losses(self.model, batch, slice(0, self.microbatch))
+        # The step itself, not its wrapper: nothing is to be accumulated or sent along the way.
+        losses, _, weights = self.forward_step.losses(Part.of(batch, slice(0, self.microbatch)))
         objectives = {"denoising": (losses.denoising * weights).mean()}
         for name in self.modalities:
             objectives[name] = (self.loss_weight[name] * losses.taught[name] * losses.terms[name] * weights).mean()

@@ -1,0 +1,132 @@
+"""How many kernels a training step starts outside of the network's forward and backward pass, by stage.
+
+    python benchmarks/launches.py
+
+Runs on the CPU a step of tiny models and counts the operations that are not views, which is what a GPU would start kernels for; one
+operation on many tensors (`_foreach_*`, `_fused_*`) counts once. Of the columns, "Philox as operations" is all outside the network
+where the random numbers are integer operations, as on a CPU; the stages and "in all" where they are one kernel, as on a GPU; and
+"--compile True" what is left outside the compiled graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from guided_mt.data import open_source
+from guided_mt.diffusion import random
+from guided_mt.generation.build import run_sections
+from guided_mt.runs.config import parse
+from guided_mt.runs.distributed import Processes
+from guided_mt.training.train_loop import TrainLoop
+
+TINY = (
+    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 --learn_sigma True"
+)
+TINY += " --noise_schedule cosine --data_dir builtin:digits --global_batch_size 8 --data_workers 0 --num_classes 10"
+ROWS = {
+    "single": "--mt_task none",
+    "U": "--mt_task masked --mt_variant U",
+    "X": "--mt_task masked --mt_variant X",
+    "any": "--mt_task masked --mt_variant any --mt_drop_prob 0.1",
+    "label": "--mt_task label --mt_variant U",
+}
+STAGES = ("draws and loss", "optimiser", "EMA", "record")
+WITHOUT_KERNEL = ("empty", "new_empty", "detach", "lift_fresh")  # beginnings of names
+
+
+def starts_kernel(operation: torch._ops.OpOverload) -> bool:
+    """Whether it computes something, and is no view or bare allocation."""
+    returned = [value.alias_info for value in operation._schema.returns]
+    view = any(alias is not None and not alias.is_write for alias in returned)
+    return not view and not operation._schema.name.partition("::")[2].startswith(WITHOUT_KERNEL)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations by the stage that is under way; none while it is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage: str | None = STAGES[0]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, operation: torch._ops.OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if self.stage is not None and starts_kernel(operation):
+            self.counts[self.stage] += 1
+        return operation(*args, **(kwargs or {}))
+
+    def during(self, stage: str | None, function: Callable, count: int = 0) -> Callable:
+        """`function`, whose operations count for `stage`; count: what a call counts for the stage that it is called in."""
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            outer = self.stage
+            if outer is not None:
+                self.counts[outer] += count
+            self.stage = stage if outer is not None else None
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.stage = outer
+
+        return counted
+
+
+@contextlib.contextmanager
+def staged(loop: TrainLoop, *, philox: bool, compiled: bool) -> Iterator[Launches]:
+    """Counts what `loop` does inside. philox: the random numbers as one kernel; compiled: the whole step as one graph."""
+    launches = Launches()
+    outside = [(loop, "network")] if compiled else [(loop.model, name) for name in ("forward", "features", "output")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in (*outside, (Tensor, "backward")):
+            stack.enter_context(mock.patch.object(owner, name, launches.during(None, getattr(owner, name))))
+        for owner, name, stage in ((loop.optimizer, "step", 1), (loop.ema, "update", 2), (loop, "track", 3)):
+            counted = launches.during(STAGES[stage], getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, counted))
+        if philox:
+            one = launches.during(None, random.stream_words, count=1)
+            stack.enter_context(mock.patch.object(random, "stream_words", one))
+        stack.enter_context(launches)
+        yield launches
+
+
+def count(flags: str) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Operations of one step by stage: with Philox as operations, as one kernel, and with the step compiled."""
+    config = parse([*TINY.split(), *flags.split()], run_sections(), description="")
+    counted = []
+    with tempfile.TemporaryDirectory() as folder:
+        processes = Processes(device=torch.device("cpu"))
+        loop = TrainLoop(config, processes, open_source(config.data_dir), Path(folder))
+        with loop.stream() as stream:
+            batches = iter(stream)
+            loop.run_step(next(batches).to(loop.device))  # the first step fills tables
+            for options in ({"philox": False}, {"philox": True}, {"philox": True, "compiled": True}):
+                batch = next(batches).to(loop.device)
+                with staged(loop, **{"compiled": False, **options}) as launches:
+                    loop.run_step(batch)
+                counted.append(launches.counts)
+    return counted[0], counted[1], counted[2]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"| | Philox as operations | {' | '.join(STAGES)} | in all | --compile True |")
+    print("| --- |" + " ---: |" * (len(STAGES) + 3))
+    for name, flags in ROWS.items():
+        operations, kernel, compiled = count(flags)
+        cells = [operations.total(), *(kernel[stage] for stage in STAGES), kernel.total(), compiled.total()]
+        print(f"| {name} | {' | '.join(map(str, cells))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
