@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from guided_mt.diffusion.random import SampleStreams, philox
+from guided_mt.diffusion.random import SampleStreams, one_kernel, philox, stream_words
 from guided_mt.modalities import Images, MaskedImage, patch_mask
 
 ALL = 0xFFFFFFFF
@@ -26,6 +26,43 @@ ALL = 0xFFFFFFFF
 def test_philox_known_answers(counter, key, expected):
     words = philox(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
     assert " ".join(f"{int(w):08x}" for w in words) == expected
+
+
+@pytest.fixture
+def kernel():
+    """`one_kernel`, made anew within the test."""
+    torch._dynamo.reset()
+    one_kernel.cache_clear()
+    yield one_kernel
+    one_kernel.cache_clear()
+
+
+def arguments(batch: int, count: int):
+    index, seed = (torch.arange(batch)[:, None] * factor for factor in (987_654_321_987, 12_345_678_901))
+    halves = [((x & ALL), (x >> 32) & ALL) for x in (index, seed)]
+    return torch.arange(count), torch.tensor(count % 3), *halves
+
+
+def test_compiled_words_are_the_same_to_the_bit_by_one_graph_for_all_sizes(kernel):
+    words = kernel()
+    torch._dynamo.utils.counters.clear()
+    for size in ((5, 7), (3, 9), (4, 4), (16, 768)):
+        for found, expected in zip(words(*arguments(*size)), stream_words(*arguments(*size)), strict=True):
+            assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_without_a_compiler_the_words_are_the_same_and_one_line_says_so(kernel, monkeypatch, caplog):
+    def no_compiler(*given):
+        raise RuntimeError("no C compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
+    for size in ((2, 3), (3, 2)):
+        found, expected = kernel()(*arguments(*size)), stream_words(*arguments(*size))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert [record.message for record in caplog.records] == [
+        "random numbers are drawn slower, as they can't be compiled here: no C compiler"
+    ]
 
 
 def test_a_stream_depends_on_seed_and_index_alone():

@@ -16,7 +16,7 @@ from guided_mt.generation.build import build_diffusion, build_model, model_secti
 from guided_mt.modalities.registry import TASKS
 from guided_mt.modalities.settings import task_names
 from guided_mt.runs.checkpoint import find_weights
-from guided_mt.runs.config import Config, SampleConfig, load_preset, parse, preset_names
+from guided_mt.runs.config import Config, ModelConfig, SampleConfig, load_preset, parse, preset_names
 from guided_mt.runs.loop_config import TrainConfig
 from guided_mt.training.train_loop import batch_sizes
 
@@ -186,3 +186,13 @@ def test_run_folder(monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", "/elsewhere")  # ADM's way to say it
     assert str(train.run_folder(resolved())) == "/elsewhere"
     assert str(train.run_folder(resolved("--log_dir", "/there"))) == "/there"
+
+
+@pytest.mark.parametrize(
+    ("said", "means"), [("True", "True"), ("no", "False"), (True, "True"), (False, "False"), ("reduce-overhead",) * 2]
+)
+def test_compile_is_a_switch_with_a_third_position(said, means):
+    assert parse(["--compile", str(said)], (ModelConfig,), description="").compile == means
+    assert parse([], (ModelConfig,), description="", base={"compile": said}).compile == means  # a run's config.yaml
+    with pytest.raises(UserError, match="'fast' is none of False, True, reduce-overhead"):
+        parse(["--compile", "fast"], (ModelConfig,), description="")

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import flags
 from torch import distributed as dist
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
+from guided_mt.data import open_source
 from guided_mt.diffusion.resample import create_named_schedule_sampler
+from guided_mt.errors import UserError
 from guided_mt.generation.build import bind, build_modalities, build_model, run_sections, trained_process
+from guided_mt.runs.compiling import CUDA_GRAPHS
 from guided_mt.runs.config import parse
+from guided_mt.runs.distributed import Processes
 from guided_mt.training.step import Part, Step
+from guided_mt.training.train_loop import TrainLoop
 
 SIZE, CLASSES = 8, 5
+TINY_RUN = flags(mt_task="none")
 TINY = {
     "image_size": SIZE,
     "num_channels": 32,
@@ -69,8 +76,9 @@ def part(step: Step, number: int, count: int) -> Part:
     rng = torch.Generator().manual_seed(number)
     shape = (count, 3 * max(1, len(step.side_names)), SIZE, SIZE)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
-    labels = torch.randint(-1 if "label" in step.modalities else 0, CLASSES, (count,), generator=rng)
-    return Part(images, torch.arange(count) + 100 * number, labels.clamp(min=0) if step.class_cond else labels, {}, {})
+    partly = any(modality.partly for modality in step.modalities.values())
+    labels = torch.randint(-1 if partly else 0, CLASSES, (count,), generator=rng)
+    return Part(images, torch.arange(count) + 100 * number, labels, {}, {})
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -116,6 +124,13 @@ def test_several_processes_average_the_gradients_of_the_compiled_step(tmp_path, 
         dist.destroy_process_group()
     assert graphs.frame_count > 1  # the pieces between buckets
     torch.testing.assert_close({name: p.grad for name, p in step.named_parameters() if name in expected}, expected)
+
+
+def test_cuda_graphs_want_whole_batches(tmp_path):
+    words = [*TINY_RUN, "--compile", CUDA_GRAPHS, "--microbatch", "3"]
+    config = parse(words, run_sections(), description="")
+    with pytest.raises(UserError, match="leave out --microbatch"):
+        TrainLoop(config, Processes(device=torch.device("cpu")), open_source("builtin:digits"), tmp_path)
 
 
 def test_the_backward_pass_is_one_graph_with_the_same_gradients():
