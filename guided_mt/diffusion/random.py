@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import reason
-
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -92,7 +90,9 @@ def one_kernel() -> Callable[..., tuple[Tensor, ...]]:
                 raise
             except Exception as error:  # of many kinds: no C compiler, no Triton, a GPU that it doesn't know
                 works = False
-                log.warning("random numbers are drawn slower, as they can't be compiled here: %s", reason(error))
+                log.warning(
+                    "random numbers are drawn slower, as they can't be compiled here: %s", str(error).partition("\n")[0]
+                )
         return stream_words(*arguments)
 
     return words
