@@ -79,7 +79,7 @@ def test_what_cuda_graphs_return_is_copied(monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", overwriting)
-    for trained in ({"mt_task": "masked"}, {"mt_task": "label", "num_classes": 4, "learn_sigma": False}):
+    for trained in ({"mt_task": "masked"}, {"mt_task": "label", "num_classes": 4}):
         plain, compiled = generators(CUDA_GRAPHS, mt_variant="U", **trained)
         wanted, found = (g.draw(SEEDS[0], SampleConfig(steps=6, sampler="unipc")) for g in (plain, compiled))
         assert torch.equal(found.x_start, wanted.x_start) and returned

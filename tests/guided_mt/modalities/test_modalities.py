@@ -18,7 +18,7 @@ from guided_mt.errors import UserError
 from guided_mt.generation.generate import Generator
 from guided_mt.modalities import Images, RandomLabel
 from guided_mt.networks.model import VARIANTS
-from guided_mt.training import train_loop
+from guided_mt.training.objective import multi_task_losses
 
 COUNT = 4
 TWO, THREE = "masked,label", "masked,label,representation"
@@ -398,14 +398,14 @@ def test_vector_i_belongs_to_image_i(kind, folder, tmp_path, monkeypatch):
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(data / f"{i:02d}.png")
         (data / "07.png").write_bytes(b"broken")
-    true_losses, seen = train_loop.multi_task_losses, []
+    true_losses, seen = multi_task_losses, []
 
     def watching(network, diffusion, modalities, images, *args, **kwargs):
         number = ((images.x_start[:, 0, 0, 0] + 1) * 127.5 / 10).round()
         seen.append((number, images.loaded["representation"]))
         return true_losses(network, diffusion, modalities, images, *args, **kwargs)
 
-    monkeypatch.setattr(train_loop, "multi_task_losses", watching)
+    monkeypatch.setattr("guided_mt.training.step.multi_task_losses", watching)
     values = {"data_dir": data, "representation_file": tmp_path / "v.npy", "data_workers": 1, "microbatch": 3}
     trained(tmp_path / "run", folder, "representation", 6, mt_variant="any", **values)
     numbers = torch.cat([number for number, _ in seen])

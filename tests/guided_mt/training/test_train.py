@@ -44,6 +44,7 @@ from guided_mt.networks.model import VARIANTS
 from guided_mt.runs import checkpoint
 from guided_mt.runs.config import parse
 from guided_mt.training import train_loop
+from guided_mt.training.objective import multi_task_losses
 
 # Everything that has a state: two averages, the importance sampler, dropout; a picture at step 3, long enough to be killed in.
 STATEFUL = {
@@ -450,7 +451,7 @@ def test_poisoned_weights_stop_within_ten_steps(tmp_path, capsys):
 
 def test_one_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
     """A single non-finite loss: the weights and the optimiser stay, the counter says 1, the save waits for a good step."""
-    true_losses = train_loop.multi_task_losses
+    true_losses = multi_task_losses
     seen = []
 
     def poisoned(*args, **kwargs):
@@ -460,7 +461,7 @@ def test_one_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
             losses.loss = losses.loss * float("inf")
         return losses
 
-    monkeypatch.setattr(train_loop, "multi_task_losses", poisoned)
+    monkeypatch.setattr("guided_mt.training.step.multi_task_losses", poisoned)
     run = few_steps(tmp_path, 4, save_interval=2)
     assert [row["skipped_steps"] for row in progress(run)] == ["0", "1", "1", "1"]
     assert [path.name for path in checkpoint.checkpoints(run)] == ["step_00000003", "step_00000004"]
