@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -20,4 +20,4 @@ def compiled(function: Function, how: str) -> Function:
     """
     if how == "False":
         return function
-    return torch.compile(function, dynamic=False, mode=how if how == CUDA_GRAPHS else None)
+    return cast(Function, torch.compile(function, dynamic=False, mode=how if how == CUDA_GRAPHS else None))

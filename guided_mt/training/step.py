@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,8 +85,8 @@ class Step(nn.Module):
         modalities: Mapping[str, Modality],
         schedule_sampler: UniformSampler,
         *,
-        terms: list[str],
-        sizes: list[str],
+        terms: Sequence[str],
+        sizes: Sequence[str],
         side_names: tuple[str, ...] = (),
     ):
         super().__init__()
