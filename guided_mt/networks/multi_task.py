@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..diffusion.network import ModelOutput
 from .backbone import Backbone
-from .heads import HeadInputs, HeadVariance
+from .heads import HeadInputs, HeadVariance, VectorUnits
 from .layers import Context
 
 VARIANTS = ("U", "X", "any")
@@ -22,19 +22,21 @@ VARIANTS = ("U", "X", "any")
 
 class MultiTask(Backbone):
     """(z_t, t, modalities) -> ModelOutput. Inherited before a backbone, to whose state dict it adds `heads.*`, `condition_in.*`,
-    `context_in.*`, `null_token.*` and `head_variance.*`.
+    `context_in.*`, `null_token.*`, `units.*` and `head_variance.*`.
 
     heads: {modality name: function of this network, as a backbone, that makes the head}. image_inputs: {name: channels} of the
-    modalities that enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens
-    [B, L, width]}. lacking: names of image inputs that some samples have no data of. tracked: names under which the squared errors
-    of heads are tracked over num_timesteps (see `track`). conditioned: whether the caller brings tokens of its own as `context`.
-    roles: the classes say which image is z_0, so that they are told of `unconditional` samples too. The rest are the backbone's
-    keywords.
+    modalities that enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens [B, L,
+    width]}. lacking: names of image inputs that some samples have no data of. tracked: names under which the squared errors of
+    heads are tracked over num_timesteps (see `track`). units: {name: D} of modalities whose vectors have `VectorUnits`.
+    conditioned: whether the caller brings tokens of its own as `context`. roles: the classes say which image is z_0, so that
+    they are told of `unconditional` samples too. The rest are the backbone's keywords.
 
     variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
     frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
     shows a learned null token, and in any each image comes with an indicator channel: 1 given, 0 open, -1 absent. In U and X the
-    images that are `lacking` at times have one too. An absent modality has no token.
+    images that are `lacking` at times have one too. An absent modality has no token. Beside the caller's context, tokens that learn
+    nothing have no null token: there is always something to attend to, and a network that was trained with that context alone still
+    says what it said.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class MultiTask(Backbone):
         token_inputs: Mapping[str, Callable[[int], nn.Module]] | None = None,
         lacking: Collection[str] = (),
         tracked: Collection[str] = (),
+        units: Mapping[str, int] | None = None,
         variant: str = "U",
         num_timesteps: int = 1000,
         context_dim: int | None = None,
@@ -70,8 +73,12 @@ class MultiTask(Backbone):
         self.context_in = nn.ModuleDict({name: make(width) for name, make in (token_inputs or {}).items()})
         if variant == "U":
             self.context_in.requires_grad_(False)  # read only by `encode_modality`, which has no gradient
-        in_frame = self.context_in if variant != "X" else ()
+        learning = [
+            n for n, tokens in self.context_in.items() if not conditioned or any(True for _ in tokens.parameters())
+        ]
+        in_frame = learning if variant != "X" else ()
         self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, width)) for name in in_frame})
+        self.units = nn.ModuleDict({name: VectorUnits(size) for name, size in (units or {}).items()})
 
     def track(self, names: Collection[str]) -> None:
         """Track squared errors of heads under these names."""
@@ -170,10 +177,12 @@ class MultiTask(Backbone):
             if part is None:
                 continue
             seen = part.new_ones(part.shape[:2], dtype=torch.bool)
-            if name in x and name in given and null is not None:
+            if name in given and null is not None and name in x:
                 part = torch.where(given[name].view(-1, 1, 1), part, null)
                 seen[:, 1:] = given[name][:, None]  # the null token once, however many tokens x has
                 partly = partly or part.shape[1] > 1
+            elif name in given and null is None:
+                seen, partly = seen & given[name][:, None], True
             if name in state.absent:
                 seen, partly = seen & ~state.absent[name][:, None], True
             tokens.append(part)

@@ -33,7 +33,7 @@ from .weights import read_state as read_state
 from .weights import read_weights as read_weights
 from .weights import refuse_foreign, refuse_not_finite, shapes_of
 
-OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.")
+OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.", "units.")
 CLASSIFIER_HEAD = "heads.label.classifier."  # where a run with the E head keeps ADM's classifier
 _STEP = re.compile(r"step_(\d{8,})$")
 

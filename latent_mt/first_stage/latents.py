@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from guided_mt.data import Batch, ImageSource
 from guided_mt.data.images import from_uint8
 from guided_mt.errors import UserError, reason
+from guided_mt.networks.image_encoder import weights_hash
 
 from ..data.latent_cache import (
     ADDED_LATER,
@@ -47,13 +47,7 @@ class FirstStage(Protocol):
 
 def first_stage_hash(first_stage: nn.Module) -> str:
     """SHA-256 of the weights: names, shapes and float32 values, wherever they lie."""
-    digest = hashlib.sha256()
-    for key, value in sorted(first_stage.state_dict().items()):
-        values = value.detach().to("cpu")
-        values = values.float() if values.is_floating_point() else values.long()
-        digest.update(f"{key} {list(values.shape)}\n".encode())
-        digest.update(values.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_hash(first_stage)
 
 
 def write_cache(
