@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,7 +112,12 @@ def _beside(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clip_of(config: Any) -> ImageEncoder:
-    return ImageEncoder(read_arch(config.clip_arch, "clip_arch"), config.clip_weights)
+    return _clip(config.clip_arch, config.clip_weights)
+
+
+@functools.lru_cache(maxsize=1)  # previews build modalities of their own, beside those of training
+def _clip(arch: str, weights: str) -> ImageEncoder:
+    return ImageEncoder(read_arch(arch, f"clip_arch {arch}"), weights)
 
 
 def _clip_described(config: Any) -> dict[str, str]:

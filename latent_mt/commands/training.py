@@ -232,11 +232,20 @@ def check_resumed(newest: Path, config: dict[str, Any]) -> None:
     """UserError where the run in `newest` was trained with other settings than those of a resolved configuration. What
     later versions added has its default in older runs."""
     saved = {"model": {}, **(read_config(newest / "model.safetensors") or {}), "run": saved_run(newest)}
+    _add_options(saved["model"].get("params") or {})
     there, here = fixed_settings({**saved, "model": with_defaults(saved["model"])}), fixed_settings(config)
     keys = [*here, *(key for key in there if key not in here)]
     resume.refuse_other_settings(
         newest, {k: there.get(k) for k in keys}, {k: here.get(k) for k in keys}, "take another run.log_dir"
     )
+
+
+def _add_options(params: dict[str, Any]) -> None:
+    """Give the modalities of a saved configuration the options that their rows have got since, at the values that change nothing."""
+    for name, entry in (params.get("mt_tasks") or {}).items():
+        row = (entry or {}).get("task", name)
+        if row in TASKS:
+            params["mt_tasks"][name] = {f.name: f.default for f in fields(TASKS[row].options)} | (entry or {})
 
 
 def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:

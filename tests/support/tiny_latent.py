@@ -147,7 +147,8 @@ def random_model(seed: int = 0, **params: Any) -> LatentMTDiffusion:
             parameter.add_(0.05 * torch.randn_like(parameter))
     timesteps = torch.arange(made.diffusion.num_timesteps)
     for tracked in made.network.head_variance.values():
-        tracked.update(timesteps, torch.full_like(timesteps, 0.5, dtype=torch.float32), torch.ones(len(timesteps)))
+        errors, weights = torch.full_like(timesteps, 0.5, dtype=torch.float32), torch.ones(len(timesteps))
+        tracked.update(tracked.sums(timesteps, errors, weights))
     return made.eval()
 
 
