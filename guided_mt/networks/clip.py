@@ -37,8 +37,8 @@ def open_clip() -> Any:
 
 
 def clip_config(arch: str | Mapping[str, Any]) -> dict[str, Any]:
-    """{embed_dim, vision_cfg, text_cfg, ...} of an architecture: a name that open_clip knows, or such a mapping itself, as open_clip's
-    `model_configs` are written. Raises UserError for another name, and for a mapping without these parts."""
+    """{embed_dim, vision_cfg, text_cfg, ...} of an architecture: a name that open_clip knows, or such a mapping itself, as in
+    open_clip's `model_configs`. Raises UserError for another name, and for a mapping without these parts."""
     if isinstance(arch, str):
         library = open_clip()
         config = library.get_model_config(arch) if arch in library.list_models() else None
@@ -129,8 +129,8 @@ def clip_state(arch: str | Mapping[str, Any], version: str) -> dict[str, Tensor]
 
 
 def load_clip(clip: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load those entries that `clip` has a place for; other towers' are left out. Raises UserError where some are missing or have another
-    shape."""
+    """Load those entries that `clip` has a place for; another tower's are left out. Raises UserError where some are missing or
+    have another shape."""
     own = clip.state_dict()
     absent = [key for key in own if key not in state]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]

@@ -31,7 +31,7 @@ from guided_mt.training.objective import Losses, multi_task_losses
 from ..runs.ldm_checkpoint import load_ldm
 from ..runs.targets import arguments, instantiate
 from .codec import LatentCodec
-from .network import DiffusionWrapper, build_network, check_channels, unet_keywords
+from .network import DiffusionWrapper, build_network, check_channels, check_context, unet_keywords
 from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .tasks import TaskKeys, read_tasks
 
@@ -172,6 +172,7 @@ class LatentMTDiffusion(LatentCodec):
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
             self.cond_stage_model = instantiate(cond_stage_config, "model.params.cond_stage_config")
             self.cond_stage_model.requires_grad_(cond_stage_trainable)
+            check_context(self.cond_stage_model, unet["context_dim"], self.conditioning_key)
         check_channels(network, self.first_stage_model.embed_dim, channels, self.conditioning_key)
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         self.scale_known = not scale_by_std

@@ -103,3 +103,13 @@ def check_channels(network: MTModel, embed_dim: int | None, channels: int, condi
             f"unet_config: in_channels {network.in_channels} and out_channels {network.out_channels} don't fit latents of "
             f"{channels} channels (in_channels may be more only for a concatenated condition)"
         )
+
+
+def check_context(stage: nn.Module, context_dim: int | None, conditioning_key: str | None) -> None:
+    """Raises UserError where the tokens of a conditioning stage have another width than the U-Net's context."""
+    width = getattr(stage, "width", None)
+    if width is not None and conditioning_key in ("crossattn", "hybrid") and width != context_dim:
+        raise UserError(
+            f"model.params.cond_stage_config: {type(stage).__name__} makes vectors of width {width}, but the U-Net attends to "
+            f"context_dim {context_dim}; is this the text encoder that the U-Net was trained with?"
+        )

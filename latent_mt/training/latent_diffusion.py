@@ -29,6 +29,7 @@ from guided_mt.training.variances import learn_variances
 from ..data.validation import val_batches
 from ..model.generate import preview_grid
 from ..model.latent_diffusion import LatentMTDiffusion
+from ..runs.ldm_checkpoint import COND_STAGE, leave_out
 from ..runs.targets import instantiate
 from ..runs.trained_module import TrainedModule
 
@@ -270,7 +271,11 @@ class LatentTraining(TrainedModule):
 
     @override
     def load_weights_of(self, folder: Path) -> None:
-        checkpoint.load_weights(self.model, folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        if isinstance(stage := getattr(self.model, "cond_stage_model", None), nn.Module):
+            names = (key for key in checkpoint.read_weights(file) if key.startswith(COND_STAGE))
+            leave_out(stage, [name.removeprefix(COND_STAGE) for name in names])
+        checkpoint.load_weights(self.model, file)
         self.model.scale_known = True
         self.load_averages(folder)
 
