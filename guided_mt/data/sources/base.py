@@ -28,6 +28,7 @@ class ImageSource:
     dtype: np.dtype = np.dtype(np.uint8)  # of what `decode` gives
     side_names: tuple[str, ...] = ()  # of the images of one item [3 * sides, s, s]; (): an item is one image [3, s, s]
     present: Mapping[str, np.ndarray] = MappingProxyType({})  # {side: bool [N], which items have it}; all: left out
+    captions: Sequence[Sequence[str]] | None = None  # [N], the texts that describe each item; None: there are none
 
     def __len__(self) -> int:
         raise NotImplementedError
