@@ -102,8 +102,10 @@ def main(argv: Sequence[str]) -> None:
             _, sides, _, moments, channels, height, width = cache.shape
             print(
                 f"{args.out / split}: {len(cache)} items, {sides} side(s) of {channels}x{height}x{width}, {moments} moment(s), "
-                f"plain and mirrored, {f'{encoder.size} numbers of {args.representation}, ' if encoder else ''}{seconds:.1f} s,
-                {len(cache) / seconds:.1f} items/s, {megabytes:.1f} MB", flush=True, )
+                f"plain and mirrored, {seconds:.1f} s, {len(cache) / seconds:.1f} items/s, {megabytes:.1f} MB"
+                + (f", and {encoder.size} numbers of {args.representation}" if encoder else ""),
+                flush=True,
+            )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -147,13 +149,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _encoder_task(config: Mapping[str, Any], args: argparse.Namespace) -> Any:
-    """What the configuration says of the modality that has --representation as its source; None without the flag. Raises UserError."""
+    """What the configuration says of the modality that has --representation as its source; None without the flag. Raises
+    UserError."""
     if not args.representation:
         return None
     tasks = (config["model"].get("params") or {}).get("mt_tasks") or {}
     for name, entry in tasks.items():
         if (entry or {}).get("representation_source") == args.representation:
-            params = {key: value for key, value in config["model"]["params"].items() if key in TaskKeys.__dataclass_fields__}
+            params = {
+                key: value for key, value in config["model"]["params"].items() if key in TaskKeys.__dataclass_fields__
+            }
             settings = read_tasks(TaskKeys(**params), num_channels=1, precision="fp32")
             complete(settings)
             return row_config(settings, name)

@@ -71,9 +71,8 @@ class LatentCache(ImageSource):
     """One split of a cache. Item: float32 [sides * 2 * moments * C, h, w], which `unpack` takes apart.
 
     sides, direction, class_names, labels and present are those of the source it was made of, beside is its `beside_of`;
-    first_stage is the `first_stage_hash` of the autoencoder, encoded what was stored of representations, image_size that of the images in pixels; meta is the whole of
-    meta.json.
-    Raises UserError where the folder is no whole cache.
+    first_stage is the `first_stage_hash` of the autoencoder, encoded what was stored of representations, image_size that of the
+    images in pixels; meta is the whole of meta.json. Raises UserError where the folder is no whole cache.
     """
 
     is_array = True

@@ -136,8 +136,8 @@ def _encode_into(
     precision: str,
     encoder: ImageEncoder | None,
 ) -> tuple[list[int], list[int]]:
-    """Write the latents of all `batches`, and what `encoder` makes of them; (the latents' shape, the numbers of their items, of `count`
-    in all)."""
+    """Write the latents of all `batches`, and what `encoder` makes of them; (the latents' shape, the numbers of their items, of
+    `count` in all)."""
     first_stage.eval()
     device = next((p.device for p in first_stage.parameters()), torch.device("cpu"))
     kept: list[int] = []

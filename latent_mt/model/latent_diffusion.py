@@ -36,6 +36,10 @@ from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .tasks import TaskKeys, read_tasks
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
+TEXT_KEYS = (
+    "txt",
+    "caption",
+)  # values of cond_stage_key that mean the data's captions, in Stable Diffusion's and LDM's files
 LOSSES = {"l1": LossType.L1, "l2": LossType.MSE}
 
 
@@ -256,8 +260,11 @@ class LatentMTDiffusion(LatentCodec):
             if self.conditioning_key == "adm":
                 return {"y": batch.labels}
             return {"c_crossattn": self.cond_stage_model({self.cond_stage_model.key: batch.labels})}
+        if self.cond_stage_key in TEXT_KEYS and batch.captions is not None:
+            return {"c_crossattn": self.cond_stage_model(batch.captions)}
         raise UserError(
-            f"model.params.cond_stage_key '{self.cond_stage_key}': training data of this kind aren't supported, only class_label; "
+            f"model.params.cond_stage_key '{self.cond_stage_key}': training data of this kind aren't supported, only class_label "
+            f"and captions ({', '.join(TEXT_KEYS)}); "
             "such a model can be loaded and sampled from with its condition given"
         )
 

@@ -5,9 +5,9 @@
       label:  {num_classes: 10, mt_label_head: M}
       masked: {mask_max_patches: 10}
 
-A key is the modality's name; `task` is its row of guided_mt's TASKS, the name unless given. The rest are `weights`, `loss_weight`,
-`swap_prob` and `absent` of this modality alone (else mt_weights, mt_loss_weight, ... hold), and its row's options, of which one that
-takes a JSON file may be a mapping.
+A key is the modality's name; `task` is its row of guided_mt's TASKS, the name unless given. The rest are `weights`,
+`loss_weight`, `swap_prob` and `absent` of this modality alone (else mt_weights, mt_loss_weight, ... hold), and its row's
+options, of which one that takes a JSON file may be a mapping.
 """
 
 from __future__ import annotations

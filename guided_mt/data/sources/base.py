@@ -19,9 +19,11 @@ from .names import Names
 
 
 class EncodedVectors(Protocol):
-    """What a frozen encoder made of each item, plain and mirrored. described: the encoder, {source, arch, weights, digest}."""
+    """What a frozen encoder made of each item, plain and mirrored."""
 
-    described: Mapping[str, Any]
+    @property
+    def described(self) -> Mapping[str, Any]:
+        """The encoder: {source, arch, weights, digest, size}."""
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """float32 [B, 2, D] of the items of these numbers [B]; mirroring 1 is left to right."""
@@ -38,6 +40,7 @@ class ImageSource:
     side_names: tuple[str, ...] = ()  # of the images of one item [3 * sides, s, s]; (): an item is one image [3, s, s]
     present: Mapping[str, np.ndarray] = MappingProxyType({})  # {side: bool [N], which items have it}; all: left out
     encoded: EncodedVectors | None = None  # vectors that were made of the items beforehand
+    captions: Sequence[Sequence[str]] | None = None  # [N], the texts that describe each item; None: there are none
 
     def __len__(self) -> int:
         raise NotImplementedError
