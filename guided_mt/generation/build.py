@@ -298,7 +298,7 @@ def bind(
         own = variance_name(name, role)
         key = own if own in model.head_variance else name
         tracked = cast(HeadVariance, model.head_variance[key]) if key in model.head_variance else None
-        if tracked is not None and bool(tracked.error_count.any()):
+        if tracked is not None and not tracked.error_count.is_meta and bool(tracked.error_count.any()):
             modality.use_variance(tracked.value())
 
 

@@ -67,7 +67,8 @@ def build_network(unet: Mapping[str, Any], config: Config, process: GaussianDiff
 
     process: on all timesteps. Raises UserError for classes where the role takes their place.
     """
-    options, roles = dict(unet), roles_of(config)
+    # E(x) is made at the latents' size; LDM's key of this name is read by nothing else, and wrong in Stable Diffusion's files.
+    options, roles = {**unet, "image_size": space.size}, roles_of(config)
     if roles.told:
         if options["num_classes"] is not None:
             raise UserError(
