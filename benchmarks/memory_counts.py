@@ -115,7 +115,9 @@ def activations(make: Any, size: int, width: int) -> Activations:
             if isinstance(module, Block):
                 module.use_checkpoint = False
         one, two = (count(network, batch, size, width) for batch in (1, 2))
-    return Activations(*(_line(a / GIB, b / GIB) for a, b in ((one.kept(), two.kept()), (one.recomputed(), two.recomputed()))))
+    return Activations(
+        *(_line(a / GIB, b / GIB) for a, b in ((one.kept(), two.kept()), (one.recomputed(), two.recomputed())))
+    )
 
 
 def _line(one: float, two: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from ..errors import UserError, reason
 from ..networks.backbone import Backbone
 from ..networks.clip import clip_config
 from ..networks.heads import ACTIVATIONS, PooledMLPHead
-from ..networks.image_encoder import UNTRAINED, ImageEncoder
+from ..networks.image_encoder import UNTRAINED, ImageEncoder, TextEncoder
 from ..runs.config import option
 from .base import Modality
 from .encoded import EncodedVector
@@ -31,12 +31,13 @@ TOKENS = ("linear", "vector")
 class Source:
     """A way to come by vectors. complete(config): fills in what the flags leave open, the vectors' size above all;
     modality(config, variance): as in `registry.Task`. encoder(config): the frozen encoder, None where vectors come from
-    elsewhere; described(config): the options that say which encoder it is, by their name in a cache of its vectors."""
+    elsewhere; described(config): the options that say which encoder it is, by their name in a cache of its vectors. texts(config): what makes vectors of texts that the images' are compared with, if anything does."""
 
     complete: Callable[[Any], None]
     modality: Callable[[Any, Tensor | None], Modality]
     encoder: Callable[[Any], ImageEncoder] | None = None
     described: Callable[[Any], dict[str, str]] = lambda config: {}
+    texts: Callable[[Any], TextEncoder] | None = None
 
 
 def _from_file(config: RowConfig, variance: Tensor | None) -> Modality:
@@ -120,13 +121,17 @@ def _clip(arch: str, weights: str) -> ImageEncoder:
     return ImageEncoder(read_arch(arch, f"clip_arch {arch}"), weights)
 
 
+def _clip_texts(config: Any) -> TextEncoder:
+    return TextEncoder(read_arch(config.clip_arch, f"clip_arch {config.clip_arch}"), config.clip_weights)
+
+
 def _clip_described(config: Any) -> dict[str, str]:
     return {"arch": config.clip_arch, "weights": Path(config.clip_weights).name}
 
 
 SOURCES: dict[str, Source] = {
     "file": Source(_size_of_file, _from_file),
-    "clip-image": Source(_complete_clip, _from_encoder, _clip_of, _clip_described),
+    "clip-image": Source(_complete_clip, _from_encoder, _clip_of, _clip_described, _clip_texts),
 }
 
 

@@ -1,4 +1,4 @@
-"""A frozen image encoder: CLIP's image tower with its own preprocessing, from images on the device to vectors.
+"""A frozen image encoder: CLIP's image tower with its own preprocessing, from images on the device to vectors; and its text tower.
 
 It is no part of any model: it has no gradient, is in no checkpoint, and no wrapper of processes sees it. What is kept of it is its
 name and the hash of its weights.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .clip import build_clip, clip_config, open_clip
+from .clip import build_clip, clip_config, open_clip, tokenize
 
 UNTRAINED = "untrained"  # in the place of weights: random ones, the same at each call
 _SEED = 0
@@ -132,6 +132,25 @@ class ImageEncoder:
         """The vectors [B, D] of images [B, 3, H, W]."""
         with torch.autocast(self.device.type, enabled=False):
             return self.tower(self.preprocessing(images).to(self.dtype)).float()
+
+
+class TextEncoder:
+    """Texts -> vectors of unit length [B, D], those that the image tower of the same CLIP is compared with; on the CPU in float32.
+
+    scale: what CLIP multiplies cosines by before the softmax. The arguments are those of ImageEncoder. Raises UserError likewise.
+    """
+
+    def __init__(self, arch: str | Mapping[str, Any], weights: str):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            self.clip: Any = build_clip(arch, None if weights == UNTRAINED else weights, "text").requires_grad_(False)
+        self.scale = float(self.clip.logit_scale.exp())
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """The vectors [B, D] of B texts."""
+        ids, _ = tokenize(texts)
+        return self.clip.encode_text(ids, normalize=True)
 
 
 def check_width(encoder: ImageEncoder, size: int, where: str) -> None:

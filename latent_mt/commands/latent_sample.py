@@ -138,8 +138,10 @@ def check_flags(config: Config, given: Given) -> None:
     alone = [name for name in OF_DATA if name in config.typed and not given.names]
     if alone:
         raise UserError(f"--{alone[0]} goes with --given, the side that is translated, as in --given photo")
-    if config.given and "class_id" in config.typed:
-        raise UserError("--class_id is of class-conditional models, which draw from nothing; leave out --given")
+    if given.names and "class_id" in config.typed:
+        raise UserError(
+            "--class_id is of class-conditional models, and of samples that no images of data are given; leave it out"
+        )
 
 
 def check_names(config: Config, given: Given, generator: LatentGenerator) -> None:
@@ -173,6 +175,12 @@ def entered(generator: LatentGenerator, read: Mapping[str, Tensor], batch: list[
     """{name: x [B, ...]} on the device, for some of the samples."""
     rows = {name: x[batch] if len(x) > 1 else x.expand(len(batch), *x.shape[1:]) for name, x in read.items()}
     return {name: generator.modality_of(name).enter(x.to(generator.device)) for name, x in rows.items()}
+
+
+def told(generator: LatentGenerator, seeds: Sequence[int], config: Config) -> LatentGenerator:
+    """The generator of samples of these seeds, with LDM's own condition where the model has one."""
+    conditions = class_condition(generator.latent, seeds, config.class_id)
+    return LatentGenerator(generator.latent, conditions, generator.classes) if conditions else generator
 
 
 def shown(generator: LatentGenerator, made: Mapping[str, Tensor], given: Given) -> dict[str, np.ndarray]:
@@ -226,10 +234,11 @@ def of_data(
         def make(batch: list[int], route: str = route) -> dict[str, np.ndarray]:
             own = [seeds[i] for i in batch]
             known = {**taken(generator, given, loaded, batch, own), **entered(generator, read, batch)}
+            drawer = told(generator, own, config)
             if route == "read":
-                z = generator.read(target, source, known[source], own, config.timesteps, config.draws)
+                z = drawer.read(target, source, known[source], own, config.timesteps, config.draws)
                 return {"arr_0": to_nhwc(generator.latent.decode(z))}
-            made = generator.made_from(
+            made = drawer.made_from(
                 known, own, config[LatentSampleConfig], config.timestep_respacing, config.target, absent
             )
             arrays = shown(generator, made, given)
@@ -343,7 +352,7 @@ def of_values(
     config: Config, given: Given, generator: LatentGenerator, out: Path, processes: Processes, signature: dict
 ) -> None:
     """Write samples of everything that is not given as .npz, `arr_0` the first side, and a picture grid."""
-    model, sides = generator.latent, generator.roles.sides
+    sides = generator.roles.sides
     count = config.num_samples if config.num_samples > 0 else DEFAULT_COUNT
     seeds, read, absent = (
         parse_seeds(config.seeds, count),
@@ -356,9 +365,7 @@ def of_values(
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
-        conditions = class_condition(model, own, config.class_id)
-        drawer = LatentGenerator(model, conditions, generator.classes) if conditions else generator
-        made = drawer.made_from(
+        made = told(generator, own, config).made_from(
             entered(generator, read, batch),
             own,
             config[LatentSampleConfig],

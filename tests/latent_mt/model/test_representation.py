@@ -177,3 +177,51 @@ def test_images_and_representations_of_a_condition(run, folder, tmp_path):
     latent_sample.main([*words, "--out", str(tmp_path / "a"), "--class_id", "1"])
     found = dict(np.load(tmp_path / "a" / "samples_3.npz"))
     assert found["arr_0"].shape == (3, PIXELS, PIXELS, 3) and found["representation"].shape == (3, SIZE)
+
+
+def test_image_variation_of_a_photo_and_of_its_vector(run, folder, tmp_path):
+    photo = next((folder / "images").rglob("*.png"))
+    words = ["--model_path", str(run), "--steps", "3", "--device", "cpu", "--sampler", "ddim", "--num_samples", "2"]
+    pixels = from_uint8(load_images(open_source(str(photo.parent)), PIXELS, limit=1).images)
+    vector = ImageEncoder(ARCH, str(folder / "clip_3.pt"))(pixels).numpy()
+    np.savez(tmp_path / "vector.npz", representation=vector)
+
+    def draw(name: str, *more: str) -> np.ndarray:
+        latent_sample.main([*words, "--class_id", "1", "--out", str(tmp_path / name), *more])
+        (file,) = (tmp_path / name).glob("samples*.npz")
+        with np.load(file) as found:
+            return found["arr_0"].astype(int)
+
+    free = draw("free")
+    given = draw("photo", "--given", f"representation={sorted(photo.parent.iterdir())[0]}")
+    assert np.abs(free - given).max() > 0
+    np.testing.assert_allclose(draw("vector", "--given", f"representation={tmp_path / 'vector.npz'}"), given, atol=1)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"--given representation=.*broken.jpg: can't be read"):
+        draw("x", "--given", f"representation={tmp_path / 'broken.jpg'}")
+    np.savez(tmp_path / "wide.npz", representation=np.zeros((1, 5), np.float32))
+    with pytest.raises(UserError, match=r"wide.npz: has vectors of 5 numbers, this model takes 24"):
+        draw("x", "--given", f"representation={tmp_path / 'wide.npz'}")
+
+
+def test_the_datas_representations_are_given_by_name(run, tmp_path, monkeypatch):
+    """Variations of the data's own images, each under the model's condition."""
+    seen = []
+    true = latent_sample.class_condition
+    monkeypatch.setattr(latent_sample, "class_condition", lambda *args: seen.append(args[1]) or true(*args))
+    words = [
+        "--model_path",
+        str(run),
+        "--given",
+        "representation",
+        "--num_samples",
+        "2",
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+    ]
+    latent_sample.main([*words, "--out", str(tmp_path / "o"), "--sampler", "ddim"])
+    with np.load(tmp_path / "o" / "image_of_representation.npz") as found:
+        assert found["arr_0"].shape == (2, PIXELS, PIXELS, 3)
+    assert [seeds[:2] for seeds in seen] == [[0, 1]]  # filled up to a whole batch

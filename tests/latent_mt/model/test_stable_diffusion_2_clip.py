@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import progress
 
 from guided_mt.modalities.tokens import VectorAsToken
-from latent_mt.commands import latent_train
+from latent_mt.commands import latent_classify, latent_train
 from latent_mt.runs.configuration import load_config
 from latent_mt.runs.targets import instantiate
 
@@ -77,3 +77,13 @@ def test_the_small_one_trains_with_captions(run):
     rows = progress(run)
     assert len(rows) == 2 and all(np.isfinite(float(row["representation"])) for row in rows)
     assert "cos_representation_q3" in rows[0]
+
+
+def test_it_classifies_by_texts(run, folder, capsys):
+    out = folder / "found.npz"
+    words = ["--model_path", str(run), "--data_dir", str(folder), "--texts", "red;green;blue", "--draws", "1"]
+    latent_classify.main([*words, "--labelled", "False", "--timesteps", "0", "--device", "cpu", "--out", str(out)])
+    with np.load(out) as found:
+        assert found["probabilities"].shape == found["encoder_probabilities"].shape == (4, 3)
+        assert found["representation"].shape == (4, 64) and np.abs(found["cosine"]).max() <= 1
+    assert "head and encoder: the same class for" in capsys.readouterr().out
