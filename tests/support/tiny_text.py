@@ -145,6 +145,7 @@ def tiny_model(config: dict[str, Any], seed: int = 0) -> LatentMTDiffusion:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    model.cond_stage_model.version = None  # it has its weights
     return model.eval()
 
 
