@@ -4,11 +4,11 @@
     mt-diffusion latent-sample --model_path RUN --given map,label=3       # photos of maps, of class 3
     mt-diffusion latent-sample --model_path RUN --given masked=FILE       # what the user has, not the data
     mt-diffusion latent-sample --model_path RUN --num_samples 16          # all sides
-    mt-diffusion latent-sample --model_path 768-v-ema.ckpt --config v2-inference-v.yaml --prompt "a red fox in the snow" \
-        --guidance_scale 7.5 --height 768 --width 768                     # Stable Diffusion
+    mt-diffusion latent-sample --model_path SD --prompt "a red fox" --guidance_scale 7.5      # Stable Diffusion
 
 A name alone is given what the images of the data have of it; NAME=VALUE is given the same for all samples, or a file with one each.
---model_path may also be a .ckpt of latent-diffusion with the --config FILE that describes it.
+--model_path may also be a .ckpt of latent-diffusion or Stable Diffusion with the --config FILE that describes it, or a folder in
+the layout of Hugging Face's diffusers.
 """
 
 from __future__ import annotations
