@@ -3,10 +3,10 @@
     python benchmarks/memory.py step                  the whole U-Net on an 8 x 8 latent, batch 1, float32, AdamW: some 15 GiB
     python benchmarks/memory.py table                 nothing is allocated: shapes alone, of latents of 64 x 64 and 96 x 96
 
-The step is that of latent_mt/configs/stable_diffusion_2_clip.yaml with a small first stage, a small text stage and a small image
-tower around the U-Net. The table counts parameters, gradients, AdamW's moments and averages in float32, the frozen parts as a run
-with precision bf16-mixed holds them, and the activations that autograd keeps (memory_counts.py). Fragments of the allocator, cuDNN's
-workspaces and CUDA's own context are not in it: leave 10 % of a card to them.
+The step is that of latent_mt/configs/stable_diffusion_2_clip.yaml with a small first stage, a small text stage and a small
+image tower around the U-Net. The table counts parameters, gradients, AdamW's moments and averages in float32, the frozen parts
+as a run with precision bf16-mixed holds them, and the activations that autograd keeps (memory_counts.py). Fragments of the
+allocator, cuDNN's workspaces and CUDA's own context are not in it: leave 10 % of a card to them.
 """
 
 from __future__ import annotations

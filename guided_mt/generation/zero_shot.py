@@ -35,8 +35,8 @@ class TextClasses(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Of B images: class probabilities [B, K] by the head's vector and by the encoder's own, the head's vector [B, D], and the cosine
-    [B] between the two."""
+    """Of B images: class probabilities [B, K] by the head's vector and by the encoder's own, the head's vector [B, D], and the
+    cosine [B] between the two."""
 
     head: Tensor
     encoder: Tensor
@@ -45,7 +45,8 @@ class Answers(NamedTuple):
 
 
 def read_texts(text: str, template: str) -> tuple[list[str], list[str]]:
-    """(names, texts) of the classes: `--texts` is a file with a class in each line, or 'a cat;a dog'; `--template` makes its text of it.
+    """(names, texts) of the classes: `--texts` is a file with a class in each line, or 'a cat;a dog'; `--template` makes its
+    text of it.
 
     Raises UserError for a file that can't be read, fewer than two classes, one named twice, and a template without {}.
     """
@@ -76,7 +77,8 @@ def texts_of(names: Sequence[str], template: str) -> list[str]:
 
 
 def encoder_head(config: Config, path: str) -> str:
-    """The modality whose head says an encoder's vector. Raises UserError for a model without one, or with one that learned nothing."""
+    """The modality whose head says an encoder's vector. Raises UserError for a model without one, or with one that learned
+    nothing."""
     name = next((n for n in task_names(config) if row_of(config, n).units(row_config(config, n))), "")
     if not name:
         raise UserError(

@@ -31,7 +31,8 @@ TOKENS = ("linear", "vector")
 class Source:
     """A way to come by vectors. complete(config): fills in what the flags leave open, the vectors' size above all;
     modality(config, variance): as in `registry.Task`. encoder(config): the frozen encoder, None where vectors come from
-    elsewhere; described(config): the options that say which encoder it is, by their name in a cache of its vectors. texts(config): what makes vectors of texts that the images' are compared with, if anything does."""
+    elsewhere; described(config): the options that say which encoder it is, by their name in a cache of its vectors.
+    texts(config): what makes vectors of texts that the images' are compared with, if anything does."""
 
     complete: Callable[[Any], None]
     modality: Callable[[Any, Tensor | None], Modality]

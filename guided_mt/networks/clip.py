@@ -163,3 +163,10 @@ def tokenize(texts: Sequence[str], padding: int = 0) -> tuple[Tensor, list[int]]
 @functools.cache
 def _tokenizer() -> Any:
     return open_clip().SimpleTokenizer()
+
+
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """({token: id}, merges "a b" in their order) of CLIP; special tokens by the names of transformers' CLIPTokenizer."""
+    tokenizer, named = _tokenizer(), {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    words = {named.get(word, word): i for word, i in tokenizer.encoder.items()}
+    return words, [" ".join(pair) for pair in tokenizer.bpe_ranks]

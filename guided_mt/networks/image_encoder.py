@@ -143,8 +143,8 @@ class TextEncoder:
     def __init__(self, arch: str | Mapping[str, Any], weights: str):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            self.clip: Any = build_clip(arch, None if weights == UNTRAINED else weights, "text").requires_grad_(False)
-        self.scale = float(self.clip.logit_scale.exp())
+            self.clip = cast(Any, build_clip(arch, None if weights == UNTRAINED else weights, "text"))
+        self.scale = float(self.clip.logit_scale.detach().exp())
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:

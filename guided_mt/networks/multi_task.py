@@ -102,14 +102,16 @@ class MultiTask(Backbone):
         absent: Mapping[str, Tensor] | None = None,
         unconditional: Tensor | bool | None = None,
         context: Tensor | None = None,
+        unconditional_context: Tensor | None = None,
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
         given: {name: bool [B]} where only some samples are given a modality. absent: {name: bool [B]}, the samples whose data
         have none of it: they stand in no frame of it and are given none. unconditional: bool [B], or one for all: the
         samples that are seen as ADM sees them, with no modality, class or context at all; only of the role they are told. context
-        [B, L, context_dim]: tokens of the caller, beside those of the modalities. Raises ValueError for a modality that this form
-        isn't given, and for an absent one that it can't be told of.
+        [B, L, context_dim]: tokens of the caller, beside those of the modalities; unconditional_context [B, L, context_dim]: those
+        that `unconditional` samples see in their place, such as an empty or negative prompt's, instead of none. Raises ValueError
+        for a modality that this form isn't given, and for an absent one that it can't be told of.
         """
         if unconditional is False:
             unconditional = None
@@ -126,7 +128,13 @@ class MultiTask(Backbone):
                 raise ValueError(f"this network can't be told that {name} is absent; it can of {known}")
         state = _State(x, given or {}, absent or {}, unconditional)
         condition = self._condition(z_t, state) if self.condition_channels else None
-        shown = None if unconditional is True else self._context(len(z_t), state, context)
+        keeps = False
+        if context is not None and unconditional is not None and unconditional_context is not None:
+            keeps, context = True, _chosen(unconditional, unconditional_context, context)
+        if unconditional is True:
+            shown = Context(context) if keeps and context is not None else None
+        else:
+            shown = self._context(len(z_t), state, context, keeps)
         if y is not None and unconditional is not None and not self.roles:
             y = torch.full_like(y, -1) if unconditional is True else torch.where(unconditional, -1, y)
         tokens, mask = shown or (None, None)
@@ -163,11 +171,11 @@ class MultiTask(Backbone):
                 parts.append(told.expand(-1, 1, *z_t.shape[2:]))
         return torch.cat(parts, dim=1)
 
-    def _context(self, batch: int, state: _State, own: Tensor | None = None) -> Context | None:
+    def _context(self, batch: int, state: _State, own: Tensor | None = None, keeps_own: bool = False) -> Context | None:
         """The caller's `own` tokens, then those of all modalities that have some, [B, L, width], or None; a mask where some are
-        left out of some samples."""
+        left out of some samples. keeps_own: unconditional samples see `own` too."""
         x, given, unconditional = state.x, state.given, state.unconditional
-        tokens, shown, partly = [], [], unconditional is not None
+        tokens, shown, partly = [], [], unconditional is not None and not (keeps_own and not self.context_in)
         if own is not None:
             tokens.append(own)
             shown.append(own.new_ones(own.shape[:2], dtype=torch.bool))
@@ -189,8 +197,16 @@ class MultiTask(Backbone):
             shown.append(seen)
         if not tokens:
             return None
-        mask = torch.cat(shown, dim=1) if partly else None
-        return Context(torch.cat(tokens, dim=1), mask if unconditional is None else mask & ~unconditional[:, None])
+        if not partly:
+            return Context(torch.cat(tokens, dim=1))
+        if unconditional is not None:
+            shown = [seen if i == 0 and keeps_own else seen & ~unconditional[:, None] for i, seen in enumerate(shown)]
+        return Context(torch.cat(tokens, dim=1), torch.cat(shown, dim=1))
+
+
+def _chosen(which: Tensor | bool, those: Tensor, others: Tensor) -> Tensor:
+    """Tokens [B, L, width] of `those` where `which` is true, bool [B] or for all, else of `others`."""
+    return those if which is True else torch.where(which.view(-1, 1, 1), those, others)  # type: ignore[union-attr]
 
 
 class _State(NamedTuple):

@@ -30,8 +30,9 @@ from guided_mt.generation.classification import read_timesteps
 from guided_mt.runs.checkpoint import find_weights, read_classes
 from guided_mt.runs.config import Config, ModelConfig, parse
 
+from ..model.conditions import reads_text, text_condition
 from ..model.generate import LatentGenerator
-from ..model.latent_diffusion import TEXT_KEYS, LatentMTDiffusion
+from ..model.latent_diffusion import LatentMTDiffusion
 from .loading import load_model, read_saved, settle_precision
 
 
@@ -68,9 +69,9 @@ def generator_on(model: LatentMTDiffusion, device: torch.device) -> LatentGenera
     model = settle_precision(model.to(device).to_fast_layout())
     if model.conditioning_key is None:
         return LatentGenerator(model)
-    if model.cond_stage_key not in TEXT_KEYS or model.conditioning_key != "crossattn":
+    if not reads_text(model):
         raise UserError(
             f"--texts: this model is conditioned on {model.cond_stage_key}, which images alone don't have; only models without a "
             "condition, or with one of text, can be read"
         )
-    return LatentGenerator(model, {"c_crossattn": model.cond_stage_model([""])})
+    return LatentGenerator(model, text_condition(model, [""], "", guided=False))

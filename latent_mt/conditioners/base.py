@@ -17,6 +17,7 @@ class Stage(nn.Module):
     """
 
     not_weights: Sequence[str] = ()
+    reads_text = False  # whether `encode` takes a list of texts
 
     @property
     def unused(self) -> list[str]:

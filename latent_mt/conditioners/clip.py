@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ SIZES: dict[str, dict[str, Any]] = {
 class TextTower(Stage):
     """Texts, or their tokens [B, 77], -> [B, 77, width], without gradient where it is frozen."""
 
+    reads_text = True
     padding = 0  # the id behind a text's end
     width: int  # of a token's vector
 
@@ -111,7 +112,7 @@ class FrozenOpenCLIPEmbedder(TextTower):
         super().__init__(max_length, version)
         _check_layer(layer, self.LAYERS)
         self.arch, self.layer = arch, layer
-        self.model: Any = build_clip(arch, towers="text")
+        self.model = cast(Any, build_clip(arch, towers="text"))
         self.width = self.model.ln_final.normalized_shape[0]
         length = clip_config(arch)["text_cfg"].get("context_length", LENGTH)
         if length != LENGTH or self.model.vocab_size != VOCABULARY:

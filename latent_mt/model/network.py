@@ -44,15 +44,19 @@ class DiffusionWrapper(nn.Module):
         *,
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
+        c_unconditional: Tensor | None = None,
         **options: Any,
     ) -> ModelOutput:
-        """z_t [B, C, h, w], timesteps [B]; c_concat [B, C', h, w]; c_crossattn tokens [B, L, width]; options: as MTModel's."""
+        """z_t [B, C, h, w], timesteps [B]; c_concat [B, C', h, w]; c_crossattn tokens [B, L, width]; c_unconditional [1, L, width]
+        those of the samples that are `unconditional`; options: as MTModel's."""
         # `unconditional` doubles the batch when guidance is on; LDM's conditions are the same in both halves.
         repeats = 1 if c_concat is None and c_crossattn is None else len(z_t) // len(_first(c_concat, c_crossattn))
         if c_concat is not None:
             z_t = torch.cat([z_t, c_concat.repeat(repeats, 1, 1, 1)], dim=1)
         if c_crossattn is not None:
             options["context"] = c_crossattn.repeat(repeats, 1, 1)
+        if c_unconditional is not None:
+            options["unconditional_context"] = c_unconditional.expand(len(z_t), -1, -1)
         if options.get("y") is not None:
             options["y"] = options["y"].repeat(len(z_t) // len(options["y"]))
         return self.diffusion_model(z_t, timesteps, modalities, **options)

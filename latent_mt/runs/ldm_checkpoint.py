@@ -32,6 +32,8 @@ from guided_mt.errors import UserError, reason
 from guided_mt.runs import checkpoint
 from guided_mt.runs.weights import find_state, refuse_foreign, refuse_not_finite
 
+from . import hugging_face
+
 MODEL, FIRST_STAGE, COND_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 SCHEDULE_BUFFERS = (
     "betas",
@@ -114,6 +116,9 @@ def read_state_dict(
     another kind.
     """
     path = Path(path)
+    if hugging_face.is_pipeline(path) and kind == "diffusion":
+        betas = hugging_face.betas_of(path)
+        return ({} if lazily else hugging_face.read_state(path)) | schedule_buffers(betas), {}
     read = find_state(path, averaged, lazily)
     state, beside = read.state, read.beside
     refuse_foreign(state, path, "latent", "first stage", "pixel", "classifier")

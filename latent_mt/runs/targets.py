@@ -67,8 +67,8 @@ _CLIP = "is not built: of CLIP's stages this package has the texts' FrozenOpenCL
 def _no_class(takes: str) -> str:
     """What to say of a model that is conditioned on more than text: its input has weights for what it takes."""
     return (
-        f"is not built: its network also takes {takes}, and this package has LatentDiffusion alone of latent-diffusion's and Stable "
-        "Diffusion's models; take a checkpoint that draws from text alone, as v2-inference.yaml and v2-inference-v.yaml describe"
+        f"is not built: its network also takes {takes}, and of latent-diffusion's and Stable Diffusion's models this package has "
+        "LatentDiffusion alone; take a checkpoint that draws from text alone, as v2-inference.yaml and v2-inference-v.yaml describe"
     )
 
 

@@ -147,8 +147,8 @@ def random_model(seed: int = 0, **params: Any) -> LatentMTDiffusion:
             parameter.add_(0.05 * torch.randn_like(parameter))
     timesteps = torch.arange(made.diffusion.num_timesteps)
     for tracked in made.network.head_variance.values():
-        errors, weights = torch.full_like(timesteps, 0.5, dtype=torch.float32), torch.ones(len(timesteps))
-        tracked.update(tracked.sums(timesteps, errors, weights))
+        errors = torch.full_like(timesteps, 0.5, dtype=torch.float32)
+        tracked.update(tracked.sums(timesteps, errors, torch.ones(len(timesteps))))
     return made.eval()
 
 
@@ -163,7 +163,7 @@ def write_run(
     file = write_config(run / "config.yaml", pairs, run, **params)
     config = OmegaConf.load(file)
     config.run |= {"total_steps": step, "images_per_step": 4, "seed": seed}
-    config.data.params |= {"sides": list(params.get("mt_sides", config.data.params.sides)), **(data or {})}
+    config.data.params |= {"sides": list(params.get("mt_sides", config.data.params.get("sides"))), **(data or {})}
     file.write_text(OmegaConf.to_yaml(config))
     model = random_model(seed, **params)
     torch.manual_seed(0)

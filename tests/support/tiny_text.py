@@ -130,7 +130,7 @@ def tiny_config(name: str = "v2-inference", **params: Any) -> dict[str, Any]:
     own["image_size"] = LATENT
     heads = {"num_heads": 2} if name.startswith("v1") else {"num_head_channels": 16}
     own["unet_config"]["params"] |= {**_TINY_UNET, **heads}
-    own["first_stage_config"]["params"]["ddconfig"] = {**DDCONFIG, "ch_mult": [1, 2]}
+    own["first_stage_config"]["params"]["ddconfig"] = dict(DDCONFIG)
     text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     stage = own["cond_stage_config"].setdefault("params", {})
     stage |= {"config": text} if name.startswith("v1") else {"arch": TINY_CLIP}
@@ -145,6 +145,7 @@ def tiny_model(config: dict[str, Any], seed: int = 0) -> LatentMTDiffusion:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    model.cond_stage_model.version = None  # it has its weights
     return model.eval()
 
 

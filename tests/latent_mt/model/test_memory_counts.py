@@ -1,4 +1,5 @@
-"""The counts of activations in benchmarks/memory.py: shapes alone give what real tensors give, and recomputation keeps what it says."""
+"""The counts of activations in benchmarks/memory.py: shapes alone give what real tensors give, and recomputation keeps what it
+says."""
 
 from __future__ import annotations
 

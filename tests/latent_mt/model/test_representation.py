@@ -207,8 +207,8 @@ def test_image_variation_of_a_photo_and_of_its_vector(run, folder, tmp_path):
 def test_the_datas_representations_are_given_by_name(run, tmp_path, monkeypatch):
     """Variations of the data's own images, each under the model's condition."""
     seen = []
-    true = latent_sample.class_condition
-    monkeypatch.setattr(latent_sample, "class_condition", lambda *args: seen.append(args[1]) or true(*args))
+    true = latent_sample.conditions_of
+    monkeypatch.setattr(latent_sample, "conditions_of", lambda *args: seen.append(args[4]) or true(*args))
     words = [
         "--model_path",
         str(run),
