@@ -75,6 +75,8 @@ EXTRAS = {
     "requests": "eval",
     "tensorflow": "tensorflow",
     "pyarrow": "parquet",
+    "open_clip": "text",
+    "transformers": "text",
 }
 OWN = ("guided_mt", "latent_mt", "evaluations", "reproduce", "mt_diffusion")
 

@@ -119,6 +119,13 @@ COMMANDS: dict[str, Command] = {
     "export ldm": Command(
         "latent_mt.commands.export_ldm", "write weights for latent-diffusion's own code", FILES, "scripts/export_ldm.py"
     ),
+    "export diffusers": Command(
+        "latent_mt.commands.export_diffusers",
+        "write a text-to-image model for diffusers' own code",
+        FILES,
+        "scripts/export_diffusers.py",
+        "text",
+    ),
     "evaluate": Command(
         "evaluations.evaluator",
         "FID, sFID, Inception Score, precision and recall of samples",

@@ -45,6 +45,7 @@ TINY: dict[str, list[str]] = {
     "compare": [],
     "export adm": [],
     "export ldm": [],
+    "export diffusers": [],
     "evaluate": ["--no_cache"],
     "reference": [],
     "score restoration": [],

@@ -3,13 +3,15 @@
     mt-diffusion classify --model_path runs/labels --data_dir builtin:digits-test
     mt-diffusion classify --classifier_path runs/classifier --data_dir builtin:digits-test
 
+--texts classifies without labels, by the head of a model of CLIP's representation: the class is the nearest text.
+
 Writes the probabilities; where the data say the true classes, prints the scores and draws two pictures.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,8 +25,10 @@ from ..data import ImageSource, UnknownClassError, load_images, open_source
 from ..data.dataset import LoadedImages
 from ..data.images import from_uint8, save_npz
 from ..data.subset import spread
+from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
+from ..generation import zero_shot
 from ..generation.build import trained_process
 from ..generation.classification import classifier_probabilities, head_estimates, read_timesteps
 from ..generation.generate import Generator, samples_folder
@@ -33,7 +37,7 @@ from ..generation.sharded import content_hash, run_sharded
 from ..modalities.settings import loss_weights, row_of, task_names
 from ..runs import distributed
 from ..runs.checkpoint import checkpoint_step, find_weights, read_classes, read_config, read_weights
-from ..runs.config import Config, SampleConfig, option, parse, redefined
+from ..runs.config import Config, ModelConfig, SampleConfig, option, parse, redefined
 from ..runs.weights import refuse_foreign
 from .console import announce, split_flags, with_saved_config
 
@@ -42,11 +46,20 @@ from .console import announce, split_flags, with_saved_config
 class ClassifyConfig:
     """What to classify, and how"""
 
-    model_path: str = option("", "run folder, checkpoint folder or weights file of a model with a label head")
+    model_path: str = option(
+        "",
+        "run folder, checkpoint folder or weights file of a model with a label head, or one that says CLIP's vectors",
+    )
     classifier_path: str = option(
         "",
         "instead of a model: a classifier's run or weights file, an ADM .pt, or the one of a run with --mt_label_head E",
     )
+    texts: str = option(
+        "",
+        "classify by the head of CLIP's representation instead, as one of these: a file with a class in each line, 'a cat;a dog', "
+        "or data: the data's classes",
+    )
+    template: str = option("a photo of a {}", "the text of a class, for texts")
     ema: str = option("", "which averaged weights to use, '0.9999' or 'none'; empty: the slowest")
     data_dir: str = option("", "images to classify: folder, .tar or .zip, .npz, or builtin:digits-test")
     num_samples: int = option(-1, "how many images, spread evenly over the data; -1: all", least=1)
@@ -70,13 +83,14 @@ class ClassifyConfig:
 
 
 class Network(NamedTuple):
-    """What classifies. load(device) -> function of x_start [B, C, H, W] and the images' `streams`: probabilities [B, K]."""
+    """What classifies. load(device) -> function of images [B, 3, S, S] and their `streams`: probabilities [B, K], or several arrays
+    [B, ...] by name with `probabilities` among them."""
 
     config: Config
     weights: Path
     classes: list[str] | None  # names by id, where they are known
     reads: str  # what it is shown of each image
-    load: Callable[[torch.device], Callable[..., Tensor]]
+    load: Callable[[torch.device], Callable[..., Tensor | Mapping[str, Tensor]]]
 
 
 class Classified(NamedTuple):
@@ -110,7 +124,8 @@ def classify_images(network: Network) -> Classified | None:
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         streams = SampleStreams(config.seed, numbers[batch], device=processes.device)
         found = read(from_uint8(loaded.images[batch].to(processes.device)), streams=streams)
-        arrays = {"probabilities": found.float().cpu().numpy()}
+        found = {"probabilities": found} if isinstance(found, Tensor) else found
+        arrays = {name: x.float().cpu().numpy() for name, x in found.items()}
         return arrays | ({} if loaded.labels is None else {"labels": loaded.labels[batch].numpy()})
 
     signature = {**config.as_dict(), "weights": str(weights), "images": content_hash(loaded.images.numpy())}
@@ -123,6 +138,8 @@ def classify_images(network: Network) -> Classified | None:
         arrays |= {} if step is None else {"step": np.array(step)}
         save_npz(out, arrays)
         print(f"{out}: {', '.join(f'{key} {array.dtype} {list(array.shape)}' for key, array in arrays.items())}")
+        for line in compared(arrays):
+            print(line)
     processes.close()
     return Classified(out, loaded.labels is not None) if processes.is_main else None
 
@@ -134,6 +151,8 @@ def open_head(argv: Sequence[str]) -> Network:
     """The label head of `--model_path`. Raises UserError for a model that has none, or none that can be used."""
     config = with_saved_config(argv, (ClassifyConfig,), __doc__)
     weights = find_weights(config.model_path, config.ema)
+    if config.texts:
+        return by_texts(config, weights, trained_process(config), lambda device: Generator.load(config, device))
     label = check_head(config, weights)
     diffusion = trained_process(config)
     timesteps = read_timesteps(config.timesteps, diffusion.num_timesteps, diffusion.aggregation)
@@ -144,6 +163,50 @@ def open_head(argv: Sequence[str]) -> Network:
         return partial(read_head, generator, label, **options)
 
     return Network(config, weights, read_classes(weights.parent), noisy(timesteps, config.draws), load)
+
+
+def by_texts(
+    config: Config, weights: Path, process: GaussianDiffusion, load_generator: Callable[[torch.device], Generator]
+) -> Network:
+    """Zero-shot classification by `--texts`. process: the model's. Raises UserError for a model or texts that don't suit."""
+    name = zero_shot.encoder_head(config, config.model_path)
+    if config.texts == zero_shot.OF_THE_DATA:
+        names = list(open_source(config.data_dir).class_names) if config.data_dir else []
+        if not names:
+            raise UserError(
+                f"--texts {config.texts}: --data_dir {config.data_dir} has no classes; write them, as in 'a cat;a dog'"
+            )
+        texts = zero_shot.texts_of(names, config.template)
+    else:
+        names, texts = zero_shot.read_texts(config.texts, config.template)
+    config[ModelConfig].num_classes = len(names)
+    timesteps = read_timesteps(config.timesteps, process.num_timesteps, process.aggregation)
+
+    def load(device: torch.device) -> Callable[..., Mapping[str, Tensor]]:
+        classes = zero_shot.encode_texts(config, name, texts, device)
+        generator = load_generator(device)
+
+        def read(pixels: Tensor, streams: SampleStreams) -> dict[str, Tensor]:
+            found = zero_shot.answer(generator, name, classes, pixels, streams, timesteps=timesteps, draws=config.draws)
+            vectors = {name: found.vector, "cosine": found.cosine}
+            return {"probabilities": found.head, "encoder_probabilities": found.encoder, **vectors}
+
+        return read
+
+    return Network(config, weights, names, noisy(timesteps, config.draws), load)
+
+
+def compared(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Where the encoder's own answer stands beside the head's: how far they agree, and how often each is right."""
+    if "encoder_probabilities" not in arrays:
+        return []
+    answers = {"head": arrays["probabilities"].argmax(1), "encoder": arrays["encoder_probabilities"].argmax(1)}
+    same = float((answers["head"] == answers["encoder"]).mean())
+    lines = [f"head and encoder: the same class for {same:.1%}, cosine {float(arrays['cosine'].mean()):.3f}"]
+    if "labels" in arrays:
+        right = ", ".join(f"{who} {float((found == arrays['labels']).mean()):.1%}" for who, found in answers.items())
+        lines.append(f"right: {right}")
+    return lines
 
 
 def read_head(

@@ -20,7 +20,7 @@ from ..generation.build import model_sections, sampling_may_change, saved_config
 from ..generation.drawing import take_parents_sampler
 from ..runs import precision
 from ..runs.checkpoint import differing_keys, find_weights, read_config
-from ..runs.config import Config, parse
+from ..runs.config import Config, ModelConfig, parse
 from ..runs.distributed import Processes
 from ..runs.processes.launcher import rank_of_launcher
 from ..runs.resume import newest_checkpoint
@@ -116,7 +116,7 @@ def announce(config: Config, processes: Processes, *lines: str, run: Path | None
     keep_inputs(config, getattr(config, "out", ""))
     if "steps" in config.typed and hasattr(config, "diffusion_steps") and config.steps > config.diffusion_steps:
         lines = (*lines, f"{config.diffusion_steps} network calls and not {config.steps}: the schedule has no more")
-    if hasattr(config, "precision"):
+    if any(isinstance(section, ModelConfig) for section in config.sections()):
         newest = newest_checkpoint(run) if run is not None else None
         saved = (read_config(newest / "model.safetensors") or {}) if newest is not None else {}
         lines = (*lines, *precision.settle(config, processes.device, str(saved.get("precision", ""))))

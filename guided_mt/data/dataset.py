@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .sources.formats import TooManyPixels
 logger = logging.getLogger("guided_mt")
 
 CACHE_BYTES = 256 * 2**20  # array sources up to this size are converted once and kept
-_ORDER, _CROP = 0, 1  # independent random streams of one seed
+_ORDER, _CROP, _CAPTION = 0, 1, 2  # independent random streams of one seed
 
 
 def random_words(stream: int, seed: int, number: int, count: int) -> np.ndarray:
@@ -29,6 +29,21 @@ def random_words(stream: int, seed: int, number: int, count: int) -> np.ndarray:
     """
     key = np.array([seed % 2**64, number], dtype=np.uint64)
     return np.random.Philox(key=key, counter=[0, 0, 0, stream]).random_raw(count)
+
+
+def uniforms_of(words: np.ndarray) -> np.ndarray:
+    """Random words as numbers in [0, 1), float64."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+class Order(Protocol):
+    """Which item stands at which position of an endless stream, as a pure function of the position."""
+
+    seed: int
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Item numbers [b] for global sample positions [b], both int64."""
+        ...
 
 
 class StreamOrder:
@@ -56,6 +71,12 @@ class StreamOrder:
             words = random_words(_ORDER, self.seed, epoch, self.n)
             self._permutations[epoch] = np.argsort(words, kind="stable")
         return self._permutations[epoch]
+
+
+def draw_caption(captions: Sequence[str], seed: int, position: int, drop: float = 0.0) -> str:
+    """One of an item's captions, or, `drop` of the time and where it has none, the empty one: a function of seed and position."""
+    kept, which = uniforms_of(random_words(_CAPTION, seed, position, 2))
+    return captions[int(which * len(captions))] if captions and kept >= drop else ""
 
 
 class BrokenImage(Exception):
@@ -127,13 +148,21 @@ class StepDataset(torch.utils.data.Dataset):
     """Item k is this rank's batch of training step k: a pure function of (seed, k), wherever it is computed."""
 
     def __init__(
-        self, source: ImageSource, image_size: int, *, seed: int, part: RankSlice, random_crop: bool, cache: bool
+        self,
+        source: ImageSource,
+        image_size: int,
+        *,
+        order: Order,
+        part: RankSlice,
+        random_crop: bool,
+        cache: bool,
+        drop_captions: float = 0.0,
     ):
         self.source = source
         self.image_size = image_size
         self.part = part
-        self.order = StreamOrder(len(source), seed)
-        self.random_crop = random_crop
+        self.order = order
+        self.random_crop, self.drop_captions = random_crop, drop_captions
         self._broken: dict[int, str] = {}  # image number: reason; known to this process
         self._cache: np.ndarray | None = None
         if cache:
@@ -141,7 +170,7 @@ class StepDataset(torch.utils.data.Dataset):
             self._cached = np.zeros(len(source), dtype=bool)
 
     def __getitem__(self, step: int) -> dict[str, object]:
-        """images [b, *item_shape], indices and positions int64 [b], broken [(image number, reason)].
+        """images [b, *item_shape], indices and positions int64 [b], captions (b texts, or None), broken [(image number, reason)].
 
         Or refused, the message of a UserError, which would lose its form on the way out of a worker process.
         """
@@ -156,12 +185,17 @@ class StepDataset(torch.utils.data.Dataset):
         shape = self.source.item_shape(self.image_size)
         images = np.empty((len(indices), *shape), dtype=self.source.dtype)
         broken: list[tuple[int, str]] = []
+        captions = None if self.source.captions is None else [""] * len(indices)
         for k, (index, position) in enumerate(zip(indices.tolist(), positions.tolist(), strict=True)):
             indices[k] = self._fill(images[k], index, position, broken)
+            if captions is not None and self.source.captions is not None:
+                texts = self.source.captions[int(indices[k])]
+                captions[k] = draw_caption(texts, self.order.seed, position, self.drop_captions)
         return {
             "images": torch.from_numpy(images),
             "indices": torch.from_numpy(indices),
             "positions": torch.from_numpy(positions),
+            "captions": captions,
             "broken": broken,
         }
 
@@ -184,8 +218,8 @@ class StepDataset(torch.utils.data.Dataset):
         if index in self._broken:
             raise BrokenImage(self._broken[index])
         if self.random_crop:
-            words = random_words(_CROP, self.order.seed, position, 3)
-            return decode(self.source, index, self.image_size, (words >> np.uint64(11)) * 2.0**-53)
+            uniforms = uniforms_of(random_words(_CROP, self.order.seed, position, 3))
+            return decode(self.source, index, self.image_size, uniforms)
         if self._cache is None:
             return decode(self.source, index, self.image_size)
         if not self._cached[index]:
@@ -236,3 +270,10 @@ def load_images(source: ImageSource, image_size: int, limit: int | None = None, 
 def present_of(source: ImageSource, numbers: np.ndarray | Sequence[int]) -> dict[str, torch.Tensor]:
     """{side: bool [n], which of the items number `numbers` have it}, of the sides that some items of the source lack."""
     return {name: torch.from_numpy(present[numbers]) for name, present in source.present.items()}
+
+
+def captions_of(source: ImageSource, numbers: np.ndarray | Sequence[int]) -> list[str] | None:
+    """The first caption of each of the items number `numbers`, '' where one has none; None where the source has no captions."""
+    if source.captions is None:
+        return None
+    return [next(iter(source.captions[int(number)]), "") for number in numbers]

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
-from .dataset import CACHE_BYTES, BrokenImages, RankSlice, StepDataset, present_of
+from .dataset import CACHE_BYTES, BrokenImages, Order, RankSlice, StepDataset, StreamOrder, present_of
 from .sources import ImageSource
 
 MAX_WORKERS = 1024  # decoding processes of one training process
@@ -37,6 +37,9 @@ class Batch:
     indices: torch.Tensor  # int64 [b], the images' numbers in the source; stays on the host
     loaded: dict[str, torch.Tensor] = field(default_factory=dict)  # data beside the images, [b, ...] each
     present: dict[str, torch.Tensor] = field(default_factory=dict)  # {side that some items lack: bool [b]}
+    captions: list[str] | None = (
+        None  # a text for each item, '' where it was dropped; None where the data has no captions
+    )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on `device`."""
@@ -44,7 +47,7 @@ class Batch:
         labels = None if self.labels is None else move(self.labels)
         loaded = {name: move(x) for name, x in self.loaded.items()}
         present = {name: move(x) for name, x in self.present.items()}
-        return Batch(move(self.images), labels, move(self.positions), self.indices, loaded, present)
+        return Batch(move(self.images), labels, move(self.positions), self.indices, loaded, present, self.captions)
 
 
 class ImageStream:
@@ -55,6 +58,8 @@ class ImageStream:
     Raises UserError where the source is smaller than a global batch, or the batch does not divide by world_size; while
     iterating, where over 1 % of the images turn out broken, or the data as a whole wrong. Use as a context manager, or
     call close(), to end early.
+    order: which item stands where; None: each once per epoch, in an order that is the seed's. drop_captions: how many captions
+    are replaced by the empty one, in [0, 1].
     """
 
     def __init__(
@@ -71,6 +76,8 @@ class ImageStream:
         random_crop: bool = False,
         num_workers: int = 2,
         pin_memory: bool | None = None,
+        order: Order | None = None,
+        drop_captions: float = 0.0,
     ):
         if global_batch < 1 or global_batch % world_size:
             raise UserError(
@@ -89,10 +96,11 @@ class ImageStream:
         self.dataset = StepDataset(
             source,
             image_size,
-            seed=seed,
+            order=StreamOrder(len(source), seed) if order is None else order,
             part=RankSlice(global_batch, rank, world_size),
             random_crop=random_crop,
             cache=in_process,
+            drop_captions=drop_captions,
         )
         self.num_workers = 0 if in_process else num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -129,7 +137,9 @@ class ImageStream:
         if self.pin_memory:
             labels = None if labels is None else labels.pin_memory()
             present = {name: x.pin_memory() for name, x in present.items()}
-        return Batch(item["images"], labels, item["positions"], item["indices"], present=present)
+        return Batch(
+            item["images"], labels, item["positions"], item["indices"], present=present, captions=item["captions"]
+        )
 
     def close(self) -> None:
         """Stop the worker processes. Called at exit for every stream that is still open."""

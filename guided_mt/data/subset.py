@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 from typing_extensions import override
@@ -18,6 +20,7 @@ class Subset(ImageSource):
         self.dtype, self.side_names = source.dtype, source.side_names
         self.present = {name: present[numbers] for name, present in source.present.items()}
         self.labels = None if source.labels is None else source.labels[numbers]
+        self.captions = None if source.captions is None else _Chosen(source.captions, numbers)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -41,6 +44,20 @@ class Subset(ImageSource):
     @override
     def without_class(self) -> str:
         return self.source.without_class()
+
+
+class _Chosen(Sequence[Sequence[str]]):
+    """Captions number `numbers` [n], read when they are asked for."""
+
+    def __init__(self, captions: Sequence[Sequence[str]], numbers: np.ndarray):
+        self.captions, self.numbers = captions, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @override
+    def __getitem__(self, index: int) -> Sequence[str]:  # type: ignore[override]  # one by one alone
+        return self.captions[int(self.numbers[index])]
 
 
 def spread(source: ImageSource, count: int) -> Subset:

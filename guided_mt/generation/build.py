@@ -203,6 +203,7 @@ def multi_task_options(config: Config, process: GaussianDiffusion, space: Space)
         "heads": {name: partial(_head, row.head, own, process) for name, (row, own) in rows.items()},
         "image_inputs": {name: space.channels for name, (row, _) in rows.items() if row.tokens is None},
         "token_inputs": {name: partial(row.tokens, own) for name, (row, own) in rows.items() if row.tokens is not None},
+        "units": {name: size for name, (row, own) in rows.items() if (size := row.units(own))},
         "lacking": absent_names(config),
         "roles": roles_of(config).told,
         "variant": variant_of(config) if rows else "U",
@@ -290,13 +291,14 @@ def bind(
     by now: whether they were trained, and their variances in `role`."""
     weights = loss_weights(config)
     for name, modality in modalities.items():
+        modality.use_network(model)
         modality.head_trained = weights[name] > 0 and config.mt_drop_prob < 1
         if row_of(config, name).tokens is not None:
             modality.encoder = partial(_encode, encode or model.encode_modality, name, encoding_norm(config, name))
         own = variance_name(name, role)
         key = own if own in model.head_variance else name
         tracked = cast(HeadVariance, model.head_variance[key]) if key in model.head_variance else None
-        if tracked is not None and bool(tracked.error_count.any()):
+        if tracked is not None and not tracked.error_count.is_meta and bool(tracked.error_count.any()):
             modality.use_variance(tracked.value())
 
 

@@ -15,6 +15,7 @@ from ..data import ImageSource
 from ..diffusion.likelihood import mean_flat
 from ..diffusion.random import SampleStreams
 from ..errors import UserError
+from ..networks.multi_task import MultiTask
 from ..runs.distributed import Processes
 from .names import check_name
 from .space import Pixels, Space
@@ -25,10 +26,11 @@ from .tokens import Encoder
 class Images:
     """A batch as modalities draw their data from it.
 
-    x_start: z_0 [B, C, H, W]; labels: class ids [B] where there are classes, -1 for an image without; loaded {name: tensor}: what
-    `Modality.load` fetched for these images; sides {name: Z [B, C, H, W]}: the further images of each; present {name: bool [B]}:
-    which of them have that side, where not all have. image: the images [B, 3, S, S] in [-1, 1] where z_0 is latents; cached: there
-    are none, but latents that were stored.
+    x_start: z_0 [B, C, H, W]; labels: class ids [B] where there are classes, -1 for an image without; loaded {name: tensor}:
+    what `Modality.load` fetched for these images, as they are, not mirrored; sides {name: Z [B, C, H, W]}: the further images
+    of each; present {name: bool [B]}: which of them have that side, where not all have. image: the images [B, 3, S, S] in [-1,
+    1] where z_0 is latents; cached: there are none, but latents that were stored. mirrored: which of them are mirrored, bool
+    [B]; None: none.
     """
 
     x_start: Tensor
@@ -38,6 +40,7 @@ class Images:
     present: dict[str, Tensor] = field(default_factory=dict)
     image: Tensor | None = None
     cached: bool = False
+    mirrored: Tensor | None = None
 
     @property
     def pixels(self) -> Tensor:
@@ -62,6 +65,8 @@ class Modality:
     is_mask = False  # whether x is the image with a part left out, so that the model restores (see `MaskedImage`)
     is_class = False  # whether x is the image's class, so that the model classifies (see `LabelModality`)
     partly = False  # whether some of the images have no x, known from `prepare` on
+    unmeasured = False  # whether it has units that must be measured before the first step (`measured`)
+    figures: tuple[str, ...] = ()  # what is logged beside the loss, as FIGURE_NAME (see `figure`)
 
     def __init__(self, name: str):
         check_name(name)
@@ -80,6 +85,21 @@ class Modality:
     def use_variance(self, variance: Tensor) -> None:
         """Called with the tracked squared error of its head v_t [T], where it `tracks_variance`."""
 
+    def use_network(self, network: MultiTask) -> None:
+        """Called with the network whose heads and encodings it has."""
+
+    def figure(self, figure: str, prediction: Tensor, x: Tensor) -> Tensor:
+        """One of `figures` of the head's prediction, [B]."""
+        raise NotImplementedError
+
+    def measured(self, images: Images) -> Tensor:
+        """Where it is `unmeasured`: what is to be measured of a batch, [B, D]."""
+        raise NotImplementedError
+
+    def use_measured(self, mean: Tensor, spread: Tensor) -> None:
+        """Take the mean [D] and the standard deviation [D] of what is `measured`."""
+        raise NotImplementedError
+
     @property
     def loads(self) -> bool:
         """Whether its data lie beside the training images (`load`), so that other images have none."""
@@ -93,6 +113,10 @@ class Modality:
 
     def load(self, indices: np.ndarray) -> Tensor | None:
         """Data that lie beside the images, for the images of these numbers [B], on the host; None where there are none."""
+        return None
+
+    def load_of(self, source: ImageSource, indices: np.ndarray) -> Tensor | None:
+        """As `load`, of other images than those of training, which may hold such data as well."""
         return None
 
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..diffusion.process import GaussianDiffusion
-from ..errors import UserError
 from ..networks.backbone import Backbone
 from ..networks.classifier import create_classifier
-from ..networks.heads import ClassifierHead, ImageHead, PooledHead, PooledMLPHead
+from ..networks.heads import ClassifierHead, ImageHead, PooledHead
 from ..runs.config import ClassifierConfig, option
-from . import LabelModality, MaskedImage, Modality, PairedImage, RandomLabel, VectorModality
+from . import LabelModality, MaskedImage, Modality, PairedImage, RandomLabel, representation
+from .representation import RepresentationConfig
 from .row_config import RowConfig
-from .tokens import LabelTokens, VectorTokens
-from .vector import read_vectors
+from .tokens import LabelTokens
 
 
 @dataclass
@@ -42,16 +41,6 @@ class LabelConfig(ClassifierConfig):
     mt_label_head: str = option(
         "M", "M: pooled middle block, one linear layer; E: ADM's classifier on x_start", ("M", "E")
     )
-
-
-@dataclass
-class RepresentationConfig:
-    """Vectors (--mt_task representation)"""
-
-    representation_file: str = option(
-        "", ".npz or .npy with one vector per image [N, D], in the order of the images", free=True
-    )
-    representation_size: int = option(-1, "D; -1: that of the file", least=1)
 
 
 @dataclass
@@ -80,7 +69,7 @@ class Task:
     complete(config): fills in what its flags leave open. sees_plain_noise(config): whether form X, when it is given this modality,
     is at times trained with nothing in its place, a zero image, so that it is a model of plain noisy images too. run_options:
     options of the run that say something of this modality alone. file_options: flags that name files, which may have moved when a
-    run goes on.
+    run goes on. units(config): the size of its vectors where the network keeps units of them (`heads.VectorUnits`), else 0.
     """
 
     options: type
@@ -93,6 +82,7 @@ class Task:
     sees_plain_noise: Callable[[RowConfig], bool] = lambda config: False
     run_options: tuple[str, ...] = ()
     file_options: tuple[str, ...] = ()
+    units: Callable[[RowConfig], int] = lambda config: 0
 
 
 def mask_patch(given: int, image_size: int) -> int:
@@ -137,20 +127,6 @@ def _label_tokens(config: RowConfig, width: int) -> nn.Module:
     return LabelTokens(config.num_classes, width)
 
 
-def _representation(config: RowConfig, variance: Tensor | None) -> Modality:
-    flag = config.flag("representation_file")
-    return VectorModality(config.name, config.representation_size, config.representation_file, variance, flag)
-
-
-def _representation_size(config: RowConfig) -> None:
-    flag, file = config.flag("representation_file"), config.representation_file
-    if not file:
-        raise UserError(f"{flag} is missing: the vectors that --mt_task {config.name} is trained on")
-    size = config.representation_size if config.representation_size > 0 else None
-    found = read_vectors(file, config.name, size, f"{flag} {file}", absent=True)
-    config.fill_in("representation_size", found.shape[1])
-
-
 _OF_LABELS = ("num_classes", "mt_encoder_refresh", "mt_encoding_norm")
 
 TASKS: dict[str, Task] = {
@@ -164,12 +140,13 @@ TASKS: dict[str, Task] = {
     "random-label": Task(LabelConfig, _random_label, _label_head, _label_tokens, run_options=_OF_LABELS),
     "representation": Task(
         RepresentationConfig,
-        _representation,
-        lambda config, backbone, process: PooledMLPHead(backbone, config.representation_size),
-        lambda config, width: VectorTokens(config.representation_size, width),
-        complete=_representation_size,
+        representation.representation,
+        lambda config, backbone, process: representation.head(config, backbone),
+        representation.tokens,
+        complete=representation.complete,
         run_options=("mt_encoding_norm",),
-        file_options=("representation_file",),
+        file_options=("representation_file", "clip_weights"),
+        units=representation.units_size,
     ),
     "paired": Task(
         PairedConfig,

@@ -36,6 +36,18 @@ class VectorTokens(nn.Module):
         return self.linear(x.to(self.linear.weight.dtype))[:, None]
 
 
+class VectorAsToken(nn.Module):
+    """Vectors [B, D] -> one token [B, 1, D] each: the vector as it is, where the network's context has its width.
+
+    Nothing of it has to be learned, which suits a pretrained network: in form U nothing would teach a linear map, and a random one
+    would only turn the vector (docs/method.md, section 10.9).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors [B, D] -> [B, 1, D]."""
+        return x[:, None]
+
+
 def rescaled(encoding: Tensor, norm: str) -> Tensor:
     """`--mt_encoding_norm rms`: each sample's encoding at root mean square 1. Nothing in the paper fixes its scale."""
     if norm == "none":

@@ -49,12 +49,17 @@ class PooledHead(nn.Module):
             return self.linear(seen.middle.mean(dim=(2, 3)))
 
 
-class PooledMLPHead(nn.Module):
-    """As `PooledHead` with a hidden layer: for vectors, [B, size]."""
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}  # of PooledMLPHead
 
-    def __init__(self, backbone: Backbone, size: int, hidden: int = 256):
+
+class PooledMLPHead(nn.Module):
+    """As `PooledHead` with a hidden layer: for vectors, [B, size]. The paper's (appendix E.4) has hidden = 1024 and relu."""
+
+    def __init__(self, backbone: Backbone, size: int, hidden: int = 256, activation: str = "silu"):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(backbone.middle_channels, hidden), nn.SiLU(), nn.Linear(hidden, size))
+        self.mlp = nn.Sequential(
+            nn.Linear(backbone.middle_channels, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, size)
+        )
 
     def forward(self, seen: HeadInputs) -> Tensor:
         """The predicted vector [B, size], float32."""
@@ -86,6 +91,44 @@ class ClassifierHead(nn.Module):
         of_state, of_output = (table[t].view(-1, 1, 1, 1) for table in (self.of_state, self.of_output))
         pred_xstart = of_state * seen.z_t + of_output * seen.output[:, : seen.z_t.shape[1]]
         return self.classifier(pred_xstart.clamp(-self.limit, self.limit), seen.timesteps)
+
+
+class VectorUnits(nn.Module):
+    """The units of a vector modality: x = (v - mean) / scale, for vectors v [B, D] as their encoder makes them.
+
+    mean [D], and one number as the scale: what is near in v is near in x (docs/method.md, section 10.9). encoder [32]: the
+    SHA-256 of the encoder's weights, zeros until they were measured.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    encoder: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("encoder", torch.zeros(32, dtype=torch.uint8))
+
+    def to_x(self, vectors: Tensor) -> Tensor:
+        """x [B, D] of the encoder's vectors [B, D]."""
+        return (vectors - self.mean) / self.scale
+
+    def to_vectors(self, x: Tensor) -> Tensor:
+        """The encoder's vectors [B, D] that x [B, D] stands for."""
+        return self.mean + self.scale * x
+
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of the encoder that they were measured with; b"" before. Waits for the device."""
+        found = bytes(self.encoder.tolist())
+        return found if any(found) else b""
+
+    def set(self, mean: Tensor, scale: Tensor, digest: bytes) -> None:
+        """Take these: mean [D], scale 0-dim, digest 32 bytes."""
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+        self.encoder.copy_(torch.tensor(list(digest), dtype=torch.uint8))
 
 
 class HeadVariance(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..diffusion.network import ModelOutput
 from .backbone import Backbone
-from .heads import HeadInputs, HeadVariance
+from .heads import HeadInputs, HeadVariance, VectorUnits
 from .layers import Context
 
 VARIANTS = ("U", "X", "any")
@@ -22,19 +22,21 @@ VARIANTS = ("U", "X", "any")
 
 class MultiTask(Backbone):
     """(z_t, t, modalities) -> ModelOutput. Inherited before a backbone, to whose state dict it adds `heads.*`, `condition_in.*`,
-    `context_in.*`, `null_token.*` and `head_variance.*`.
+    `context_in.*`, `null_token.*`, `units.*` and `head_variance.*`.
 
     heads: {modality name: function of this network, as a backbone, that makes the head}. image_inputs: {name: channels} of the
-    modalities that enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens
-    [B, L, width]}. lacking: names of image inputs that some samples have no data of. tracked: names under which the squared errors
-    of heads are tracked over num_timesteps (see `track`). conditioned: whether the caller brings tokens of its own as `context`.
-    roles: the classes say which image is z_0, so that they are told of `unconditional` samples too. The rest are the backbone's
-    keywords.
+    modalities that enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens [B, L,
+    width]}. lacking: names of image inputs that some samples have no data of. tracked: names under which the squared errors of
+    heads are tracked over num_timesteps (see `track`). units: {name: D} of modalities whose vectors have `VectorUnits`.
+    conditioned: whether the caller brings tokens of its own as `context`. roles: the classes say which image is z_0, so that
+    they are told of `unconditional` samples too. The rest are the backbone's keywords.
 
     variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
     frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
     shows a learned null token, and in any each image comes with an indicator channel: 1 given, 0 open, -1 absent. In U and X the
-    images that are `lacking` at times have one too. An absent modality has no token.
+    images that are `lacking` at times have one too. An absent modality has no token. Beside the caller's context, tokens that learn
+    nothing have no null token: there is always something to attend to, and a network that was trained with that context alone still
+    says what it said.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class MultiTask(Backbone):
         token_inputs: Mapping[str, Callable[[int], nn.Module]] | None = None,
         lacking: Collection[str] = (),
         tracked: Collection[str] = (),
+        units: Mapping[str, int] | None = None,
         variant: str = "U",
         num_timesteps: int = 1000,
         context_dim: int | None = None,
@@ -70,8 +73,12 @@ class MultiTask(Backbone):
         self.context_in = nn.ModuleDict({name: make(width) for name, make in (token_inputs or {}).items()})
         if variant == "U":
             self.context_in.requires_grad_(False)  # read only by `encode_modality`, which has no gradient
-        in_frame = self.context_in if variant != "X" else ()
+        learning = [
+            n for n, tokens in self.context_in.items() if not conditioned or any(True for _ in tokens.parameters())
+        ]
+        in_frame = learning if variant != "X" else ()
         self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, width)) for name in in_frame})
+        self.units = nn.ModuleDict({name: VectorUnits(size) for name, size in (units or {}).items()})
 
     def track(self, names: Collection[str]) -> None:
         """Track squared errors of heads under these names."""
@@ -95,14 +102,16 @@ class MultiTask(Backbone):
         absent: Mapping[str, Tensor] | None = None,
         unconditional: Tensor | bool | None = None,
         context: Tensor | None = None,
+        unconditional_context: Tensor | None = None,
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
         given: {name: bool [B]} where only some samples are given a modality. absent: {name: bool [B]}, the samples whose data
         have none of it: they stand in no frame of it and are given none. unconditional: bool [B], or one for all: the
         samples that are seen as ADM sees them, with no modality, class or context at all; only of the role they are told. context
-        [B, L, context_dim]: tokens of the caller, beside those of the modalities. Raises ValueError for a modality that this form
-        isn't given, and for an absent one that it can't be told of.
+        [B, L, context_dim]: tokens of the caller, beside those of the modalities; unconditional_context [B, L, context_dim]: those
+        that `unconditional` samples see in their place, such as an empty or negative prompt's, instead of none. Raises ValueError
+        for a modality that this form isn't given, and for an absent one that it can't be told of.
         """
         if unconditional is False:
             unconditional = None
@@ -119,7 +128,13 @@ class MultiTask(Backbone):
                 raise ValueError(f"this network can't be told that {name} is absent; it can of {known}")
         state = _State(x, given or {}, absent or {}, unconditional)
         condition = self._condition(z_t, state) if self.condition_channels else None
-        shown = None if unconditional is True else self._context(len(z_t), state, context)
+        keeps = False
+        if context is not None and unconditional is not None and unconditional_context is not None:
+            keeps, context = True, _chosen(unconditional, unconditional_context, context)
+        if unconditional is True:
+            shown = Context(context) if keeps and context is not None else None
+        else:
+            shown = self._context(len(z_t), state, context, keeps)
         if y is not None and unconditional is not None and not self.roles:
             y = torch.full_like(y, -1) if unconditional is True else torch.where(unconditional, -1, y)
         tokens, mask = shown or (None, None)
@@ -156,11 +171,11 @@ class MultiTask(Backbone):
                 parts.append(told.expand(-1, 1, *z_t.shape[2:]))
         return torch.cat(parts, dim=1)
 
-    def _context(self, batch: int, state: _State, own: Tensor | None = None) -> Context | None:
+    def _context(self, batch: int, state: _State, own: Tensor | None = None, keeps_own: bool = False) -> Context | None:
         """The caller's `own` tokens, then those of all modalities that have some, [B, L, width], or None; a mask where some are
-        left out of some samples."""
+        left out of some samples. keeps_own: unconditional samples see `own` too."""
         x, given, unconditional = state.x, state.given, state.unconditional
-        tokens, shown, partly = [], [], unconditional is not None
+        tokens, shown, partly = [], [], unconditional is not None and not (keeps_own and not self.context_in)
         if own is not None:
             tokens.append(own)
             shown.append(own.new_ones(own.shape[:2], dtype=torch.bool))
@@ -170,18 +185,28 @@ class MultiTask(Backbone):
             if part is None:
                 continue
             seen = part.new_ones(part.shape[:2], dtype=torch.bool)
-            if name in x and name in given and null is not None:
+            if name in given and null is not None and name in x:
                 part = torch.where(given[name].view(-1, 1, 1), part, null)
                 seen[:, 1:] = given[name][:, None]  # the null token once, however many tokens x has
                 partly = partly or part.shape[1] > 1
+            elif name in given and null is None:
+                seen, partly = seen & given[name][:, None], True
             if name in state.absent:
                 seen, partly = seen & ~state.absent[name][:, None], True
             tokens.append(part)
             shown.append(seen)
         if not tokens:
             return None
-        mask = torch.cat(shown, dim=1) if partly else None
-        return Context(torch.cat(tokens, dim=1), mask if unconditional is None else mask & ~unconditional[:, None])
+        if not partly:
+            return Context(torch.cat(tokens, dim=1))
+        if unconditional is not None:
+            shown = [seen if i == 0 and keeps_own else seen & ~unconditional[:, None] for i, seen in enumerate(shown)]
+        return Context(torch.cat(tokens, dim=1), torch.cat(shown, dim=1))
+
+
+def _chosen(which: Tensor | bool, those: Tensor, others: Tensor) -> Tensor:
+    """Tokens [B, L, width] of `those` where `which` is true, bool [B] or for all, else of `others`."""
+    return those if which is True else torch.where(which.view(-1, 1, 1), those, others)  # type: ignore[union-attr]
 
 
 class _State(NamedTuple):

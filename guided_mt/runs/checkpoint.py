@@ -33,7 +33,10 @@ from .weights import read_state as read_state
 from .weights import read_weights as read_weights
 from .weights import refuse_foreign, refuse_not_finite, shapes_of
 
-OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.")
+OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.", "units.")
+PIPELINE = (
+    "model_index.json"  # of a folder in the layout of Hugging Face's diffusers; it stands for the folder's weights
+)
 CLASSIFIER_HEAD = "heads.label.classifier."  # where a run with the E head keeps ADM's classifier
 _STEP = re.compile(r"step_(\d{8,})$")
 
@@ -136,6 +139,8 @@ def find_weights(path: str | Path, ema: str = "", flag: str = "--model_path") ->
         return path
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    if (path / PIPELINE).is_file():
+        return path / PIPELINE
     if not (path / "model.safetensors").exists():
         found = checkpoints(path) or (checkpoints(path.parent) if path.name == "checkpoints" else [])
         if not found:

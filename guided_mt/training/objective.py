@@ -19,10 +19,11 @@ from ..modalities.tokens import rms
 class Losses:
     """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities.
 
-    terms {name: values}: its parts, unweighted. encoding_rms {name: values}: the sizes of the encodings in the frame. taught {name:
-    values}: 1 where a modality's term is part of the loss, not for samples that were trained unconditionally (`mt_drop_prob`) nor
-    where the data have none of it. predicted {name: values}: 1 where the term tells how well a head predicts, where it is taught
-    and form any was not given the modality. role: which side is z_0, whole numbers.
+    terms {name: values}: its parts, unweighted. encoding_rms {name: values}: the sizes of the encodings in the frame. taught
+    {name: values}: 1 where a modality's term is part of the loss, not for samples that were trained unconditionally
+    (`mt_drop_prob`) nor where the data have none of it. predicted {name: values}: 1 where the term tells how well a head
+    predicts, where it is taught and form any was not given the modality. figures {FIGURE_NAME: values}: what else is logged of
+    the heads' predictions; they are in `predicted` as well. role: which side is z_0, whole numbers.
     """
 
     loss: Tensor
@@ -31,6 +32,7 @@ class Losses:
     encoding_rms: dict[str, Tensor]
     taught: dict[str, Tensor]
     predicted: dict[str, Tensor]
+    figures: dict[str, Tensor]
     role: Tensor
 
 
@@ -102,4 +104,14 @@ def multi_task_losses(
         loss = loss + weight * taught[name] * terms[name]
     predicted = {name: taught[name] * ~given[name] if name in given else taught[name] for name in modalities}
     sizes = {name: rms(e) for name, e in encodings.items()}
-    return Losses(loss, denoising, terms, sizes, taught, predicted, role)
+    figures = {}
+    for column, (name, figure) in figures_of(modalities).items():
+        with torch.no_grad():
+            figures[column] = modalities[name].figure(figure, predictions[name], data[name])
+        predicted[column] = predicted[name]
+    return Losses(loss, denoising, terms, sizes, taught, predicted, figures, role)
+
+
+def figures_of(modalities: Mapping[str, Modality]) -> dict[str, tuple[str, str]]:
+    """{column of the log: (modality, which of its figures)}."""
+    return {f"{figure}_{name}": (name, figure) for name, m in modalities.items() for figure in m.figures}

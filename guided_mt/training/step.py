@@ -18,7 +18,7 @@ from ..modalities import Images, Modality
 from ..modalities.settings import loss_weights, roles_of
 from ..networks.multi_task import MultiTask
 from ..runs.config import Config
-from .objective import Losses, multi_task_losses
+from .objective import Losses, figures_of, multi_task_losses
 from .record import Record
 
 
@@ -96,13 +96,15 @@ class Step(nn.Module):
         self.drop_prob, self.given_prob = config.mt_drop_prob, config.mt_given_prob
         self.loss_weight, self.roles = loss_weights(config), roles_of(config)
         self.terms, self.sizes, self.side_names = terms, sizes, side_names
-        self.values = ["loss", *terms, *sizes, *(["role"] if self.roles.told else [])]
+        self.figures = list(figures_of(self.modalities))
+        self.values = ["loss", *terms, *sizes, *self.figures, *(["role"] if self.roles.told else [])]
 
     def forward(self, part: Part) -> Outcome:
         """The loss of these samples, and what is noted of each of them (see `record`)."""
         losses, t, weights = self.losses(part)
         rows = [losses.loss, *(losses.terms[name] for name in self.terms)]
         rows += [losses.encoding_rms[name.removeprefix("rms_")] for name in self.sizes]
+        rows += [losses.figures[name] for name in self.figures]
         rows += [losses.role.float()] if self.roles.told else []
         table = torch.stack([row.detach() for row in (*rows, *losses.predicted.values())])
         return Outcome((losses.loss * weights).mean(), t, table)
@@ -136,4 +138,5 @@ class Step(nn.Module):
         """The samples' record: the table's rows by their names."""
         rows = outcome.table.unbind()
         values = dict(zip(self.values, rows, strict=False))
-        return Record(outcome.timesteps, values, dict(zip(self.modalities, rows[len(values) :], strict=True)))
+        counted = [*self.modalities, *self.figures]
+        return Record(outcome.timesteps, values, dict(zip(counted, rows[len(values) :], strict=True)))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..data import Batch, ImageSource, load_images
+from ..data import Batch, ImageSource, ImageStream, load_images
 from ..data.images import make_grid, to_nhwc
 from ..diffusion.random import SampleStreams, Stream
 from ..errors import UserError
-from ..generation.batches import load_beside, take_images
+from ..generation.batches import load_beside, split_sides, take_images
 from ..generation.build import (
     bind,
     build_modalities,
@@ -31,7 +31,7 @@ from ..generation.build import (
     trained_process,
 )
 from ..generation.generate import Generator
-from ..modalities import Modality
+from ..modalities import Images, Modality
 from ..modalities.registry import TASKS
 from ..modalities.settings import MTConfig, absent_names, loss_weights, roles_of, variant_of
 from ..networks.model import MTModel
@@ -42,8 +42,10 @@ from .adm_run import ADMRun
 from .conflict import conflict_names, task_conflict
 from .loop import Loop
 from .loop import batch_sizes as batch_sizes
+from .objective import figures_of
 from .record import Record
-from .step import Outcome, Part, Step
+from .step import Outcome, Part, Step, draw
+from .units import batches_to_measure, measure_units
 from .variances import learn_variances
 
 PREVIEW_COUNT = 16
@@ -76,7 +78,7 @@ class TrainLoop(Loop):
             folder,
             build=self.make_model,
             diffusion=trained_process(config),
-            names=["loss", *self.terms, *self.timeless],
+            names=["loss", *self.terms, *self.timeless, *figures_of(self.modalities)],
             scalars=[
                 *(f"spread_{name}" for name in self.spread),
                 *(conflict_names(tasks) if config.mt_conflict_interval else ()),
@@ -84,6 +86,7 @@ class TrainLoop(Loop):
             dropout=config.dropout,
             compiling=config.compile,
         )
+        self._measure_units()
 
     # ------------------------------------------------------------ set-up
 
@@ -106,6 +109,28 @@ class TrainLoop(Loop):
             side_names=tuple(self.source.side_names),
         )
         return self.forward_step
+
+    def _measure_units(self) -> None:
+        """On the first images of the run, which each process sees all of, where nothing was loaded that knows them."""
+        if not any(modality.unmeasured for modality in self.modalities.values()):
+            return
+        config, names = self.config, tuple(self.source.side_names)
+        stream = ImageStream(
+            self.source,
+            config.image_size,
+            seed=self.seed,
+            global_batch=self.global_batch,
+            total_steps=batches_to_measure(self.global_batch),
+            random_crop=config.random_crop,
+            num_workers=config.data_workers,
+        )
+
+        def seen(batch: Batch) -> Images:
+            _, pixels, *_ = draw(self.seed, batch.images, batch.positions, self.schedule_sampler, config.random_flip)
+            return Images(split_sides(pixels, names)[0])
+
+        with stream:
+            measure_units(self.modalities, (seen(batch.to(self.device)) for batch in stream))
 
     @override
     def start_from(self, path: str) -> Path | None:

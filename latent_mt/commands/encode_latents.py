@@ -3,6 +3,7 @@
     mt-diffusion encode --config camvid_mt --out latents/camvid data.params.path=camvid-256.tar
     mt-diffusion latent-train --config camvid_mt data.params.path=camvid-256.tar data.params.latents=latents/camvid
 
+--representation clip-image also stores what a frozen CLIP makes of each image, for a configuration with such a modality.
 What is random stays random: the latent of an image is drawn anew in every step.
 """
 
@@ -15,15 +16,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from guided_mt.commands.console import run
 from guided_mt.data import check_workers
 from guided_mt.errors import UserError, nearest
+from guided_mt.generation.build import complete
+from guided_mt.modalities.representation import SOURCES
+from guided_mt.modalities.settings import row_config
 from guided_mt.runs.checkpoint import find_weights, read_config
 from guided_mt.runs.distributed import choose_device
 from guided_mt.runs.processes.claim import Claim
 
 from ..first_stage.first_stages import Autoencoder
 from ..first_stage.latents import PRECISIONS, first_stage_hash, write_cache
+from ..model.tasks import TaskKeys, read_tasks
 from ..runs.configuration import load_config
 from ..runs.ldm_checkpoint import read_state_dict
 from ..runs.targets import instantiate
@@ -42,6 +49,7 @@ _FLAGS = [
         "device",
         "num_workers",
         "dry_run",
+        "representation",
     )
 ]
 
@@ -63,13 +71,18 @@ def main(argv: Sequence[str]) -> None:
     data = instantiate(config["data"], "data")
     splits = [name.strip() for name in args.splits.split(",")] if args.splits else [s for s in data.splits if s]
     sources = {split: data.pixel_source(split) for split in splits}
+    task = _encoder_task(config, args)
     first_stage = _first_stage(config, args)
     made_by = first_stage_hash(first_stage)
     for split, source in sources.items():
         print(f"# {split}: {len(source)} items of {source.path}, {data.image_size} pixels, first stage {made_by[:12]}")
     if args.dry_run:
         return
-    first_stage.to(choose_device("" if args.device == "auto" else args.device)).to_fast_layout()
+    device = choose_device("" if args.device == "auto" else args.device)
+    first_stage.to(device).to_fast_layout()
+    row = SOURCES[args.representation] if args.representation else None
+    encoder = row.encoder(task).to(device, torch.float32) if row and row.encoder else None
+    described = {"source": args.representation, **row.described(task)} if row else None
     with Claim(args.out, setting="--out"):
         for split, source in sources.items():
             start = time.perf_counter()
@@ -81,13 +94,16 @@ def main(argv: Sequence[str]) -> None:
                 batch_size=args.batch_size,
                 precision=args.precision,
                 num_workers=data.num_workers if args.num_workers is None else args.num_workers,
+                encoder=encoder,
+                described=described,
             )
             seconds = time.perf_counter() - start
             megabytes = (args.out / split / "latents.bin").stat().st_size / 1e6
             _, sides, _, moments, channels, height, width = cache.shape
             print(
                 f"{args.out / split}: {len(cache)} items, {sides} side(s) of {channels}x{height}x{width}, {moments} moment(s), "
-                f"plain and mirrored, {seconds:.1f} s, {len(cache) / seconds:.1f} items/s, {megabytes:.1f} MB",
+                f"plain and mirrored, {seconds:.1f} s, {len(cache) / seconds:.1f} items/s, {megabytes:.1f} MB"
+                + (f", and {encoder.size} numbers of {args.representation}" if encoder else ""),
                 flush=True,
             )
 
@@ -105,6 +121,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU where there is one")
     parser.add_argument(
         "--num_workers", type=int, help="processes that decode images (default: those of the data section)"
+    )
+    parser.add_argument(
+        "--representation",
+        choices=[name for name, row in SOURCES.items() if row.encoder],
+        help="also store the vectors of this encoder, whose settings are those of the modality in mt_tasks that has it as its "
+        "representation_source",
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be encoded, and stop")
     parser.add_argument(
@@ -124,6 +146,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.num_workers is not None:
         check_workers("--num_workers", args.num_workers)
     return args
+
+
+def _encoder_task(config: Mapping[str, Any], args: argparse.Namespace) -> Any:
+    """What the configuration says of the modality that has --representation as its source; None without the flag. Raises
+    UserError."""
+    if not args.representation:
+        return None
+    tasks = (config["model"].get("params") or {}).get("mt_tasks") or {}
+    for name, entry in tasks.items():
+        if (entry or {}).get("representation_source") == args.representation:
+            params = {
+                key: value for key, value in config["model"]["params"].items() if key in TaskKeys.__dataclass_fields__
+            }
+            settings = read_tasks(TaskKeys(**params), num_channels=1, precision="fp32")
+            complete(settings)
+            return row_config(settings, name)
+    raise UserError(
+        f"{args.config}: --representation {args.representation}: no modality of model.params.mt_tasks has that as its "
+        "representation_source; write one with its clip_arch and clip_weights"
+    )
 
 
 def _first_stage(config: Mapping[str, Any], args: argparse.Namespace) -> Autoencoder:

@@ -22,6 +22,7 @@ from guided_mt.runs.config import option, parse
 from guided_mt.runs.weights import find_state, refuse_not_finite
 
 from ..model.schedules import make_beta_schedule
+from ..runs import hugging_face
 from ..runs.ldm_checkpoint import (
     TRAINING_ONLY,
     LDMCheckpoint,
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     keep_inputs(config, config.out)
     raw, averaged = find_weights(config.model_path, "none"), find_weights(config.model_path, config.ema)
     described = check_beside(Path(config.out))
-    if kind_of(find_state(raw, averaged=config.ema != "none").state) == "autoencoder":
+    pipeline = hugging_face.is_pipeline(raw)
+    if not pipeline and kind_of(find_state(raw, averaged=config.ema != "none").state) == "autoencoder":
         text = export_autoencoder(averaged, Path(config.out), config.ema != "none")
     else:
         text = export_diffusion(raw, averaged, Path(config.out), config.ema != "none")
@@ -63,7 +65,8 @@ def main(argv: Sequence[str]) -> None:
 
 def export_diffusion(raw: Path, averaged: Path, out: Path, with_averages: bool) -> str:
     """Write a diffusion model; returns the YAML file's text, '' for a file without a configuration."""
-    found, saved = read_ldm(raw, averaged=with_averages), read_config(raw) or {}
+    found = read_ldm(raw, averaged=with_averages)
+    saved = hugging_face.configuration(raw) if hugging_face.is_pipeline(raw) else read_config(raw) or {}
     params = (saved.get("model") or {}).get("params") or {}
     exported = LDMCheckpoint(
         adm_state_dict(found.model),

@@ -4,9 +4,11 @@
     mt-diffusion latent-sample --model_path RUN --given map,label=3       # photos of maps, of class 3
     mt-diffusion latent-sample --model_path RUN --given masked=FILE       # what the user has, not the data
     mt-diffusion latent-sample --model_path RUN --num_samples 16          # all sides
+    mt-diffusion latent-sample --model_path SD --prompt "a red fox" --guidance_scale 7.5      # Stable Diffusion
 
 A name alone is given what the images of the data have of it; NAME=VALUE is given the same for all samples, or a file with one each.
---model_path may also be a .ckpt of latent-diffusion with the --config FILE that describes it.
+--model_path may also be a .ckpt of latent-diffusion or Stable Diffusion with the --config FILE that describes it, or a folder in
+the layout of Hugging Face's diffusers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from guided_mt.commands.console import announce, run
 from guided_mt.commands.sample import beside, join_given, read_absent
-from guided_mt.data import ImageSource, load_images
+from guided_mt.data import load_images
 from guided_mt.data.dataset import LoadedImages
 from guided_mt.data.images import from_uint8, make_grid, save_png, to_nhwc
 from guided_mt.diffusion.random import SampleStreams, Stream
@@ -37,10 +39,9 @@ from guided_mt.runs import checkpoint, distributed
 from guided_mt.runs.config import Config, option, parse
 from guided_mt.runs.distributed import Processes
 
-from ..data import StreamedData
+from ..model.conditions import Prompts, TextConfig, check_prompts, conditions_of, latent_size, read_prompts
 from ..model.generate import ROUTES, LatentGenerator, LatentSampleConfig
-from ..runs.targets import instantiate
-from .loading import class_condition, load_model, read_saved, settle_precision
+from .loading import load_model, open_split, read_saved, settle_precision
 from .translated import unique_stems, write_folder, write_truth
 
 GRID = 8  # columns of a picture grid
@@ -66,7 +67,10 @@ class TranslateConfig:
     )
     data_dir: str = option("", "the data to take what is given from: folder, .tar or .zip; empty: those of training")
     split: str = option("", "which split of the data; empty: the validation split of training")
-    num_samples: int = option(-1, f"how many; -1: the whole split, or {DEFAULT_COUNT} from nothing", least=1)
+    num_samples: int = option(
+        -1, f"how many; -1: the whole split, one per prompt, or {DEFAULT_COUNT} from nothing", least=1
+    )
+    precision: str = option("", "arithmetic of the network: fp32, bf16 or fp16; empty: that of the model's YAML file")
     timesteps: str = option("", "route read: timesteps to read at, as in 0,20; empty: four of little noise")
     draws: int = option(1, "route read: noise draws per timestep", least=1)
     timestep_respacing: str = option(
@@ -93,8 +97,8 @@ class Given:
 
 def main(argv: Sequence[str]) -> None:
     """Draw or translate by a latent model as `argv` says. Raises UserError."""
-    config = parse(join_given(argv), (LatentSampleConfig, TranslateConfig), description=__doc__)
-    given = read_words(config.given)
+    config = parse(join_given(argv), (LatentSampleConfig, TranslateConfig, TextConfig), description=__doc__)
+    given, prompts = read_words(config.given), read_prompts(config)
     check_flags(config, given)
     take_parents_sampler(config)
     weights = checkpoint.find_weights(config.model_path, config.ema)
@@ -103,14 +107,17 @@ def main(argv: Sequence[str]) -> None:
     processes = distributed.setup(config.device)
     if announce(config, processes, f"weights {weights}", f"writing to {out}"):
         return
-    model = settle_precision(load_model(saved, weights, processes.device, averaged=config.ema != "none"))
-    generator = LatentGenerator(model, classes=checkpoint.read_classes(weights.parent))
+    model = load_model(saved, weights, processes.device, averaged=config.ema != "none")
+    model = settle_precision(model, config.precision)
+    size = latent_size(model, config.height, config.width)
+    generator = LatentGenerator(model, classes=checkpoint.read_classes(weights.parent), size=size)
     check_names(config, given, generator)
-    signature = {**config.as_dict(), "weights": str(weights)}
+    check_prompts(model, prompts, config.class_id)
+    signature = {**config.as_dict(), "weights": str(weights), "prompts": prompts and prompts.texts}
     if given.names:
-        of_data(config, given, saved, generator, out, processes, signature)
+        of_data(config, given, prompts, saved, generator, out, processes, signature)
     else:
-        of_values(config, given, generator, out, processes, signature)
+        of_values(config, given, prompts, generator, out, processes, signature)
     processes.close()
 
 
@@ -138,8 +145,10 @@ def check_flags(config: Config, given: Given) -> None:
     alone = [name for name in OF_DATA if name in config.typed and not given.names]
     if alone:
         raise UserError(f"--{alone[0]} goes with --given, the side that is translated, as in --given photo")
-    if config.given and "class_id" in config.typed:
-        raise UserError("--class_id is of class-conditional models, which draw from nothing; leave out --given")
+    if given.names and "class_id" in config.typed:
+        raise UserError(
+            "--class_id is of class-conditional models, and of samples that no images of data are given; leave it out"
+        )
 
 
 def check_names(config: Config, given: Given, generator: LatentGenerator) -> None:
@@ -193,6 +202,7 @@ def shown(generator: LatentGenerator, made: Mapping[str, Tensor], given: Given) 
 def of_data(
     config: Config,
     given: Given,
+    prompts: Prompts | None,
     saved: Mapping[str, Any],
     generator: LatentGenerator,
     out: Path,
@@ -226,10 +236,11 @@ def of_data(
         def make(batch: list[int], route: str = route) -> dict[str, np.ndarray]:
             own = [seeds[i] for i in batch]
             known = {**taken(generator, given, loaded, batch, own), **entered(generator, read, batch)}
+            drawer = generator.under(conditions_of(generator.latent, config, prompts, batch, own))
             if route == "read":
-                z = generator.read(target, source, known[source], own, config.timesteps, config.draws)
+                z = drawer.read(target, source, known[source], own, config.timesteps, config.draws)
                 return {"arr_0": to_nhwc(generator.latent.decode(z))}
-            made = generator.made_from(
+            made = drawer.made_from(
                 known, own, config[LatentSampleConfig], config.timestep_respacing, config.target, absent
             )
             arrays = shown(generator, made, given)
@@ -323,28 +334,21 @@ def _routes(
     return possible
 
 
-def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[ImageSource, int]:
-    """(the data of the split, their size in pixels). Raises UserError."""
-    data = saved.get("data") or {}
-    params = {**(data.get("params") or {}), "latents": None, "limit": None}
-    if config.data_dir:
-        params["path"] = config.data_dir
-    opened = instantiate({"target": data.get("target"), "params": params}, "data")
-    if not isinstance(opened, StreamedData):
-        raise UserError(f"{data.get('target')}: the data of this run can't be opened anew")
-    split = config.split or opened.splits[1] or opened.splits[0]
-    return opened.pixel_source(split), opened.image_size
-
-
 # ---------------------------------------------------------------- with nothing of the data given
 
 
 def of_values(
-    config: Config, given: Given, generator: LatentGenerator, out: Path, processes: Processes, signature: dict
+    config: Config,
+    given: Given,
+    prompts: Prompts | None,
+    generator: LatentGenerator,
+    out: Path,
+    processes: Processes,
+    signature: dict,
 ) -> None:
-    """Write samples of everything that is not given as .npz, `arr_0` the first side, and a picture grid."""
-    model, sides = generator.latent, generator.roles.sides
-    count = config.num_samples if config.num_samples > 0 else DEFAULT_COUNT
+    """Write samples of what is not given as .npz, `arr_0` the first side, `prompt` each one's text, and a picture grid."""
+    sides = generator.roles.sides
+    count = config.num_samples if config.num_samples > 0 else DEFAULT_COUNT if prompts is None else len(prompts.texts)
     seeds, read, absent = (
         parse_seeds(config.seeds, count),
         known_values(given, generator, count),
@@ -356,9 +360,7 @@ def of_values(
 
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
-        conditions = class_condition(model, own, config.class_id)
-        drawer = LatentGenerator(model, conditions, generator.classes) if conditions else generator
-        made = drawer.made_from(
+        made = generator.under(conditions_of(generator.latent, config, prompts, batch, own)).made_from(
             entered(generator, read, batch),
             own,
             config[LatentSampleConfig],
@@ -367,7 +369,11 @@ def of_values(
             absent,
         )
         arrays = shown(generator, made, given)
-        return {"arr_0": arrays.pop(first), **arrays}
+        return {
+            "arr_0": arrays.pop(first),
+            **arrays,
+            **({"prompt": np.array([prompts.of(k) for k in batch])} if prompts else {}),
+        }
 
     kind = "pairs" if len(sides) == 2 and not given.values else "samples"
     file = out / f"{kind}{f'_of_{given.title}' if given.values else ''}_{count}.npz"

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from guided_mt.diffusion.random import SampleStreams, Stream
+from guided_mt.data import ImageSource
 from guided_mt.errors import UserError
+from guided_mt.networks.unet_encoder import PRECISIONS
 from guided_mt.runs import precision
 from guided_mt.runs.checkpoint import find_weights, read_classes, read_config
+from guided_mt.runs.config import Config
 from guided_mt.runs.processes.launcher import rank_of_launcher
 
+from ..data import StreamedData
 from ..model.generate import LatentGenerator
 from ..model.latent_diffusion import LatentMTDiffusion
+from ..runs import hugging_face
 from ..runs.configuration import load_config
 from ..runs.ldm_checkpoint import load_ldm, read_state_dict
 from ..runs.targets import instantiate
@@ -26,6 +30,8 @@ def read_saved(weights: Path, file: str | None = None) -> dict[str, Any]:
 
     file: what the command's --config names; None for a command that has no such flag.
     """
+    if not file and hugging_face.is_pipeline(weights):
+        return hugging_face.configuration(weights)
     if not file and read_config(weights, "latent") is None:
         read_state_dict(weights, "diffusion", lazily=True)  # says what a file of another kind is
         way = ", or name it by --config FILE" if file is not None else ""
@@ -59,10 +65,19 @@ def load_model(
     return model.to(device).to_fast_layout().eval().requires_grad_(False)
 
 
-def settle_precision(model: LatentMTDiffusion) -> LatentMTDiffusion:
-    """The model with the network's arithmetic chosen for the device that it is on; the main process says where it changes."""
+def settle_precision(model: LatentMTDiffusion, wanted: str = "") -> LatentMTDiffusion:
+    """The model with the network's arithmetic chosen for the device that it is on; the main process says where it changes.
+
+    wanted: what the user asks for, '' for the model's own. Raises UserError for another word.
+    """
     network, device = model.network, model.scale_factor.device
-    network.precision, lines = precision.choose(network.precision, device, typed=False)
+    if wanted and wanted not in PRECISIONS:
+        raise UserError(f"--precision {wanted}: choose from {', '.join(PRECISIONS)}")
+    network.precision, lines = precision.choose(wanted or network.precision, device, typed=bool(wanted))
+    if (
+        not wanted and network.precision == "fp16" and device.type == "cpu"
+    ):  # CPUs imitate it; GPUs are what it is there for
+        network.precision, lines = "fp32", ["precision fp32 and not fp16, which is for GPUs"]
     for line in lines if rank_of_launcher() == 0 else ():
         print(f"# {line}", flush=True)
     return model
@@ -79,25 +94,14 @@ def load_generator(path: str, ema: str, device: torch.device, file: str | None =
     return LatentGenerator(model, classes=read_classes(weights.parent))
 
 
-def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: int) -> dict[str, Any]:
-    """LDM's condition for samples: a class, chosen or each sample's own. Raises UserError for other kinds of condition."""
-    if model.conditioning_key is None and (model.sides or model.network.num_classes is None):
-        if class_id >= 0:
-            raise UserError(f"--class_id {class_id}: this model knows of no classes; leave the flag out")
-        return {}
-    stage: Any = getattr(model, "cond_stage_model", None)
-    by_class = model.cond_stage_key == "class_label" and model.conditioning_key == "crossattn" and stage is not None
-    by_label = model.conditioning_key in (None, "adm") and model.network.num_classes is not None  # ADM's own way
-    if not by_class and not by_label:
-        raise UserError(
-            f"this model is conditioned on {model.cond_stage_key} ({model.conditioning_key}), which has no flag; in Python, pass "
-            "it as `conditions` of LatentGenerator.pairs"
-        )
-    count: int = stage.embedding.num_embeddings if by_class else model.network.num_classes or 0
-    if class_id >= count:
-        raise UserError(f"--class_id {class_id}: this model has classes 0 to {count - 1}")
-    own = SampleStreams(
-        torch.as_tensor(list(seeds)), index=Stream.LATENT_CLASS, device=model.scale_factor.device
-    ).integers(count)
-    classes = own if class_id < 0 else torch.full_like(own, class_id)
-    return {"c_crossattn": stage({stage.key: classes})} if by_class else {"y": classes}
+def open_split(config: Config, saved: Mapping[str, Any]) -> tuple[ImageSource, int]:
+    """(the data of the split, their size in pixels). Raises UserError."""
+    data = saved.get("data") or {}
+    params = {**(data.get("params") or {}), "latents": None, "limit": None}
+    if config.data_dir:
+        params["path"] = config.data_dir
+    opened = instantiate({"target": data.get("target"), "params": params}, "data")
+    if not isinstance(opened, StreamedData):
+        raise UserError(f"{data.get('target')}: the data of this run can't be opened anew")
+    split = config.split or opened.splits[1] or opened.splits[0]
+    return opened.pixel_source(split), opened.image_size

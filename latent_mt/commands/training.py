@@ -24,7 +24,7 @@ from guided_mt.runs.resume import newest_checkpoint
 from ..data import LatentCache, StreamedData
 from ..first_stage.first_stages import Autoencoder
 from ..first_stage.latents import first_stage_hash
-from ..model.latent_diffusion import LatentMTDiffusion
+from ..model.latent_diffusion import TEXT_KEYS, LatentMTDiffusion
 from ..runs.configuration import load_config, replaced
 from ..runs.launched import device_of, join
 from ..runs.run import RunFolder, fit, flatten, make_trainer
@@ -232,11 +232,21 @@ def check_resumed(newest: Path, config: dict[str, Any]) -> None:
     """UserError where the run in `newest` was trained with other settings than those of a resolved configuration. What
     later versions added has its default in older runs."""
     saved = {"model": {}, **(read_config(newest / "model.safetensors") or {}), "run": saved_run(newest)}
+    _add_options(saved["model"].get("params") or {})
     there, here = fixed_settings({**saved, "model": with_defaults(saved["model"])}), fixed_settings(config)
     keys = [*here, *(key for key in there if key not in here)]
     resume.refuse_other_settings(
         newest, {k: there.get(k) for k in keys}, {k: here.get(k) for k in keys}, "take another run.log_dir"
     )
+
+
+def _add_options(params: dict[str, Any]) -> None:
+    """Give the modalities of a saved configuration the options that their rows have got since, at the values that change
+    nothing."""
+    for name, entry in (params.get("mt_tasks") or {}).items():
+        row = (entry or {}).get("task", name)
+        if row in TASKS:
+            params["mt_tasks"][name] = {f.name: f.default for f in fields(TASKS[row].options)} | (entry or {})
 
 
 def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
@@ -260,6 +270,8 @@ def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
         )
     if model.cond_stage_key == "class_label":
         _check_each_has_class(data)
+    if model.cond_stage_key in TEXT_KEYS and model.conditioning_key is not None:
+        _check_has_captions(model, data)
     if isinstance(data.source, LatentCache):
         data.source.check(first_stage_hash(model.first_stage_model))
         found = data.source.shape[-1]
@@ -285,4 +297,14 @@ def _check_each_has_class(data: Any) -> None:
             raise UserError(
                 f"{source.path}: {lacking} of {len(source)} items have no class, which model.params.cond_stage_key class_label "
                 f"needs; leave them out"
+            )
+
+
+def _check_has_captions(model: LatentMTDiffusion, data: Any) -> None:
+    """Raises UserError where the data of a model with a text condition have no captions."""
+    for source in (data.source, data.val_source):
+        if source is not None and source.captions is None:
+            raise UserError(
+                f"{source.path}: has no captions, which model.params.cond_stage_key {model.cond_stage_key} needs; say where they "
+                "are in data.params.captions"
             )

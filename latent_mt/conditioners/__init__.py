@@ -4,6 +4,7 @@ Keyword arguments and state-dict keys as in latent-diffusion. Each stage is a ca
 """
 
 from .classes import ClassEmbedder
+from .clip import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from .images import SpatialRescaler
 from .text import BERTEmbedder, BERTTokenizer, TextTransformer, TransformerEmbedder
 
@@ -11,6 +12,8 @@ __all__ = [
     "BERTEmbedder",
     "BERTTokenizer",
     "ClassEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder",
     "SpatialRescaler",
     "TextTransformer",
     "TransformerEmbedder",

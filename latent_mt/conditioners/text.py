@@ -147,6 +147,8 @@ class BERTEmbedder(Stage):
     use_tokenizer: whether text may be given (see BERTTokenizer); ids always may.
     """
 
+    reads_text = True
+
     def __init__(
         self,
         n_embed: int,

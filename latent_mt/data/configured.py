@@ -11,10 +11,12 @@ import numpy as np
 from typing_extensions import override
 
 from guided_mt.data import MAX_PIXELS, ImageSource, ImageStream, Sides, check_workers, open_source
+from guided_mt.data.dataset import Order
 from guided_mt.data.sources.classes import renumbered
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
 
+from .captions import open_captions
 from .computed import Computed, check_filters
 from .latent_cache import LatentCache
 from .layouts import DIRECTIONS, LAYOUTS, check_choice, open_pairs
@@ -58,6 +60,7 @@ class StreamedData:
         self.image_size, self.batch_size, self.limit = image_size, batch_size, limit
         self.random_crop, self.random_flip, self.num_workers = random_crop, random_flip, num_workers
         self.latents, self.max_pixels = latents, max_pixels
+        self.ucg_rate = 0.0  # how many captions training sees as empty ones
         self.class_names: list[str] | None = None  # those of a run that goes on; None: those of the data
         self._pixels: dict[str, ImageSource] = {}  # by split, those opened so far
 
@@ -125,7 +128,13 @@ class StreamedData:
             total_steps=None if total_steps is None else total_steps * accumulate,
             random_crop=self.random_crop,
             num_workers=self.num_workers,
+            order=self._order(seed),
+            drop_captions=self.ucg_rate,
         )
+
+    def _order(self, seed: int) -> Order | None:
+        """Which item stands where; None: each once per epoch, all of them shuffled."""
+        return None
 
     def _open(self, split: str) -> ImageSource:
         if not self.latents:
@@ -250,6 +259,8 @@ class ImageData(StreamedData):
     val_path: None for no validation. limit: of each. latents: a folder that `encode` wrote, with train and val.
     paired: {side: path}, further images of each item, files of the same names as those of `path`; items may lack some.
     side: the name of the images of `path` among these sides. val_paired: the same of val_path.
+    captions: where the items' captions are, see `captions.open_captions`; None: they have none. Of an item with several, training
+    draws one each time. ucg_rate: how many of them training replaces by the empty caption, for classifier-free guidance.
     """
 
     def __init__(
@@ -267,9 +278,12 @@ class ImageData(StreamedData):
         val_paired: Mapping[str, str] | None = None,
         side: str = "image",
         max_pixels: int = MAX_PIXELS,
+        captions: str | None = None,
+        ucg_rate: float = 0.0,
     ):
         super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents, max_pixels)
-        self.path, self.val_path, self.side = path, val_path, side
+        self.path, self.val_path, self.side, self.captions = path, val_path, side, captions
+        self.ucg_rate = checked_rate(ucg_rate)
         self.paired = _mapping("paired", paired, "depth: depth.zip")
         self.val_paired = _mapping("val_paired", val_paired, "depth: val-depth.zip")
         if not isinstance(side, str) or not side or side in self.paired:
@@ -294,7 +308,21 @@ class ImageData(StreamedData):
         if paired:
             others = {side: open_source(path, max_pixels=self.max_pixels) for side, path in paired.items()}
             source = Sides(source, others, self.side)
-        return source if self.limit is None else Subset(source, np.arange(min(self.limit, len(source))))
+        source = source if self.limit is None else Subset(source, np.arange(min(self.limit, len(source))))
+        return self._captioned(source, split)
+
+    def _captioned(self, source: ImageSource, split: str) -> ImageSource:
+        """The source with its captions."""
+        if self.captions is not None:
+            source.captions = open_captions(
+                self.captions, (self.val_path or "") if split == "val" else self.path, source
+            )
+        return source
+
+    @override
+    def _open(self, split: str) -> ImageSource:
+        source = super()._open(split)
+        return self._captioned(source, split) if isinstance(source, LatentCache) else source
 
     @cached_property
     def _images(self) -> ImageSource:
@@ -325,6 +353,13 @@ class ImageData(StreamedData):
                 f"{cache.path}: its sides are {_listed(cache.side_names)}, but data.params.paired gives {_listed(wanted)}; "
                 f"encode the data again"
             )
+
+
+def checked_rate(ucg_rate: float) -> float:
+    """Raises UserError for a ucg_rate that is no share."""
+    if not 0 <= ucg_rate <= 1:
+        raise UserError(f"data.params.ucg_rate {ucg_rate}: must be between 0 and 1")
+    return float(ucg_rate)
 
 
 def _mapping(key: str, value: Mapping[str, str] | None, example: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Latents encoded once, read by memory map: mean and log variance of every image, plain and mirrored.
 
     FOLDER/SPLIT/{latents.bin, meta.json, names.json}    latents.bin: [N, sides, 2 mirrorings, 1 or 2 moments, C, h, w]
+    FOLDER/SPLIT/representation.bin, where asked for     float32 [N, 2 mirrorings, D], of the first side
 
 Written by first_stage.latents. What is random stays random: training draws the latent from mean and log variance anew each time.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,12 @@ from .pairs import Side
 
 FORMAT = 1
 PRECISIONS = ("float32", "float16")  # of latents.bin
-LATENTS, META, NAMES = "latents.bin", "meta.json", "names.json"
-ADDED_LATER: dict[str, Any] = {"beside": {}, "present": {}}  # keys that caches of version 0.1 have not, as they mean it
+LATENTS, META, NAMES, VECTORS = "latents.bin", "meta.json", "names.json", "representation.bin"
+ADDED_LATER: dict[str, Any] = {
+    "beside": {},
+    "present": {},
+    "representation": None,
+}  # keys that caches of version 0.1 have not, as they mean it
 
 
 class Moments(NamedTuple):
@@ -39,13 +44,35 @@ class Moments(NamedTuple):
     logvar: Tensor | None
 
 
+class StoredVectors:
+    """guided_mt's `EncodedVectors` in a file float32 [N, 2, D]: what a frozen encoder made of each item, as it makes it.
+
+    described: {source, arch, weights, digest, size}. Raises ValueError where the file has another size.
+    """
+
+    def __init__(self, file: Path, count: int, described: Mapping[str, Any]):
+        self.file, self.described = file, dict(described)
+        self.shape = (count, 2, int(described["size"]))
+        self._map: np.ndarray | None = None
+        if file.stat().st_size != 4 * math.prod(self.shape):
+            raise ValueError(f"{file.name} is not of {count} vectors of {self.shape[2]} numbers, plain and mirrored")
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """float32 [B, 2, D] of the items of these numbers [B]; mirroring 1 is left to right."""
+        if self._map is None:
+            self._map = np.memmap(self.file, np.float32, "r", shape=self.shape)
+        return np.ascontiguousarray(self._map[indices])
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_map": None}
+
+
 class LatentCache(ImageSource):
     """One split of a cache. Item: float32 [sides * 2 * moments * C, h, w], which `unpack` takes apart.
 
     sides, direction, class_names, labels and present are those of the source it was made of, beside is its `beside_of`;
-    first_stage is the `first_stage_hash` of the autoencoder, image_size that of the images in pixels; meta is the whole of
-    meta.json.
-    Raises UserError where the folder is no whole cache.
+    first_stage is the `first_stage_hash` of the autoencoder, encoded what was stored of representations, image_size that of the
+    images in pixels; meta is the whole of meta.json. Raises UserError where the folder is no whole cache.
     """
 
     is_array = True
@@ -70,6 +97,8 @@ class LatentCache(ImageSource):
             extra = ADDED_LATER | self.meta
             self.beside = dict(extra["beside"])
             self.present = {name: _flags(has, len(names))[:limit] for name, has in extra["present"].items()}
+            described = extra["representation"]
+            self.encoded = None if described is None else StoredVectors(self.folder / VECTORS, len(names), described)
             size = (self.folder / LATENTS).stat().st_size
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{path}: not a whole cache of latents ({error}); encode the data again") from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from guided_mt.data import Batch, load_images
+from guided_mt.data.dataset import captions_of
 from guided_mt.data.images import from_uint8
 
 from . import StreamedData
@@ -16,12 +17,15 @@ VAL_IMAGES = 64  # of the split, from its beginning
 
 def val_batches(data: StreamedData, limit: int = VAL_IMAGES) -> Iterator[Batch]:
     """The first items of the validation split (without one, of the training split), in batches of the training's size."""
-    loaded = load_images(data.val_source or data.source, data.image_size, limit=limit)
+    source = data.val_source or data.source
+    loaded = load_images(source, data.image_size, limit=limit)
     for start in range(0, len(loaded.images), data.batch_size):
         part = slice(start, start + data.batch_size)
         labels = None if loaded.labels is None else loaded.labels[part]
         present = {name: x[part] for name, x in loaded.present.items()}
-        yield Batch(loaded.images[part], labels, loaded.indices[part], loaded.indices[part], present=present)
+        numbers = loaded.indices[part]
+        captions = captions_of(source, numbers.numpy())
+        yield Batch(loaded.images[part], labels, numbers, numbers, present=present, captions=captions)
 
 
 def val_sides(data: StreamedData, count: int) -> tuple[list[Tensor], Tensor | None]:

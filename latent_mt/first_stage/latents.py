@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from guided_mt.data import Batch, ImageSource
 from guided_mt.data.images import from_uint8
 from guided_mt.errors import UserError, reason
+from guided_mt.networks.image_encoder import ImageEncoder, weights_hash
 
 from ..data.latent_cache import (
     ADDED_LATER,
@@ -27,6 +27,7 @@ from ..data.latent_cache import (
     META,
     NAMES,
     PRECISIONS,
+    VECTORS,
     LatentCache,
     Moments,
     beside_of,
@@ -47,13 +48,7 @@ class FirstStage(Protocol):
 
 def first_stage_hash(first_stage: nn.Module) -> str:
     """SHA-256 of the weights: names, shapes and float32 values, wherever they lie."""
-    digest = hashlib.sha256()
-    for key, value in sorted(first_stage.state_dict().items()):
-        values = value.detach().to("cpu")
-        values = values.float() if values.is_floating_point() else values.long()
-        digest.update(f"{key} {list(values.shape)}\n".encode())
-        digest.update(values.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_hash(first_stage)
 
 
 def write_cache(
@@ -65,10 +60,13 @@ def write_cache(
     batch_size: int = 16,
     precision: str = "float32",
     num_workers: int = 2,
+    encoder: ImageEncoder | None = None,
+    described: Mapping[str, str] | None = None,
 ) -> LatentCache:
     """Encode every item of `source`, centre-cropped to image_size, into `folder`, one split of a cache.
 
     source: single images, pairs, or any number of sides. first_stage: see FirstStage; on its device. batch_size: items at once.
+    encoder: on its device; its vectors of each item's first side are stored too. described: {source, arch, weights} of it.
     A cache of the same images by the same first stage is left as it is. Written beside `folder` and renamed when complete;
     broken images are left out with a warning. Raises UserError.
     """
@@ -89,7 +87,10 @@ def write_cache(
         "direction": getattr(source, "direction", "AtoB"),
         "class_names": list(source.class_names),
         "beside": beside_of(source),
+        "representation": None,
     }
+    if encoder is not None:
+        meta["representation"] = {**(described or {}), "size": encoder.size, "digest": encoder.digest.hex()}
     if folder.exists():
         return _same_cache(folder, meta)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -97,7 +98,7 @@ def write_cache(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         batches = ordered_batches(source, image_size, batch_size, num_workers)
-        shape, kept = _encode_into(unfinished / LATENTS, batches, len(source), first_stage, len(sides), precision)
+        shape, kept = _encode_into(unfinished, batches, len(source), first_stage, len(sides), precision, encoder)
         meta["shape"] = shape
         meta["labels"] = None if source.labels is None else source.labels[kept].tolist()
         meta["present"] = {name: present[kept].tolist() for name, present in source.present.items()}
@@ -120,29 +121,49 @@ def encode_items(first_stage: FirstStage, images: Tensor, sides: int) -> Tensor:
     return torch.stack(moments, dim=1).unflatten(0, x.shape[:3])
 
 
+def encode_vectors(encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """uint8 [B, 3 * sides, H, W] -> float32 [B, 2, D], of the first side; mirroring 1 is left to right."""
+    x = from_uint8(images[:, :3])
+    return torch.stack([encoder(x), encoder(x.flip(-1))], dim=1)
+
+
 def _encode_into(
-    file: Path, batches: Generator[Batch, None, None], count: int, first_stage: Any, sides: int, precision: str
+    folder: Path,
+    batches: Generator[Batch, None, None],
+    count: int,
+    first_stage: Any,
+    sides: int,
+    precision: str,
+    encoder: ImageEncoder | None,
 ) -> tuple[list[int], list[int]]:
-    """Write the latents of all `batches`; (their shape, the numbers of their items, of `count` in all)."""
+    """Write the latents of all `batches`, and what `encoder` makes of them; (the latents' shape, the numbers of their items, of
+    `count` in all)."""
     first_stage.eval()
     device = next((p.device for p in first_stage.parameters()), torch.device("cpu"))
     kept: list[int] = []
     shape: list[int] = []
-    with contextlib.closing(batches), file.open("wb") as out, tqdm(total=count, unit="item", disable=None) as bar:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        out = stack.enter_context((folder / LATENTS).open("wb"))
+        also = None if encoder is None else stack.enter_context((folder / VECTORS).open("wb"))
+        bar = stack.enter_context(tqdm(total=count, unit="item", disable=None))
         for batch in batches:
             latents = encode_items(first_stage, batch.images.to(device), sides)
             shape = list(latents.shape[1:])
             stored = latents.cpu().numpy().astype(precision)
             if not np.isfinite(stored).all():
                 raise UserError(
-                    f"{file.parent}: latents that are NaN, or beyond what {precision} can hold; take precision float32, or other "
+                    f"{folder}: latents that are NaN, or beyond what {precision} can hold; take precision float32, or other "
                     "weights of the first stage"
                 )
             out.write(stored.tobytes())
+            if also is not None and encoder is not None:
+                also.write(encode_vectors(encoder, batch.images.to(device)).cpu().numpy().tobytes())
             kept += batch.indices.tolist()
             bar.update(len(batch.indices))
-        out.flush()
-        os.fsync(out.fileno())
+        for file in (out, also) if also else (out,):
+            file.flush()
+            os.fsync(file.fileno())
     return [len(kept), *shape], kept
 
 

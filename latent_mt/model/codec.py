@@ -98,7 +98,7 @@ class LatentCodec(nn.Module):
             latents = [self.scale_factor * _posterior(m, v, streams) for m, v in zip(means, logvars, strict=True)]
         sides = dict(zip(self.sides[1:], latents[1:], strict=True))
         cached = pixels is None
-        return Images(latents[0], batch.labels, batch.loaded, sides, batch.present, pixels, cached)
+        return Images(latents[0], batch.labels, batch.loaded, sides, batch.present, pixels, cached, flip)
 
 
 def _posterior(mean: Tensor, logvar: Tensor | None, streams: SampleStreams | None) -> Tensor:

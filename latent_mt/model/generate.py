@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from guided_mt.data.images import make_grid, to_nhwc
 from guided_mt.diffusion.network import ModelOutput
@@ -41,17 +42,38 @@ class LatentGenerator(Generator):
     """Draws from a latent model, under its own `conditions` {y, c_concat, c_crossattn} where it is one of latent-diffusion's."""
 
     def __init__(
-        self, model: LatentMTDiffusion, conditions: Mapping[str, Any] | None = None, classes: list[str] | None = None
+        self,
+        model: LatentMTDiffusion,
+        conditions: Mapping[str, Any] | None = None,
+        classes: list[str] | None = None,
+        size: tuple[int, int] | None = None,
     ):
+        """conditions: {y, c_concat, c_crossattn, c_unconditional}, see `network.DiffusionWrapper`. size: (h, w) of the latents;
+        None: as in training."""
         self.latent = model
+        self.size, self.has_unconditional = size or (model.size, model.size), "c_unconditional" in (conditions or {})
         network: Callable[..., ModelOutput] = partial(model.model, **conditions) if conditions else model.model
         modalities = build_modalities(model.config, model.network, model)
         super().__init__(model.config, model.network, modalities, classes, model, model.diffusion, network)
+
+    def under(self, conditions: Mapping[str, Any]) -> LatentGenerator:
+        """The same under LDM's `conditions`; {}: itself."""
+        return LatentGenerator(self.latent, conditions, self.classes, self.size) if conditions else self
 
     @property
     def device(self) -> torch.device:
         """The device that it draws on."""
         return self.latent.scale_factor.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a latent, (C, h, w)."""
+        return (self.latent.channels, *self.size)
+
+    @override
+    def _check_guidance(self, known: Mapping[str, Tensor]) -> None:
+        if not self.has_unconditional:  # else a text model was trained with the empty text, and has it beside the other
+            super()._check_guidance(known)
 
     def made_from(
         self,

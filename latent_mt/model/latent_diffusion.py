@@ -31,11 +31,15 @@ from guided_mt.training.objective import Losses, multi_task_losses
 from ..runs.ldm_checkpoint import load_ldm
 from ..runs.targets import arguments, instantiate
 from .codec import LatentCodec
-from .network import DiffusionWrapper, build_network, check_channels, unet_keywords
+from .network import DiffusionWrapper, build_network, check_channels, check_context, unet_keywords
 from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .tasks import TaskKeys, read_tasks
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
+TEXT_KEYS = (
+    "txt",
+    "caption",
+)  # values of cond_stage_key that mean the data's captions, in Stable Diffusion's and LDM's files
 LOSSES = {"l1": LossType.L1, "l2": LossType.MSE}
 
 
@@ -172,6 +176,7 @@ class LatentMTDiffusion(LatentCodec):
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
             self.cond_stage_model = instantiate(cond_stage_config, "model.params.cond_stage_config")
             self.cond_stage_model.requires_grad_(cond_stage_trainable)
+            check_context(self.cond_stage_model, unet["context_dim"], self.conditioning_key)
         check_channels(network, self.first_stage_model.embed_dim, channels, self.conditioning_key)
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         self.scale_known = not scale_by_std
@@ -255,8 +260,11 @@ class LatentMTDiffusion(LatentCodec):
             if self.conditioning_key == "adm":
                 return {"y": batch.labels}
             return {"c_crossattn": self.cond_stage_model({self.cond_stage_model.key: batch.labels})}
+        if self.cond_stage_key in TEXT_KEYS and batch.captions is not None:
+            return {"c_crossattn": self.cond_stage_model(batch.captions)}
         raise UserError(
-            f"model.params.cond_stage_key '{self.cond_stage_key}': training data of this kind aren't supported, only class_label; "
+            f"model.params.cond_stage_key '{self.cond_stage_key}': training data of this kind aren't supported, only class_label "
+            f"and captions ({', '.join(TEXT_KEYS)}); "
             "such a model can be loaded and sampled from with its condition given"
         )
 

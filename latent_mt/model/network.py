@@ -44,15 +44,19 @@ class DiffusionWrapper(nn.Module):
         *,
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
+        c_unconditional: Tensor | None = None,
         **options: Any,
     ) -> ModelOutput:
-        """z_t [B, C, h, w], timesteps [B]; c_concat [B, C', h, w]; c_crossattn tokens [B, L, width]; options: as MTModel's."""
+        """z_t [B, C, h, w], timesteps [B]; c_concat [B, C', h, w]; c_crossattn tokens [B, L, width]; c_unconditional [1, L, width]
+        those of the samples that are `unconditional`; options: as MTModel's."""
         # `unconditional` doubles the batch when guidance is on; LDM's conditions are the same in both halves.
         repeats = 1 if c_concat is None and c_crossattn is None else len(z_t) // len(_first(c_concat, c_crossattn))
         if c_concat is not None:
             z_t = torch.cat([z_t, c_concat.repeat(repeats, 1, 1, 1)], dim=1)
         if c_crossattn is not None:
             options["context"] = c_crossattn.repeat(repeats, 1, 1)
+        if c_unconditional is not None:
+            options["unconditional_context"] = c_unconditional.expand(len(z_t), -1, -1)
         if options.get("y") is not None:
             options["y"] = options["y"].repeat(len(z_t) // len(options["y"]))
         return self.diffusion_model(z_t, timesteps, modalities, **options)
@@ -67,7 +71,8 @@ def build_network(unet: Mapping[str, Any], config: Config, process: GaussianDiff
 
     process: on all timesteps. Raises UserError for classes where the role takes their place.
     """
-    options, roles = dict(unet), roles_of(config)
+    # E(x) is made at the latents' size; LDM's key of this name is read by nothing else, and wrong in Stable Diffusion's files.
+    options, roles = {**unet, "image_size": space.size}, roles_of(config)
     if roles.told:
         if options["num_classes"] is not None:
             raise UserError(
@@ -102,4 +107,14 @@ def check_channels(network: MTModel, embed_dim: int | None, channels: int, condi
         raise UserError(
             f"unet_config: in_channels {network.in_channels} and out_channels {network.out_channels} don't fit latents of "
             f"{channels} channels (in_channels may be more only for a concatenated condition)"
+        )
+
+
+def check_context(stage: nn.Module, context_dim: int | None, conditioning_key: str | None) -> None:
+    """Raises UserError where the tokens of a conditioning stage have another width than the U-Net's context."""
+    width = getattr(stage, "width", None)
+    if width is not None and conditioning_key in ("crossattn", "hybrid") and width != context_dim:
+        raise UserError(
+            f"model.params.cond_stage_config: {type(stage).__name__} makes vectors of width {width}, but the U-Net attends to "
+            f"context_dim {context_dim}; is this the text encoder that the U-Net was trained with?"
         )

@@ -5,13 +5,15 @@
       label:  {num_classes: 10, mt_label_head: M}
       masked: {mask_max_patches: 10}
 
-A key is the modality's name; `task` is its row of guided_mt's TASKS, the name unless given. The rest are `weights`, `loss_weight`,
-`swap_prob` and `absent` of this modality alone (else mt_weights, mt_loss_weight, ... hold), and its row's options.
+A key is the modality's name; `task` is its row of guided_mt's TASKS, the name unless given. The rest are `weights`,
+`loss_weight`, `swap_prob` and `absent` of this modality alone (else mt_weights, mt_loss_weight, ... hold), and its row's
+options, of which one that takes a JSON file may be a mapping.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +167,9 @@ def _own_options(entry: Mapping[str, Any], row: str, where: str) -> dict[str, An
         known = [*_OWN, *fields, *task.run_options]
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), known)}; it may have {', '.join(known)}")
-    found = vars(make_section(task.options, {key: entry[key] for key in entry if key in fields}, where))
+    given = {key: entry[key] for key in entry if key in fields}
+    given = {key: json.dumps(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+    found = vars(make_section(task.options, given, where))
     for key in task.run_options:
         if key in entry:
             section = next(s for s in (ModelConfig, MTConfig) if key in s.__dataclass_fields__)

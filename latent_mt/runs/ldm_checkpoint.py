@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.errors import UserError, reason
 from guided_mt.runs import checkpoint
 from guided_mt.runs.weights import find_state, refuse_foreign, refuse_not_finite
+
+from . import hugging_face
 
 MODEL, FIRST_STAGE, COND_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 SCHEDULE_BUFFERS = (
@@ -114,6 +116,9 @@ def read_state_dict(
     another kind.
     """
     path = Path(path)
+    if hugging_face.is_pipeline(path) and kind == "diffusion":
+        betas = hugging_face.betas_of(path)
+        return ({} if lazily else hugging_face.read_state(path)) | schedule_buffers(betas), {}
     read = find_state(path, averaged, lazily)
     state, beside = read.state, read.beside
     refuse_foreign(state, path, "latent", "first stage", "pixel", "classifier")
@@ -307,13 +312,53 @@ def _load_stages(module: Any, found: LDMCheckpoint, path: str | Path) -> None:
         _load_part(module.first_stage_model, first, f"{path}: first stage", "first_stage_config")
     stage = getattr(module, "cond_stage_model", None)
     if stage is not None:
-        _load_part(stage, found.cond_stage, f"{path}: conditioning stage", "cond_stage_config")
+        _refuse_another_stage(stage, found.cond_stage, path)
+        _load_part(stage, _fitted(stage, found.cond_stage, path), f"{path}: conditioning stage", "cond_stage_config")
     elif found.cond_stage.keys() - found.first_stage.keys():  # __is_first_stage__: LDM writes the same module twice
         first_key = next(iter(found.cond_stage))
         raise UserError(
             f"{path}: conditioning stage: it has {len(found.cond_stage)} entries that the model lacks, first '{first_key}'; "
             "set cond_stage_config, or leave them out by ignore_keys: [cond_stage_model]"
         )
+
+
+# LDM's conditioning stages by how their entries begin.
+STAGES = {
+    "model.transformer.resblocks.": "FrozenOpenCLIPEmbedder",
+    "transformer.text_model.": "FrozenCLIPEmbedder",
+    "transformer.attn_layers.": "BERTEmbedder or TransformerEmbedder",
+    "embedding.": "ClassEmbedder",
+    "channel_mapper.": "SpatialRescaler",
+}
+
+
+def _refuse_another_stage(stage: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """UserError where the entries are those of another class of stage."""
+    theirs, ours = (
+        next((name for start, name in STAGES.items() if any(key.startswith(start) for key in keys)), "")
+        for keys in (state, stage.state_dict())
+    )
+    if theirs and theirs != ours:
+        raise UserError(
+            f"{path}: conditioning stage: it has the entries of a {theirs}, and model.params.cond_stage_config is a "
+            f"{type(stage).__name__}; take the YAML file that belongs to the checkpoint"
+        )
+
+
+def _fitted(stage: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The entries of `state` that are weights; a conditioning stage leaves out what isn't used and `state` lacks."""
+    missing = leave_out(stage, state) if state else []
+    if missing:
+        log.info("%s: %d entries of the conditioning stage are not there, and not used: left out", path, len(missing))
+    return {key: value for key, value in state.items() if key not in getattr(stage, "not_weights", ())}
+
+
+def leave_out(stage: nn.Module, names: Collection[str]) -> list[str]:
+    """The entries that the conditioning stage doesn't use and that `names` lacks: they are taken out of it."""
+    missing = [key for key in getattr(stage, "unused", ()) if key not in names]
+    if missing:
+        stage.leave_out(missing)  # type: ignore[operator]
+    return missing
 
 
 def _load_part(module: nn.Module, state: Mapping[str, Tensor], where: str, key: str, new: bool = False) -> None:

@@ -42,6 +42,8 @@ KEYWORDS: dict[str, list[str]] = {
     "VQModelInterface": _VQ,
     "IdentityFirstStage": ["vq_interface"],
 }
+# Of Stable Diffusion's code alone: kept where the model needs them.
+STABLE_DIFFUSION = ("use_linear_in_transformer",)
 # LDM's names of the classes that our configurations may name otherwise.
 NAMES = {
     "LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -50,7 +52,9 @@ NAMES = {
     **{name: f"ldm.models.autoencoder.{name}" for name in ("AutoencoderKL", "VQModel", "VQModelInterface", "IdentityFirstStage")},
     **{
         name: f"ldm.modules.encoders.modules.{name}"
-        for name in ("ClassEmbedder", "TransformerEmbedder", "BERTTokenizer", "BERTEmbedder", "SpatialRescaler")
+        for name in _words(
+            "ClassEmbedder TransformerEmbedder BERTTokenizer BERTEmbedder SpatialRescaler FrozenOpenCLIPEmbedder FrozenCLIPEmbedder"
+        )
     },
 }  # fmt: skip
 
@@ -61,7 +65,9 @@ def translated(part: Any) -> Any:
         target = str(part["target"])
         target = NAMES.get(target.rpartition(".")[2], target)
         known = KEYWORDS.get(target.rpartition(".")[2])
-        params = {k: translated(v) for k, v in (part.get("params") or {}).items() if known is None or k in known}
+        given = (part.get("params") or {}).items()
+        kept = [*(known or ()), *(key for key, value in given if key in STABLE_DIFFUSION and value)]
+        params = {k: translated(v) for k, v in given if known is None or k in kept}
         if "lossconfig" in (known or ()):
             params["lossconfig"] = NO_LOSS
         return {"target": target, "params": params}

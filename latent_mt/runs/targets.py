@@ -37,6 +37,8 @@ _REGISTRY = {
     "ldm.modules.encoders.modules.BERTTokenizer": "latent_mt.conditioners:BERTTokenizer",
     "ldm.modules.encoders.modules.BERTEmbedder": "latent_mt.conditioners:BERTEmbedder",
     "ldm.modules.encoders.modules.SpatialRescaler": "latent_mt.conditioners:SpatialRescaler",
+    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": "latent_mt.conditioners:FrozenOpenCLIPEmbedder",
+    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "latent_mt.conditioners:FrozenCLIPEmbedder",
     "ldm.lr_scheduler.LambdaWarmUpCosineScheduler": "latent_mt.runs.lr_scheduler:LambdaWarmUpCosineScheduler",
     "ldm.lr_scheduler.LambdaWarmUpCosineScheduler2": "latent_mt.runs.lr_scheduler:LambdaWarmUpCosineScheduler2",
     "ldm.lr_scheduler.LambdaLinearScheduler": "latent_mt.runs.lr_scheduler:LambdaLinearScheduler",
@@ -59,22 +61,31 @@ _OUR_DATA = (
     "is not built here: write data: {target: latent_mt.data.ImageData, params: {path, image_size, batch_size}} for a folder "
     "or archive of images, or latent_mt.data.PairData for pairs"
 )
-_CLIP = (
-    "is not built: frozen CLIP encoders are not part of this package. Give their vectors or tokens directly: encode the "
-    "data once with the original, and take cond_stage_config torch.nn.Identity"
-)
-_NO_CLASS = (
-    "is not built: this package has LatentDiffusion alone of latent-diffusion's and Stable Diffusion's models, and these weights "
-    "can't be used without the class"
-)
+_CLIP = "is not built: of CLIP's stages this package has the texts' FrozenOpenCLIPEmbedder and FrozenCLIPEmbedder alone"
+
+
+def _no_class(takes: str) -> str:
+    """What to say of a model that is conditioned on more than text: its input has weights for what it takes."""
+    return (
+        f"is not built: its network also takes {takes}, and of latent-diffusion's and Stable Diffusion's models this package has "
+        "LatentDiffusion alone; take a checkpoint that draws from text alone, as v2-inference.yaml and v2-inference-v.yaml describe"
+    )
+
+
 _FOREIGN = {
-    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": _NO_CLASS,
-    "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": _NO_CLASS,
-    "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": _NO_CLASS,
-    "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": _NO_CLASS,
-    "ldm.models.diffusion.ddpm.LatentFinetuneDiffusion": _NO_CLASS,
-    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": _NO_CLASS,
-    "sgm.models.diffusion.DiffusionEngine": _NO_CLASS,
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": _no_class("a mask and the latent of the masked image"),
+    "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": _no_class("a depth map, made by MiDaS"),
+    "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": _no_class(
+        "an image of low resolution, with noise of a level that it is told"
+    ),
+    "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": _no_class(
+        "an image of low resolution, with noise of a level that it is told"
+    ),
+    "ldm.models.diffusion.ddpm.LatentFinetuneDiffusion": _no_class("channels beside the latent"),
+    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": _no_class(
+        "the CLIP embedding of an image, with noise of a level that it is told"
+    ),
+    "sgm.models.diffusion.DiffusionEngine": _no_class("two text encoders' vectors and the size of the image"),
     "ldm.data.": _OUR_DATA,
     "taming.data.": _OUR_DATA,
     "main.DataModuleFromConfig": _OUR_DATA,

@@ -16,16 +16,20 @@ from guided_mt.data import Batch
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
 from guided_mt.generation.batches import load_beside
+from guided_mt.modalities import Images
 from guided_mt.modalities.settings import absent_names
 from guided_mt.runs import checkpoint
 from guided_mt.training.averages import QUARTILES, Averages
+from guided_mt.training.objective import figures_of
 from guided_mt.training.optim import guard_step
 from guided_mt.training.record import Record
+from guided_mt.training.units import batches_to_measure, measure_units
 from guided_mt.training.variances import learn_variances
 
 from ..data.validation import val_batches
 from ..model.generate import preview_grid
 from ..model.latent_diffusion import LatentMTDiffusion
+from ..runs.ldm_checkpoint import COND_STAGE, leave_out
 from ..runs.targets import instantiate
 from ..runs.trained_module import TrainedModule
 
@@ -64,12 +68,12 @@ class LatentTraining(TrainedModule):
                 self.seed_dropout()
             for modality in self.model.modalities.values():
                 modality.before_step(self.steps_done, self.processes)
-        for name, beside in load_beside(self.model.modalities, batch.indices.numpy()).items():
-            batch.loaded[name] = beside.to(self.device, non_blocking=True)
+        self._load_beside(batch)
         streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
         losses, t = self.model.losses(batch, streams)
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}}
         values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | {"role": losses.role.float()}
+        values |= losses.figures
         record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
         self._track(record)
         return self.model.l_simple_weight * losses.loss.mean()
@@ -126,12 +130,13 @@ class LatentTraining(TrainedModule):
         self.model.first_stage_model.eval()
         self._prepare_modalities(data)
         self.averages = Averages(
-            ["loss", *self.model.terms, *(f"rms_{name}" for name in self.encoded)],
+            ["loss", *self.model.terms, *(f"rms_{name}" for name in self.encoded), *self.figures],
             self.model.diffusion.num_timesteps,
             self.processes,
         )
         if not self.model.scale_known and not resumed:
             self._measure_scale(data)
+        self._measure_units(data)
 
     def _prepare_modalities(self, data: Any) -> None:
         """Show them the data. Raises UserError where some of the data lack a modality and the file doesn't say so."""
@@ -151,24 +156,44 @@ class LatentTraining(TrainedModule):
     def _measure_scale(self, data: Any) -> None:
         """LDM's `scale_by_std`: 1 / the latents' standard deviation, here over several batches and before the first step."""
         self.model.scale_factor.fill_(1.0)
-        batches = SCALE_BATCHES * self.run.images_per_step // data.batch_size  # of one process, which sees them all
-        stream = data.stream(seed=self.run.seed, rank=0, world_size=1, start_step=0, total_steps=batches, accumulate=1)
         sums = torch.zeros(3, device=self.device, dtype=torch.float64)
-        with stream:
-            for batch in stream:
-                batch = batch.to(self.device)
-                streams = SampleStreams(self.run.seed, batch.positions, device=self.device)
-                images = self.model.images(batch, streams)
-                for z in (images.x_start, *images.sides.values()):
-                    z = z.double()
-                    sums += torch.stack([torch.ones_like(z).sum(), z.sum(), z.square().sum()])
+        for images in self._first_images(data, SCALE_BATCHES):
+            for z in (images.x_start, *images.sides.values()):
+                z = z.double()
+                sums += torch.stack([torch.ones_like(z).sum(), z.sum(), z.square().sum()])
         count, total, squares = sums.unbind()
         self.model.scale_factor.fill_(1 / (squares / count - (total / count) ** 2).sqrt())
         self.model.scale_known = True
 
+    def _measure_units(self, data: Any) -> None:
+        """The units of modalities that have some, where no checkpoint knows them."""
+        modalities = self.model.modalities
+        if any(modality.unmeasured for modality in modalities.values()):
+            batches = batches_to_measure(self.run.images_per_step)
+            measure_units(modalities, self._first_images(data, batches))
+
+    def _first_images(self, data: Any, steps: int) -> Iterator[Images]:
+        """The images of the run's first steps, those of all processes, as training sees them."""
+        batches = steps * self.run.images_per_step // data.batch_size  # of one process, which sees them all
+        stream = data.stream(seed=self.run.seed, rank=0, world_size=1, start_step=0, total_steps=batches, accumulate=1)
+        with stream:
+            for batch in stream:
+                self._load_beside(batch)
+                batch = batch.to(self.device)
+                yield self.model.images(batch, SampleStreams(self.run.seed, batch.positions, device=self.device))
+
+    def _load_beside(self, batch: Batch) -> None:
+        for name, beside in load_beside(self.model.modalities, batch.indices.numpy()).items():
+            batch.loaded[name] = beside.to(self.device, non_blocking=True)
+
+    @property
+    def figures(self) -> list[str]:
+        """Columns of what is logged of the heads' predictions beside their loss."""
+        return list(figures_of(self.model.modalities))
+
     @override
     def columns(self) -> list[str]:
-        names = ["loss", *self.model.terms]
+        names = ["loss", *self.model.terms, *self.figures]
         quartiles = [f"{name}_q{q}" for name in names for q in range(QUARTILES)]
         val = [f"val_{name}" for name in names] if self.run.val_interval else []
         encoded = [f"{what}_{name}" for what in ("rms", "spread") for name in self.encoded]
@@ -183,7 +208,8 @@ class LatentTraining(TrainedModule):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean losses of the averaged weights on the validation split, at evenly spaced timesteps and with fixed noise."""
-        totals = torch.zeros(2, 1 + len(self.model.terms), device=self.device)
+        names = ["loss", *self.model.terms, *self.figures]
+        totals = torch.zeros(2, len(names), device=self.device)
         flip, self.model.random_flip = self.model.random_flip, False
         with self.with_averages(), self._encoding_anew():
             for batch in val_batches(self.data):
@@ -193,21 +219,26 @@ class LatentTraining(TrainedModule):
                         batch.positions, int((k + 0.5) * self.model.diffusion.num_timesteps / VAL_TIMESTEPS)
                     )
                     losses, _ = self.model.losses(batch, SampleStreams(batch.positions, 1 + k, device=self.device), t)
-                    values = torch.stack([losses.loss, *(losses.terms[name] for name in self.model.terms)])
-                    kept = torch.stack(
-                        [losses.predicted.get(n, torch.ones_like(losses.loss)) for n in ("loss", *self.model.terms)]
-                    )
+                    found = {"loss": losses.loss, **losses.terms, **losses.figures}
+                    values = torch.stack([found[name] for name in names])
+                    kept = torch.stack([losses.predicted.get(name, torch.ones_like(losses.loss)) for name in names])
                     totals += torch.stack([(values * kept).sum(1), kept.sum(1)])
         self.model.random_flip = flip
         means = (totals[0] / totals[1]).tolist()
-        return {f"val_{name}": mean for name, mean in zip(["loss", *self.model.terms], means, strict=True)}
+        return {f"val_{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def _without_files(self, batch: Batch) -> Batch:
-        """The batch with those modalities absent whose files are beside the training images."""
+        """A batch of validation with those modalities absent whose files are beside the training images, and with what its own data
+        hold of the others."""
         streams = SampleStreams(batch.positions, device=self.device)
         for name in [name for name, modality in self.model.modalities.items() if modality.loads]:
             batch.loaded[name] = self.model.modalities[name].prior(self.model.shape, streams)
             batch.present[name] = torch.zeros_like(batch.positions, dtype=torch.bool)
+        source, indices = self.data.val_source or self.data.source, batch.indices.cpu().numpy()
+        for name, modality in self.model.modalities.items():
+            stored = modality.load_of(source, indices)
+            if stored is not None:
+                batch.loaded[name] = stored.to(self.device)
         return batch
 
     @contextlib.contextmanager
@@ -240,7 +271,11 @@ class LatentTraining(TrainedModule):
 
     @override
     def load_weights_of(self, folder: Path) -> None:
-        checkpoint.load_weights(self.model, folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        if isinstance(stage := getattr(self.model, "cond_stage_model", None), nn.Module):
+            names = (key for key in checkpoint.read_weights(file) if key.startswith(COND_STAGE))
+            leave_out(stage, [name.removeprefix(COND_STAGE) for name in names])
+        checkpoint.load_weights(self.model, file)
         self.model.scale_known = True
         self.load_averages(folder)
 

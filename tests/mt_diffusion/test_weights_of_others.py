@@ -146,9 +146,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Path, Place], list[str]]]] = {
         lambda file, at: words(config=at.first_stage, first_stage=file, out=at.folder / "encoded"),
     ),
     "export ldm": ("latent", lambda file, at: words(model_path=file, out=at.folder / "x.ckpt")),
+    "export diffusers": ("latent", lambda file, at: words(model_path=file, out=at.folder / "x")),
     "show": ("any", lambda file, at: [str(file)]),
 }
-TWO_WORDS = ("export adm", "export ldm")
+TWO_WORDS = ("export adm", "export ldm", "export diffusers")
 ALSO_TAKEN = {"export adm": ("classifier",), "export ldm": ("first stage",)}
 
 

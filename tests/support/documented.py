@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tiny import MODEL, PROCESS, ROOT, TRAINING, words
 from tiny_latent import MAPS, write_labelled_pairs, write_run
+from tiny_text import tiny_config
 
 from guided_mt.commands import classifier_train, train
 
@@ -99,6 +100,7 @@ PIXEL_RUNS = {  # flags of each kind of run
 }
 LATENT_RUNS = {
     "pairs": MAPS,
+    "text": {**tiny_config("v2-inference-v")["model"]["params"], "mt_sides": []},
     "joint": {
         "mt_sides": ["photo", "map", "edges"],
         "mt_swap_prob": {"map": 0.3, "edges": 0.3},
@@ -115,6 +117,9 @@ NAMED = {
     "runs/camvid_joint": "joint",
     "runs/cifar10_masked_label": "joint",
     "runs/labels": "label",
+    "runs/my_text_model": "text",
+    "stable-diffusion-2": "text",
+    "SD": "text",
     "CLASSIFIER": "classifier",
     "runs/classifier": "classifier",
 }
@@ -138,6 +143,7 @@ class Workplace:
         self.folder = folder
         self.pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
         (folder / "latent_mt").symlink_to(ROOT / "latent_mt")
+        (folder / "prompts.txt").write_text("a red fox in the snow\ntwo red cars\n")
         (folder / "evaluations").symlink_to(ROOT / "evaluations")
 
     def run(self, name: str, command: str, argv: Sequence[str] = ()) -> None:

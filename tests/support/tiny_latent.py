@@ -163,7 +163,7 @@ def write_run(
     file = write_config(run / "config.yaml", pairs, run, **params)
     config = OmegaConf.load(file)
     config.run |= {"total_steps": step, "images_per_step": 4, "seed": seed}
-    config.data.params |= {"sides": list(params.get("mt_sides", config.data.params.sides)), **(data or {})}
+    config.data.params |= {"sides": list(params.get("mt_sides", config.data.params.get("sides"))), **(data or {})}
     file.write_text(OmegaConf.to_yaml(config))
     model = random_model(seed, **params)
     torch.manual_seed(0)

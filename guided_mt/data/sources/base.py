@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +16,17 @@ from ..transforms import center_crop_arr, random_crop_arr
 from .classes import class_ids, first_without_class
 from .formats import MAX_PIXELS, open_image
 from .names import Names
+
+
+class EncodedVectors(Protocol):
+    """What a frozen encoder made of each item, plain and mirrored."""
+
+    @property
+    def described(self) -> Mapping[str, Any]:
+        """The encoder: {source, arch, weights, digest, size}."""
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """float32 [B, 2, D] of the items of these numbers [B]; mirroring 1 is left to right."""
 
 
 class ImageSource:
@@ -28,6 +39,8 @@ class ImageSource:
     dtype: np.dtype = np.dtype(np.uint8)  # of what `decode` gives
     side_names: tuple[str, ...] = ()  # of the images of one item [3 * sides, s, s]; (): an item is one image [3, s, s]
     present: Mapping[str, np.ndarray] = MappingProxyType({})  # {side: bool [N], which items have it}; all: left out
+    encoded: EncodedVectors | None = None  # vectors that were made of the items beforehand
+    captions: Sequence[Sequence[str]] | None = None  # [N], the texts that describe each item; None: there are none
 
     def __len__(self) -> int:
         raise NotImplementedError

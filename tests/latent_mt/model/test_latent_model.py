@@ -461,7 +461,7 @@ def test_the_first_stage_of_an_ldm_is_a_ckpt_path_too(tmp_path):
 @pytest.mark.parametrize(
     ("part", "target"),
     [
-        ("cond_stage_config", "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"),
+        ("cond_stage_config", "ldm.modules.encoders.modules.FrozenClipImageEmbedder"),
         ("first_stage_config", "ldm.models.autoencoder.AutoencoderCL"),
     ],
 )

@@ -67,10 +67,10 @@ def test_data_that_we_do_not_have_is_parsed_but_not_built():
         assert text.startswith(f"data: {config['target']} is not built here") and "latent_mt.data.ImageData" in text
 
 
-def test_frozen_clip_encoders_are_named():
-    for name in ("FrozenCLIPTextEmbedder", "FrozenClipImageEmbedder", "FrozenCLIPEmbedder"):
+def test_other_clip_encoders_are_named():
+    for name in ("FrozenCLIPTextEmbedder", "FrozenClipImageEmbedder", "FrozenOpenCLIPImageEmbedder"):
         text = complaint(resolve, f"ldm.modules.encoders.modules.{name}")
-        assert name in text and "vectors or tokens" in text
+        assert name in text and "FrozenOpenCLIPEmbedder and FrozenCLIPEmbedder alone" in text
 
 
 def test_what_stands_for_ldms_callbacks_is_said():
@@ -403,5 +403,7 @@ model:
     cond_stage_config: {{target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder}}
 data: {{target: ldm.data.laion.WebDataModuleFromConfig}}
 """)
-    with pytest.raises(UserError, match=rf"model: ldm.models.diffusion.ddpm.{name} is not built: this package has"):
+    with pytest.raises(
+        UserError, match=rf"model: ldm.models.diffusion.ddpm.{name} is not built: its network also takes"
+    ):
         load_config(file)

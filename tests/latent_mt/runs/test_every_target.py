@@ -91,14 +91,23 @@ def a_dummy_loss(target: str) -> None:
     )
 
 
-def a_text_stage(target: str, **params: Any) -> None:
+def by_text(target: str, **params: Any) -> Any:
     unet = {
         "target": "latent_mt.unet.UNetModel",
         "params": {**UNET, "use_spatial_transformer": True, "context_dim": 16},
     }
-    stage = {"target": target, "params": {**TEXT, **params}}
-    model = diffusion(cond_stage_config=stage, cond_stage_key="caption", conditioning_key="crossattn", unet_config=unet)
+    stage = {"target": target, "params": params}
+    return diffusion(cond_stage_config=stage, cond_stage_key="txt", conditioning_key="crossattn", unet_config=unet)
+
+
+def a_text_stage(target: str, **params: Any) -> None:
+    model = by_text(target, **TEXT, **params)
     use_diffusion(model, {"c_crossattn": model.cond_stage_model(torch.tensor([[1, 2, 3], [4, 5, 6]]))})
+
+
+def a_prompt_stage(target: str, **params: Any) -> None:
+    model = by_text(target, version=None, **params)
+    use_diffusion(model, {"c_crossattn": model.cond_stage_model(["a cat", "a red dog"])})
 
 
 def a_tokenizer(target: str) -> None:
@@ -171,6 +180,14 @@ USES: dict[str, Callable[[str, Any], None]] = {
     "latent_mt.conditioners:TransformerEmbedder": lambda name, folder: a_text_stage(name),
     "latent_mt.conditioners:BERTTokenizer": lambda name, folder: a_tokenizer(name),
     "latent_mt.conditioners:BERTEmbedder": lambda name, folder: a_text_stage(name, use_tokenizer=False),
+    "latent_mt.conditioners:FrozenOpenCLIPEmbedder": lambda name, folder: a_prompt_stage(
+        name,
+        arch={"embed_dim": 16, "vision_cfg": {}, "text_cfg": {"width": 16, "heads": 2, "layers": 2}},
+        layer="penultimate",
+    ),
+    "latent_mt.conditioners:FrozenCLIPEmbedder": lambda name, folder: a_prompt_stage(
+        name, config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ),
     "latent_mt.conditioners:SpatialRescaler": lambda name, folder: a_rescaler(name),
     "latent_mt.runs.lr_scheduler:LambdaWarmUpCosineScheduler": lambda name, folder: a_schedule(
         name, warm_up_steps=3, lr_min=0.0, lr_max=1.0, lr_start=0.0, max_decay_steps=10

@@ -1,0 +1,195 @@
+"""Captions of images: texts beside them (NAME.txt), or the rows of a table (.csv, .tsv, .jsonl)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os.path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from guided_mt.data import ImageSource, open_source
+from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource
+from guided_mt.errors import UserError, reason
+
+BESIDE = "txt"  # the value of `captions` that means a text file beside each image
+# Columns of tables, in small letters: img2dataset's and Hugging Face's names among them.
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "prompt", "title")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LINES = (".jsonl", ".ndjson")
+TABLES = (*_DELIMITERS, *_LINES)
+
+
+class Captions(Sequence[Sequence[str]]):
+    """The captions of N items, () for an item that has none. places [N]: what `read` takes, None for none."""
+
+    def __init__(self, places: Sequence[Any], read: Callable[[Any], Sequence[str]]):
+        self.places, self.read = places, read
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @override
+    def __getitem__(self, index: int) -> Sequence[str]:  # type: ignore[override]  # one by one alone
+        place = self.places[index]
+        return () if place is None else self.read(place)
+
+
+def open_captions(where: str, path: str, source: ImageSource) -> Captions:
+    """The captions of a source's items.
+
+    where: "txt" for NAME.txt beside NAME.jpg, or a table: a file, or one inside the folder or archive `path`, which the source
+    was opened by. Raises UserError where there is none, or no item has a caption.
+    """
+    names = [source.name(k) for k in range(len(source))]
+    if where == BESIDE:
+        captions = _beside(path, names)
+    elif Path(where).suffix.lower() in TABLES:
+        captions = _of_table(where, path, names)
+    else:
+        raise UserError(
+            f"data.params.captions '{where}': write {BESIDE} for a text beside each image, or name a table "
+            f"({', '.join(TABLES)})"
+        )
+    if all(place is None for place in captions.places):
+        raise UserError(
+            f"{path}: data.params.captions {where} has none for any of the {len(names)} images; the first is {names[0]}"
+        )
+    return captions
+
+
+class _TextFiles:
+    """Reads text files of a source by their number; one of several lines is several captions."""
+
+    def __init__(self, source: FileSource):
+        self.source = source
+
+    def __call__(self, number: int) -> Sequence[str]:
+        return lines_of(self.source.read_bytes(number))
+
+
+def lines_of(content: bytes) -> tuple[str, ...]:
+    """The lines of a text that are not empty."""
+    lines = content.decode("utf-8", "replace").lstrip("\ufeff").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """The captions in a value of a JSON file or table: a text, or a list of texts; of anything else, none."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(text.strip() for text in values if isinstance(text, str) and text.strip())
+
+
+def _beside(path: str, names: Sequence[str]) -> Captions:
+    source = _files(path, ".txt")
+    texts = {os.path.splitext(name)[0]: k for k, name in enumerate(source.names) if name.lower().endswith(".txt")}
+    return Captions([texts.get(os.path.splitext(name)[0]) for name in names], _TextFiles(source))
+
+
+def _of_table(where: str, path: str, names: Sequence[str]) -> Captions:
+    content, called = _table(where, path)
+    found: dict[str, tuple[str, ...]] = {}  # file without suffix: its captions
+    for file, texts in _rows(content, Path(where).suffix.lower(), called):
+        key = os.path.splitext(file.replace("\\", "/").removeprefix("./"))[0]
+        found[key] = (*found.get(key, ()), *texts)
+    places = _matched(found, [os.path.splitext(name)[0] for name in names], called)
+    return Captions([texts or None for texts in places], tuple)
+
+
+def _matched(found: Mapping[str, tuple[str, ...]], names: Sequence[str], called: str) -> list[tuple[str, ...] | None]:
+    """Rows for names, which may lie in more or fewer folders in the table than in the source: the fewest left out that fit.
+
+    Raises UserError where two rows then fit one name.
+    """
+    most = max((key.count("/") for key in (*found, *names)), default=0)
+    for depth in range(most + 1):
+        shorter: dict[str, str] = {}
+        doubtful: dict[str, str] = {}
+        for key in found:
+            short = _without(key, depth)
+            doubtful |= {short: key} if short in shorter else {}
+            shorter[short] = key
+        for mine in (names, [_without(name, depth) for name in names]):
+            if not any(name in shorter for name in mine):
+                continue
+            twice = next((name for name in mine if name in doubtful), None)
+            if twice is not None:
+                raise UserError(
+                    f"{called}: {shorter[twice]} and another row both fit the image {twice}; write its whole path"
+                )
+            return [found[shorter[name]] if name in shorter else None for name in mine]
+    return [None] * len(names)
+
+
+def _without(name: str, folders: int) -> str:
+    """A path without its first `folders` folders, or without all where it has fewer."""
+    return name.split("/", folders)[-1] if name.count("/") >= folders else name.rpartition("/")[2]
+
+
+def _table(where: str, path: str) -> tuple[bytes, str]:
+    """(content, what to call it) of a file, or of one of that name inside `path` or the archive that `path` leads into."""
+    file = Path(where).expanduser()
+    if file.is_file():
+        try:
+            return file.read_bytes(), where
+        except OSError as error:
+            raise UserError(f"data.params.captions {where}: cannot be read ({reason(error)})") from None
+    place = Path(path).expanduser()
+    for outer in (place, *place.parents):
+        if outer.is_dir() and (outer / where).is_file():
+            return (outer / where).read_bytes(), str(outer / where)
+        if outer.is_file() and outer.suffix.lower() in (".tar", ".zip"):
+            source = _files(str(outer), file.suffix.lower())
+            if where in source.names:
+                return source.read_bytes(list(source.names).index(where)), f"{outer}: {where}"
+            break
+        if outer.is_dir():
+            break
+    raise UserError(f"data.params.captions {where}: no such file, and none of that name in {path}")
+
+
+def _files(path: str, suffix: str) -> FileSource:
+    source = open_source(path, suffixes=(*IMAGE_SUFFIXES, suffix))
+    if not isinstance(source, FileSource):
+        raise UserError(
+            f"data.params.captions: {path} is no folder, .tar or .zip, in which captions could lie; name a table"
+        )
+    return source
+
+
+def _rows(content: bytes, suffix: str, called: str) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """(file, captions) of each row. Raises UserError for a table without these columns, or a row that is none."""
+    text = content.decode("utf-8", "replace").lstrip("\ufeff")
+    rows: Iterable[Mapping[str, Any]]
+    if suffix in _LINES:
+        rows = _json_lines(text, called)
+    else:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[suffix])
+    for number, row in enumerate(rows, 1):
+        values = {str(key).lower(): value for key, value in row.items()}
+        file = next((values[key] for key in FILE_COLUMNS if key in values), None)
+        caption = next((key for key in CAPTION_COLUMNS if key in values), None)
+        if not isinstance(file, str) or caption is None:
+            lacking = FILE_COLUMNS if caption is not None else CAPTION_COLUMNS
+            raise UserError(
+                f"{called}: row {number} has none of the columns {', '.join(lacking)}; it has {', '.join(values) or 'none'}"
+            )
+        yield file, texts_of(values[caption])
+
+
+def _json_lines(text: str, called: str) -> Iterable[Mapping[str, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{called}: line {number} is no JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{called}: line {number} is no JSON object")
+        yield row

@@ -1,0 +1,111 @@
+"""The first stage: LDM's AutoencoderKL, and diffusers'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from guided_mt.errors import UserError
+
+from .values import needed, refuse_others
+
+CLASS = "AutoencoderKL"
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# By the names of diffusers before version 0.17, which files of that time have.
+_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ONLY: dict[str, Any] = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+
+
+def names(entries: Iterable[str], levels: int) -> dict[str, str]:
+    """{LDM's entry: diffusers'}."""
+    return {key: _name(key, levels) for key in entries}
+
+
+def _name(key: str, levels: int) -> str:
+    key = key.replace("nin_shortcut", "conv_shortcut").replace(".norm_out.", ".conv_norm_out.")
+    key = re.sub(r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", key)
+    key = re.sub(r"\.mid\.attn_1\.(\w+)\.", lambda m: f".mid_block.attentions.0.{_ATTENTION[m[1]]}.", key)
+    key = re.sub(r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets.", key)
+    key = re.sub(r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0.", key)
+    key = re.sub(r"\.up\.(\d+)\.block\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.resnets.", key)
+    return re.sub(r"\.up\.(\d+)\.upsample\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.upsamplers.0.", key)
+
+
+def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries by the names of diffusers of today."""
+    former = re.compile(rf"\.attentions\.0\.({'|'.join(_FORMER)})\.")
+    return {former.sub(lambda m: f".attentions.0.{_FORMER[m[1]]}.", key): value for key, value in state.items()}
+
+
+def reshaped(key: str, value: Tensor, linear: bool) -> Tensor:
+    """A weight of attention, by diffusers' name: linear layers there, 1 x 1 convolutions in LDM."""
+    if ".attentions." not in key or not key.endswith("weight") or "group_norm" in key:
+        return value
+    return value.flatten(1) if linear else value.reshape(*value.shape[:2], 1, 1)
+
+
+def to_diffusers(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+    """config.json of LDM's `first_stage_config.params`. Raises UserError for what diffusers' autoencoder can't be."""
+    dd = params["ddconfig"]
+    if dd.get("attn_resolutions") or dd.get("attn_type", "vanilla") != "vanilla" or not dd.get("double_z", True):
+        raise UserError(
+            f"first_stage_config: diffusers' {CLASS} has attention in the middle alone, and a mean and variance"
+        )
+    if params["embed_dim"] != dd["z_channels"]:
+        raise UserError(
+            f"first_stage_config: diffusers' {CLASS} has embed_dim {params['embed_dim']} = z_channels {dd['z_channels']}"
+        )
+    channels = [m * dd["ch"] for m in dd["ch_mult"]]
+    return {
+        "_class_name": CLASS,
+        "in_channels": dd["in_channels"],
+        "out_channels": dd["out_ch"],
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "block_out_channels": channels,
+        "layers_per_block": dd["num_res_blocks"],
+        "act_fn": "silu",
+        "latent_channels": params["embed_dim"],
+        "norm_num_groups": dd.get("norm_groups", 32),
+        "sample_size": dd["resolution"],
+        "scaling_factor": scale_factor,
+    }
+
+
+def to_ldm(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """LDM's `first_stage_config.params` of a config.json. Raises UserError for an autoencoder that LDM's can't be."""
+    refuse_others(config, _ONLY, where)
+    channels = list(needed(config, "block_out_channels", where))
+    mult = [c // channels[0] for c in channels]
+    if [m * channels[0] for m in mult] != channels:
+        raise UserError(f"{where}: block_out_channels {channels} are not multiples of the first")
+    latent = config.get("latent_channels", 4)
+    groups = config.get("norm_num_groups", 32)
+    return {
+        "embed_dim": latent,
+        "ddconfig": {
+            "double_z": True,
+            "z_channels": latent,
+            "resolution": config.get("sample_size", 256),
+            "in_channels": config.get("in_channels", 3),
+            "out_ch": config.get("out_channels", 3),
+            "ch": channels[0],
+            "ch_mult": mult,
+            "num_res_blocks": config.get("layers_per_block", 1),
+            "attn_resolutions": [],
+            "dropout": 0.0,
+            **({} if groups == 32 else {"norm_groups": groups}),
+        },
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }

@@ -1,0 +1,175 @@
+"""Captions of images: where they are found, which one a position gets, and a training that reads them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from byte_stage import CONFIG, HOME
+from tiny_latent import SIZE, UNET, newest_weights, train, write_config, write_images
+
+import latent_mt
+from guided_mt.data.dataset import draw_caption
+from guided_mt.errors import UserError
+from latent_mt.data import ImageData
+
+TEXT_UNET = {
+    "target": "latent_mt.unet.UNetModel",
+    "params": {**UNET, "use_spatial_transformer": True, "context_dim": 16},
+}
+TEXT = {
+    "mt_sides": [],
+    "cond_stage_config": CONFIG,
+    "cond_stage_key": "txt",
+    "conditioning_key": "crossattn",
+    "unet_config": TEXT_UNET,
+}
+
+
+def files(folder: Path) -> list[str]:
+    """The images of `write_images` by their names."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+
+
+def beside(folder: Path) -> tuple[str, str]:
+    for name in files(folder):
+        (folder / name).with_suffix(".txt").write_text(f"a {name}\n\nthe {name}\n")
+    return "txt", str(folder)
+
+
+def in_csv(folder: Path) -> tuple[str, str]:
+    with open(folder / "captions.csv", "w", newline="") as handle:
+        rows = csv.writer(handle)
+        rows.writerow(["File", "Caption", "other"])
+        rows.writerows(
+            [f"{folder.name}/{name}", f"{word} {name}", 0] for word in ("a", "the") for name in files(folder)
+        )
+    return "captions.csv", str(folder)
+
+
+def in_json_lines(folder: Path) -> tuple[str, str]:
+    table = folder.parent / "elsewhere.jsonl"
+    lines = [json.dumps({"file_name": name, "text": [f"a {name}", f"the {name}"]}) for name in files(folder)]
+    table.write_text("\n".join(lines))
+    return str(table), str(folder)
+
+
+def in_tar(folder: Path) -> tuple[str, str]:
+    in_csv(folder)
+    archive = folder.parent / "all.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder, "train")
+        tar.add(folder / "captions.csv", "captions.csv")
+    return "captions.csv", f"{archive}/train"
+
+
+@pytest.mark.parametrize("lay_out", [beside, in_csv, in_json_lines, in_tar])
+def test_captions_are_found(lay_out, tmp_path, caplog):
+    where, path = lay_out(write_images(tmp_path / "images"))
+    data = ImageData(path, SIZE, 3, captions=where, num_workers=0).open()
+    assert len(data.source) == 9
+    for k in range(9):
+        name = data.source.name(k)
+        assert list(data.source.captions[k]) == [f"a {name}", f"the {name}"]
+    assert "left out" not in caplog.text
+
+
+def test_a_caption_is_a_function_of_seed_and_position(tmp_path):
+    where, path = beside(write_images(tmp_path / "images"))
+    data = ImageData(path, SIZE, 2, captions=where, num_workers=0, ucg_rate=0.25, limit=8)
+
+    def seen(world: int, workers: int, start: int = 0) -> dict[int, str]:
+        data.batch_size, data.num_workers = 8 // world, workers
+        found = {}
+        for rank in range(world):
+            with data.stream(seed=5, world_size=world, rank=rank, start_step=start, total_steps=6) as stream:
+                for batch in stream:
+                    found |= dict(zip(batch.positions.tolist(), batch.captions, strict=True))
+                    named = [data.source.name(int(index)) for index in batch.indices]
+                    assert all(
+                        text.endswith(name) or not text for text, name in zip(batch.captions, named, strict=True)
+                    )
+        return found
+
+    whole = seen(1, 0)
+    assert sorted(whole) == list(range(48)) and seen(2, 0) == whole and seen(4, 1) == whole
+    assert seen(1, 0, start=4) == {p: whole[p] for p in range(32, 48)}
+    words = [text.partition(" ")[0] for text in whole.values()]
+    assert {*words} == {"a", "the", ""}
+
+
+def test_the_share_that_is_dropped():
+    drawn = [draw_caption(["a", "b", "c"], 3, position, 0.1) for position in range(4000)]
+    shares = [drawn.count(text) / len(drawn) for text in ("", "a", "b", "c")]
+    assert np.allclose(shares, [0.1, 0.3, 0.3, 0.3], atol=0.025)
+    assert draw_caption([], 0, 0) == "" and draw_caption(["a"], 0, 0, 1.0) == ""
+    # golden: a run that goes on must find the same
+    assert "".join(draw_caption("abcd", 7, position, 0.2) or "-" for position in range(12)) == GOLDEN
+
+
+GOLDEN = "dbcaaa-bad-d"
+
+
+@pytest.mark.parametrize(
+    ("captions", "rows", "expected"),
+    [
+        ("none.csv", None, r"captions none\.csv: no such file, and none of that name in .*images"),
+        ("words", None, r"captions 'words': write txt for a text beside each image, or name a table \(\.csv"),
+        ("txt", None, r"captions txt has none for any of the 9 images; the first is ant/0\.png"),
+        ("t.csv", "name,caption\nx,y\n", r"t\.csv: row 1 has none of the columns file, .*; it has name, caption"),
+        ("t.csv", "file,label\nx,y\n", r"t\.csv: row 1 has none of the columns caption, .*; it has file, label"),
+        ("t.csv", "file,caption\nx.png,y\n", r"captions t\.csv has none for any of the 9 images"),
+        (
+            "t.csv",
+            "file,caption\na/ant/0.png,y\nb/ant/0.png,z\n",
+            r"t\.csv: b/ant/0 and another row both fit the image ant/0;",
+        ),
+        ("t.jsonl", '{"file": "x", \n', r"t\.jsonl: line 1 is no JSON"),
+        ("t.jsonl", "[1]\n", r"t\.jsonl: line 1 is no JSON object"),
+    ],
+)
+def test_what_is_no_caption(captions, rows, expected, tmp_path):
+    folder = write_images(tmp_path / "images")
+    if rows:
+        (folder / captions).write_text(rows)
+    with pytest.raises(UserError, match=expected):
+        ImageData(str(folder), SIZE, 2, captions=captions).open()
+
+
+def test_a_share_is_between_0_and_1():
+    with pytest.raises(UserError, match=r"data\.params\.ucg_rate 1\.5: must be between 0 and 1"):
+        ImageData("x", SIZE, 2, ucg_rate=1.5)
+
+
+def test_a_text_condition_is_trained_on_captions(tmp_path):
+    latent_mt.register(CONFIG["target"], HOME)
+    where, path = beside(write_images(tmp_path / "images"))
+    params = {**TEXT, "cond_stage_trainable": True}
+    file = write_config(tmp_path / "run.yaml", Path(path), tmp_path / "run", **params)
+    words = [f"data.params.captions={where}", f"data.params.val_path={path}", "data.params.ucg_rate=0.2"]
+    train(file, *words, "run.val_interval=4")
+    trained = newest_weights(tmp_path / "run")
+    again = write_config(tmp_path / "again.yaml", Path(path), tmp_path / "again", **params)
+    train(again, *words, "run.total_steps=2")
+    train(again, *words, "run.total_steps=4")
+    stopped = newest_weights(tmp_path / "again")
+    assert all(torch.equal(trained[key], stopped[key]) for key in trained)
+    assert trained["cond_stage_model.embedding.weight"][ord("t")].std() > 0
+    train(write_config(tmp_path / "o.yaml", Path(path), tmp_path / "o", **params), *words[:2], "run.total_steps=4")
+    other = newest_weights(tmp_path / "o")
+    assert any(not torch.equal(trained[key], other[key]) for key in trained)  # none were dropped
+
+
+def test_a_text_condition_needs_captions(tmp_path):
+    latent_mt.register(CONFIG["target"], HOME)
+    folder = write_images(tmp_path / "images")
+    file = write_config(tmp_path / "run.yaml", folder, tmp_path / "run", **TEXT)
+    with pytest.raises(
+        UserError, match=r"images: has no captions, which model\.params\.cond_stage_key txt needs; say where"
+    ):
+        train(file)
