@@ -75,6 +75,8 @@ EXTRAS = {
     "requests": "eval",
     "tensorflow": "tensorflow",
     "pyarrow": "parquet",
+    "webdataset": "shards",
+    "braceexpand": "shards",
 }
 OWN = ("guided_mt", "latent_mt", "evaluations", "reproduce", "mt_diffusion")
 

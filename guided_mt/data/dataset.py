@@ -19,7 +19,7 @@ from .sources.formats import TooManyPixels
 logger = logging.getLogger("guided_mt")
 
 CACHE_BYTES = 256 * 2**20  # array sources up to this size are converted once and kept
-_ORDER, _CROP, _CAPTION = 0, 1, 2  # independent random streams of one seed
+_ORDER, _CROP, _CAPTION, SHARDS, WINDOW = range(5)  # independent random streams of one seed
 
 
 def random_words(stream: int, seed: int, number: int, count: int) -> np.ndarray:
