@@ -56,7 +56,7 @@ class Keeping:
 
 def listed(file: Path, make: Callable[[Path], Listing], keeping: Keeping = Keeping()) -> Listing:
     """make(file), or what it gave before for the same archive, by path, size, time of change and inode. Raises as `make` does."""
-    folder = _folder()
+    folder = listings_folder()
     folder = None if folder is None else folder / keeping.folder
     try:
         key = _key(file, make)
@@ -77,7 +77,7 @@ def listed(file: Path, make: Callable[[Path], Listing], keeping: Keeping = Keepi
     return _made(file, make, place, key, keeping)  # whoever was first did not keep it
 
 
-def _folder() -> Path | None:
+def listings_folder() -> Path | None:
     """Where listings are kept, None for nowhere."""
     own = os.environ.get("MT_DIFFUSION_LISTINGS")
     if own:
