@@ -186,6 +186,13 @@ COMMANDS: dict[str, Command] = {
         "scripts/table4.py",
         "latent",
     ),
+    "joint-clip": Command(
+        "reproduce.joint_clip",
+        "the paper's joint model of image and CLIP representation, small: against its twin without",
+        PAPER,
+        "scripts/joint_clip.py",
+        "text",
+    ),
     "figure6": Command(
         "reproduce.figure6",
         "the paper's Figure 6: a classifier fine-tuned from a joint model",

@@ -92,12 +92,12 @@ def _beside(path: str, names: Sequence[str]) -> Captions:
 
 
 def _of_table(where: str, path: str, names: Sequence[str]) -> Captions:
-    content, called = _table(where, path)
+    content, called, within = _table(where, path)
     found: dict[str, tuple[str, ...]] = {}  # file without suffix: its captions
     for file, texts in _rows(content, Path(where).suffix.lower(), called):
         key = os.path.splitext(file.replace("\\", "/").removeprefix("./"))[0]
         found[key] = (*found.get(key, ()), *texts)
-    places = _matched(found, [os.path.splitext(name)[0] for name in names], called)
+    places = _matched(found, [within + os.path.splitext(name)[0] for name in names], called)
     return Captions([texts or None for texts in places], tuple)
 
 
@@ -131,24 +131,26 @@ def _without(name: str, folders: int) -> str:
     return name.split("/", folders)[-1] if name.count("/") >= folders else name.rpartition("/")[2]
 
 
-def _table(where: str, path: str) -> tuple[bytes, str]:
-    """(content, what to call it) of a file, or of one of that name inside `path` or the archive that `path` leads into."""
+def _table(where: str, path: str) -> tuple[bytes, str, str]:
+    """(content, what to call it, the folder of `path` as seen from it, "" or ending in /) of a file, or of one of that name inside
+    `path`, beside it, or in the archive that `path` leads into."""
     file = Path(where).expanduser()
     if file.is_file():
         try:
-            return file.read_bytes(), where
+            return file.read_bytes(), where, ""
         except OSError as error:
             raise UserError(f"data.params.captions {where}: cannot be read ({reason(error)})") from None
     place = Path(path).expanduser()
     for outer in (place, *place.parents):
+        within = "".join(f"{part}/" for part in place.relative_to(outer).parts)
         if outer.is_dir() and (outer / where).is_file():
-            return (outer / where).read_bytes(), str(outer / where)
+            return (outer / where).read_bytes(), str(outer / where), within
         if outer.is_file() and outer.suffix.lower() in (".tar", ".zip"):
             source = _files(str(outer), file.suffix.lower())
             if where in source.names:
-                return source.read_bytes(list(source.names).index(where)), f"{outer}: {where}"
+                return source.read_bytes(list(source.names).index(where)), f"{outer}: {where}", within
             break
-        if outer.is_dir():
+        if outer.is_dir() and outer != place:  # a table beside train/ and test/ is that of both
             break
     raise UserError(f"data.params.captions {where}: no such file, and none of that name in {path}")
 
