@@ -22,10 +22,10 @@ from device.warm import Warming
 
 # Shares of the time; what a stage leaves, the later ones get.
 STAGES = {
-    "right": (right.run, 0.18),
+    "right": (right.run, 0.25),
     "waiting": (waiting.run, 0.03),
     "fast": (fast.run, 0.14),
-    "learns": (learns.run, 0.65),
+    "learns": (learns.run, 0.58),
 }
 
 
