@@ -5,8 +5,8 @@
 Runs on the CPU a step of tiny models and counts the operations that are not views, which is what a GPU would start kernels for; one
 operation on many tensors (`_foreach_*`, `_fused_*`) counts once. Of the columns, "Philox as operations" is all outside the network
 where the random numbers are integer operations, as on a CPU; the stages and "in all" where they are one kernel, as on a GPU; and
-"--compile True" what is left outside the compiled graphs. The last line says how many kernels the operations on many tensors are on
-a GPU, for the network of the CIFAR-10 presets.
+"--compile True" what is left outside the compiled graphs. The line below says how many kernels operations on many tensors are on
+a GPU, for the network of the CIFAR-10 presets. The second table counts the kernels of a sampling step, by sampler.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from device.forms import CIFAR, settings
+from device.forms import CIFAR, make_generator, make_loop, settings
+from device.forms import TINY as TINY_SIZE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_mt.data import open_source
 from guided_mt.diffusion import random
+from guided_mt.diffusion.sampling import SAMPLERS
 from guided_mt.generation.build import build_model, run_sections
-from guided_mt.runs.config import parse
+from guided_mt.runs.config import SampleConfig, parse
 from guided_mt.runs.distributed import Processes
 from guided_mt.training.train_loop import TrainLoop
 
@@ -150,6 +152,45 @@ def of_optimiser(sizes: Sequence[int], cuda: str) -> int:
     return weights + sum(of_many([1] * len(sizes), depth, cuda) for depth in OF_COUNTERS.values())
 
 
+CALLS = 10
+DRAWN = {  # flags, whether a masked image is given, guidance
+    "nothing given": ("U", (), False, 1.0),
+    "own head": ("U", (), True, 1.0),
+    "form X, guidance": ("X", ("--mt_drop_prob", "0.1"), True, 2.0),
+}
+
+
+def count_sampling(name: str, sampler: str) -> float:
+    """Operations per network call between the first and the last call, without the network and without gradients through it."""
+    form, more, given, guidance = DRAWN[name]
+    cpu = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        generator = make_generator(make_loop(form, TINY_SIZE, cpu, Path(folder), *more))
+    launches, seen = Launches(), []
+    launches.stage = None
+    network = generator.network
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        seen.append(launches.counts[sampler])
+        launches.stage = None
+        made = network(*arguments, **options)
+        launches.stage = sampler
+        return made
+
+    known = {"masked": torch.zeros(2, 3, TINY_SIZE.image_size, TINY_SIZE.image_size)} if given else {}
+    options = SampleConfig(steps=CALLS, sampler=sampler, guidance_scale=guidance)
+    generator.draw(range(2), options, known)  # fills tables
+    generator.network = call
+    with contextlib.ExitStack() as stack:
+        grad = launches.during(None, torch.autograd.grad)
+        stack.enter_context(mock.patch.object(torch.autograd, "grad", grad))
+        one = launches.during(None, random.stream_words, count=1)
+        stack.enter_context(mock.patch.object(random, "stream_words", one))
+        stack.enter_context(launches)
+        generator.draw(range(2), options, known)
+    return (seen[-1] - seen[0]) / (len(seen) - 1)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     print(f"| | Philox as operations | {' | '.join(STAGES)} | in all | --compile True |")
@@ -165,6 +206,11 @@ def main() -> None:
     print(
         f"The {many} operations on many tensors as kernels, with {len(sizes)} tensors ({sum(sizes) / 1e6:.1f} M): {kernels}"
     )
+
+    print(f"\n| kernels outside of the network, per call | {' | '.join(DRAWN)} |")
+    print("| --- |" + " ---: |" * len(DRAWN))
+    for sampler in SAMPLERS:
+        print(f"| {sampler} | {' | '.join(f'{count_sampling(name, sampler):.0f}' for name in DRAWN)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def run(stage: Stage, early: Mapping[tuple[str, int], Group] | None = None) -> N
 
 @contextlib.contextmanager
 def started_early(stage: Stage) -> Iterator[dict[tuple[str, int], Group]]:
-    """Inside, on a GPU, all groups of processes are under way while other checks run, since they mostly import. On a CPU none is."""
+    """Inside, on a GPU, all groups of processes are under way while other checks run, since they mostly import. On a CPU none."""
     kinds = KINDS if stage.device.type == "cuda" and not stage.only else ()
     early = {(backend, count): Group(stage, backend, count) for backend, count in kinds}
     try:
