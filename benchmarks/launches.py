@@ -6,7 +6,8 @@ Runs on the CPU a step of tiny models and counts the operations that are not vie
 operation on many tensors (`_foreach_*`, `_fused_*`) counts once. Of the columns, "Philox as operations" is all outside the network
 where the random numbers are integer operations, as on a CPU; the stages and "in all" where they are one kernel, as on a GPU; and
 "--compile True" what is left outside the compiled graphs. The line below says how many kernels operations on many tensors are on
-a GPU, for the network of the CIFAR-10 presets. The second table counts the kernels of a sampling step, by sampler.
+a GPU, for the network of the CIFAR-10 presets. The second table counts the kernels of a sampling step, by sampler, as they are and
+outside of the graphs of `--compile True`.
 """
 
 from __future__ import annotations
@@ -160,8 +161,9 @@ DRAWN = {  # flags, whether a masked image is given, guidance
 }
 
 
-def count_sampling(name: str, sampler: str) -> float:
-    """Operations per network call between the first and the last call, without the network and without gradients through it."""
+def count_sampling(name: str, sampler: str, compiled: bool) -> float:
+    """Operations per network call between the first and the last call, without the network and without gradients through it;
+    compiled: and without what is compiled."""
     form, more, given, guidance = DRAWN[name]
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -181,6 +183,8 @@ def count_sampling(name: str, sampler: str) -> float:
     options = SampleConfig(steps=CALLS, sampler=sampler, guidance_scale=guidance)
     generator.draw(range(2), options, known)  # fills tables
     generator.network = call
+    if compiled:
+        generator.arithmetic = lambda function: launches.during(None, function)
     with contextlib.ExitStack() as stack:
         grad = launches.during(None, torch.autograd.grad)
         stack.enter_context(mock.patch.object(torch.autograd, "grad", grad))
@@ -210,7 +214,8 @@ def main() -> None:
     print(f"\n| kernels outside of the network, per call | {' | '.join(DRAWN)} |")
     print("| --- |" + " ---: |" * len(DRAWN))
     for sampler in SAMPLERS:
-        print(f"| {sampler} | {' | '.join(f'{count_sampling(name, sampler):.0f}' for name in DRAWN)} |", flush=True)
+        pairs = [[count_sampling(name, sampler, compiled) for compiled in (False, True)] for name in DRAWN]
+        print(f"| {sampler} | {' | '.join(f'{plain:.0f} / {left:.0f}' for plain, left in pairs)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from guided_mt.generation.build import (
     count_classes,
     run_sections,
 )
-from guided_mt.generation.compiling import compiled_encoder, compiled_network
+from guided_mt.generation.compiling import compiled_arithmetic, compiled_encoder, compiled_network
 from guided_mt.generation.generate import Generator
 from guided_mt.runs.config import Config, parse
 from guided_mt.runs.distributed import Processes
@@ -155,7 +155,8 @@ def make_generator(loop: TrainLoop, how: str = "False") -> Generator:
         if modality.tracks_variance:
             modality.use_variance(torch.ones(loop.diffusion.num_timesteps, device=loop.device))
     bind(modalities, loop.config, model, encode=encode)
-    return Generator(loop.config, model, modalities, None, network=network, encode=encode)
+    between = compiled_arithmetic(how)
+    return Generator(loop.config, model, modalities, None, network=network, encode=encode, arithmetic=between)
 
 
 @torch.no_grad()

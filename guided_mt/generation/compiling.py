@@ -1,4 +1,5 @@
-"""`--compile` in sampling: the network with sizes that stay, so that one graph serves all timesteps of all batches."""
+"""`--compile` in sampling: the network, and the arithmetic around it, with sizes that stay, so that the same graphs serve all
+timesteps of all batches."""
 
 from __future__ import annotations
 
@@ -53,3 +54,9 @@ def compiled_encoder(model: MultiTask, how: str) -> Callable[[str, Tensor], Tens
         return call(name, x).clone() if how == CUDA_GRAPHS else call(name, x)
 
     return encode
+
+
+def compiled_arithmetic(how: str) -> Callable[[Callable], Callable] | None:
+    """For `sampling.sample`, which has two functions between calls of the network: one reads off what it says, with own head,
+    guidance and clipping, and one moves. CUDA graphs, whose results have to be copied, are for the network alone."""
+    return None if how == "False" else lambda function: compiled(function, "True")
