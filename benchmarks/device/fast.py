@@ -6,7 +6,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Row:
         return ("--precision", flag, "--compile", self.how)
 
 
+FIRST = 11  # rows that come before compiled sampling: those at CIFAR-10's size, and the small network's
 MAIN_FORMS = ("single", "U", "X", "any", "label", "label, K = 100")
 
 
@@ -89,25 +90,35 @@ def rows(tiny: bool) -> list[Row]:
 def run(stage: Stage) -> None:
     if stage.run.warming and stage.run.warming.started:
         stage.measure("networks compiled meanwhile", lambda: stage.run.warming.wait(min(90.0, 0.6 * stage.left())))
-    for size, hows in ((TINY, ("False",)),) if stage.tiny else ((CIFAR, COMPILE[:2]), (SMALL, COMPILE)):
-        for how in hows:
-            name = f"sampling: {size.name}, single, --compile {how}"
-            takes = EAGER_SECONDS if how == "False" else WARMED_SECONDS
-            stage.measure(name, lambda size=size, how=how: sampling(stage, size, how), takes)
+    _sampled(stage, TINY if stage.tiny else CIFAR, "False")
     stage.measure("data: images from a stream", lambda: pipeline(stage), 5.0)
+    first, later = rows(stage.tiny)[:FIRST], rows(stage.tiny)[FIRST:]
+    _stepped(stage, first)
+    if not stage.tiny:
+        for size, how in ((CIFAR, "True"), *((SMALL, how) for how in COMPILE)):
+            _sampled(stage, size, how)
+    _stepped(stage, later)
+    sizes = ((TINY, "label"),) if stage.tiny else ((CIFAR, "label"), (IMAGENET64, "label, K = 100"))
+    for size, form in sizes:
+        stage.measure(f"encodings: {size.name}, all classes", lambda s=size, f=form: encodings(stage, f, s), 3.0)
+    stage.measure("scores: Frechet distance and KID of 10,000 features", lambda: scores(stage), 4.0)
+    stage.measure("scores: Inception features", lambda: inception(stage), 10.0)
+
+
+def _sampled(stage: Stage, size: Size, how: str) -> None:
+    takes = EAGER_SECONDS if how == "False" else WARMED_SECONDS
+    stage.measure(f"sampling: {size.name}, single, --compile {how}", lambda: sampling(stage, size, how), takes)
+
+
+def _stepped(stage: Stage, steps: Sequence[Row]) -> None:
     compiled = COMPILED_SECONDS
-    for row in rows(stage.tiny):
+    for row in steps:
         before, takes = time.monotonic(), 0.5 if stage.tiny else EAGER_SECONDS
         if row.compiled:
             takes = WARMED_SECONDS if row.warmed else compiled
         found = stage.measure(f"step: {row.name}", lambda row=row: training_step(row, stage), takes)
         if row.compiled and found and not row.warmed:
             compiled = max(COMPILED_SECONDS / 2, time.monotonic() - before)
-    sizes = ((TINY, "label"),) if stage.tiny else ((CIFAR, "label"), (IMAGENET64, "label, K = 100"))
-    for size, form in sizes:
-        stage.measure(f"encodings: {size.name}, all classes", lambda s=size, f=form: encodings(stage, f, s), 3.0)
-    stage.measure("scores: Frechet distance and KID of 10,000 features", lambda: scores(stage), 4.0)
-    stage.measure("scores: Inception features", lambda: inception(stage), 10.0)
 
 
 def synchronize(device: torch.device) -> None:
