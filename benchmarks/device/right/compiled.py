@@ -29,11 +29,8 @@ DRAWN: dict[str, tuple[str, tuple[str, ...], bool, float]] = {  # form, flags, w
     "X, guidance": ("X", ("--mt_drop_prob", "0.1"), True, 2.0),
     "label": ("label", (), False, 1.0),
 }
-ON_CPU = (
-    "single",
-    "any, a smaller last part",
-    "class_cond, fixed variances, importance sampler",
-)  # the tests do the others
+# The tests do the others.
+ON_CPU = ("single, a smaller last part", "class_cond, fixed variances, importance sampler")
 # Of these kernels are made too, which takes longer.
 KERNELS = ("X", "any", "label")
 DRAWN_KERNELS = ("U, own head", "X, guidance")
