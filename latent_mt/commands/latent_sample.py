@@ -34,6 +34,7 @@ from guided_mt.generation.generate import parse_seeds, samples_folder
 from guided_mt.generation.sharded import content_hash, run_sharded
 from guided_mt.modalities import Images
 from guided_mt.runs import checkpoint, distributed
+from guided_mt.runs.compiling import COMPILE
 from guided_mt.runs.config import Config, option, parse
 from guided_mt.runs.distributed import Processes
 
@@ -73,6 +74,11 @@ class TranslateConfig:
         "", "timesteps to visit, as in guided_mt, or ldm50 for LDM's DDIM with 50; overrides steps"
     )
     class_id: int = option(-1, "the class, for a class-conditional latent diffusion model; -1: at random", least=0)
+    compile: str = option(
+        "False",
+        "torch.compile of the network and the arithmetic around it; reduce-overhead: also as CUDA graphs",
+        COMPILE,
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     if announce(config, processes, f"weights {weights}", f"writing to {out}"):
         return
     model = settle_precision(load_model(saved, weights, processes.device, averaged=config.ema != "none"))
-    generator = LatentGenerator(model, classes=checkpoint.read_classes(weights.parent))
+    generator = LatentGenerator(model, classes=checkpoint.read_classes(weights.parent), compiling=config.compile)
     check_names(config, given, generator)
     signature = {**config.as_dict(), "weights": str(weights)}
     if given.names:
@@ -357,7 +363,7 @@ def of_values(
     def make(batch: list[int]) -> dict[str, np.ndarray]:
         own = [seeds[i] for i in batch]
         conditions = class_condition(model, own, config.class_id)
-        drawer = LatentGenerator(model, conditions, generator.classes) if conditions else generator
+        drawer = LatentGenerator(model, conditions, generator.classes, config.compile) if conditions else generator
         made = drawer.made_from(
             entered(generator, read, batch),
             own,

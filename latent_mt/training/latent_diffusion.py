@@ -70,8 +70,7 @@ class LatentTraining(TrainedModule):
         losses, t = self.model.losses(batch, streams)
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}}
         values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | {"role": losses.role.float()}
-        record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
-        self._track(record)
+        self._track(Record.of(t, values, losses.predicted))
         return self.model.l_simple_weight * losses.loss.mean()
 
     @torch.no_grad()
