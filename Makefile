@@ -40,6 +40,8 @@ smoke: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/launches.py
+	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/latent_step.py
 	$(BIN)/python benchmarks/samplers.py --samples 5000
 	$(BIN)/python benchmarks/evaluator.py

@@ -26,6 +26,7 @@ from torch import nn
 
 from guided_mt.data import Batch, open_source
 from guided_mt.generation.build import run_sections
+from guided_mt.runs.compiling import COMPILE
 from guided_mt.runs.config import parse
 from guided_mt.runs.distributed import Processes
 from guided_mt.training.optim import learning_rate
@@ -82,7 +83,7 @@ class Step:
         flags += ["--num_head_channels", "64", "--resblock_updown", "True", "--use_new_attention_order", "True"]
         flags += ["--attention_resolutions", "32,16,8", "--learn_sigma", "True", "--noise_schedule", "cosine"]
         flags += ["--num_classes", str(CLASSES_PER_IMAGE * args.batch)]
-        flags += ["--compile", str(args.compile)] if not row.adm else []
+        flags += ["--compile", args.compile] if not row.adm else []
         config = parse([*flags, *row.flags], run_sections(), description="")
         self.loop = TrainLoop(config, Processes(device=device), open_source(str(images)), folder)
         for p in self.loop.model.parameters():  # zero weights would let the convolutions multiply by zeros
@@ -100,6 +101,8 @@ class Step:
     def run(self) -> list[float]:
         """Seconds of each stage."""
         loop, encoding = self.loop, 0.0
+        if loop.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         for modality in loop.modalities.values():  # a table of encodings: its share of one step
             start = self._now()
             modality.before_step(0, loop.processes)
@@ -155,7 +158,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", nargs="?", const="True", default="False", choices=COMPILE)
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:

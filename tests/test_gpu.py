@@ -121,3 +121,13 @@ def test_kid_on_the_device_is_the_evaluators(run):
     x, y = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
     expected, _ = evaluators(x.double().numpy(), (y + 0.3).double().numpy())
     assert kernel_distance(x, y + 0.3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kernels_of_operations_on_many_tensors(monkeypatch):
+    """PyTorch's limits: 320 chunks of 65,536 numbers, and of the optimiser's four tensors per weight 36, in one launch."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from launches import of_many
+
+    assert [of_many([1] * count, 4, "12") for count in (1, 36, 37, 72, 73)] == [1, 1, 2, 2, 3]
+    assert [of_many([65536 * chunks], 1, "12") for chunks in (320, 321, 640, 641)] == [1, 2, 2, 3]
+    assert of_many([1] * 446, 4, "13") == 2

@@ -6,7 +6,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from guided_mt.data import ImageStream, open_source
-from guided_mt.generation.build import build_modalities
-from guided_mt.generation.generate import Generator
+from guided_mt.runs.compiling import COMPILE
 from guided_mt.runs.config import SampleConfig
 from guided_mt.training.train_loop import TrainLoop
 
 from . import flops
-from .forms import CIFAR, IMAGENET64, TINY, Size, batches, make_loop, random_images
+from .forms import CIFAR, IMAGENET64, SMALL, TINY, Size, batches, make_generator, make_loop, random_images
 from .runner import Needs, Stage
+from .warm import NEEDED
 
 ROUNDS = 3
 ROUND_SECONDS = 0.5
@@ -32,26 +32,41 @@ WARMED_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Row:
-    """A training step. precision: fp32, TF32 or bf16."""
+    """A training step. precision: fp32, TF32 or bf16. how: the value of `--compile`."""
 
     form: str
     size: Size
     precision: str = "bf16"
-    compiled: bool = False
+    how: str = "False"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything is."""
+        return self.how != "False"
+
+    @property
+    def warmed(self) -> bool:
+        """Whether another process compiles it meanwhile."""
+        return (
+            self.precision == "bf16"
+            and (self.form, self.size.name, self.how) in NEEDED["fast"]
+            and self.size.batch < 512
+        )
 
     @property
     def name(self) -> str:
         """For people."""
-        how = "compiled" if self.compiled else "eager"
+        how = {"False": "eager", "True": "compiled"}.get(self.how, f"compiled, {self.how}")
         return f"{self.size.name}, batch {self.size.batch}, {self.form}, {self.precision}, {how}"
 
     @property
     def flags(self) -> tuple[str, ...]:
         """Of the command line."""
         flag = "bf16" if self.precision == "bf16" else "fp32"
-        return ("--precision", flag, "--compile", str(self.compiled))
+        return ("--precision", flag, "--compile", self.how)
 
 
+FIRST = 11  # rows that come before compiled sampling: those at CIFAR-10's size, and the small network's
 MAIN_FORMS = ("single", "U", "X", "any", "label", "label, K = 100")
 
 
@@ -60,36 +75,50 @@ def rows(tiny: bool) -> list[Row]:
     if tiny:
         return [Row(form, TINY, "fp32") for form in ("single", "U", "any")]
     big = CIFAR.with_batch(512)
-    found = [Row("single", CIFAR, compiled=True), Row("X", CIFAR, compiled=True)]
+    found = [Row("single", CIFAR, how="True"), Row("X", CIFAR, how="True")]
     found += [Row(form, CIFAR) for form in MAIN_FORMS]
+    found += [Row("single", SMALL, how=how) for how in COMPILE]
     found += [Row(form, IMAGENET64) for form in ("single", "X", "any", "label, K = 100")]
     found += [Row("single", size, kind) for size in (CIFAR, IMAGENET64) for kind in ("TF32", "fp32")]
-    found += [Row("single", big), Row("single", IMAGENET64, compiled=True), Row("single", big, compiled=True)]
+    found += [Row("single", big), Row("single", IMAGENET64, how="True"), Row("single", big, how="True")]
     found += [Row("U", IMAGENET64), Row("label", IMAGENET64), *(Row(form, big) for form in MAIN_FORMS[1:])]
-    found += [Row(form, CIFAR, compiled=True) for form in ("U", "any", "label", "label, K = 100")]
-    found += [Row("single", size, kind, compiled=True) for size in (CIFAR, IMAGENET64) for kind in ("TF32", "fp32")]
+    found += [Row(form, CIFAR, how="True") for form in ("U", "any", "label", "label, K = 100")]
+    found += [Row("single", size, kind, how="True") for size in (CIFAR, IMAGENET64) for kind in ("TF32", "fp32")]
     return found
 
 
 def run(stage: Stage) -> None:
     if stage.run.warming and stage.run.warming.started:
         stage.measure("networks compiled meanwhile", lambda: stage.run.warming.wait(min(90.0, 0.6 * stage.left())))
-    size = TINY if stage.tiny else CIFAR
-    stage.measure(f"sampling: {size.name}, single", lambda: sampling(stage, size), 6.0)
+    _sampled(stage, TINY if stage.tiny else CIFAR, "False")
     stage.measure("data: images from a stream", lambda: pipeline(stage), 5.0)
-    takes = {False: 0.5 if stage.tiny else EAGER_SECONDS, True: WARMED_SECONDS}
-    for number, row in enumerate(rows(stage.tiny)):
-        before = time.monotonic()
-        stage.measure(f"step: {row.name}", lambda row=row: training_step(row, stage), takes[row.compiled])
-        if row.compiled and number > 1:
-            takes[True] = max(COMPILED_SECONDS / 2, time.monotonic() - before)
-        elif row.compiled:
-            takes[True] = WARMED_SECONDS if number == 0 else COMPILED_SECONDS
+    first, later = rows(stage.tiny)[:FIRST], rows(stage.tiny)[FIRST:]
+    _stepped(stage, first)
+    if not stage.tiny:
+        for size, how in ((CIFAR, "True"), *((SMALL, how) for how in COMPILE)):
+            _sampled(stage, size, how)
+    _stepped(stage, later)
     sizes = ((TINY, "label"),) if stage.tiny else ((CIFAR, "label"), (IMAGENET64, "label, K = 100"))
     for size, form in sizes:
         stage.measure(f"encodings: {size.name}, all classes", lambda s=size, f=form: encodings(stage, f, s), 3.0)
     stage.measure("scores: Frechet distance and KID of 10,000 features", lambda: scores(stage), 4.0)
     stage.measure("scores: Inception features", lambda: inception(stage), 10.0)
+
+
+def _sampled(stage: Stage, size: Size, how: str) -> None:
+    takes = EAGER_SECONDS if how == "False" else WARMED_SECONDS
+    stage.measure(f"sampling: {size.name}, single, --compile {how}", lambda: sampling(stage, size, how), takes)
+
+
+def _stepped(stage: Stage, steps: Sequence[Row]) -> None:
+    compiled = COMPILED_SECONDS
+    for row in steps:
+        before, takes = time.monotonic(), 0.5 if stage.tiny else EAGER_SECONDS
+        if row.compiled:
+            takes = WARMED_SECONDS if row.warmed else compiled
+        found = stage.measure(f"step: {row.name}", lambda row=row: training_step(row, stage), takes)
+        if row.compiled and found and not row.warmed:
+            compiled = max(COMPILED_SECONDS / 2, time.monotonic() - before)
 
 
 def synchronize(device: torch.device) -> None:
@@ -137,6 +166,8 @@ def training_step(row: Row, stage: Stage) -> dict[str, Any]:
         found: dict[str, Any] = {"ms": 1000 * step, "images/s": row.size.batch / step, "first step s": first}
         if device.type == "cuda":
             found["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+        if row.size is SMALL and device.type == "cuda":
+            found["kernels"] = kernels(lambda: loop.run_step(next(turns).to(device)))
         if not row.compiled:
             network = seconds_each(network_pass(loop, next(turns).to(device)), device, stage.tiny)
             found["share outside the network"] = 1 - network / step
@@ -149,6 +180,17 @@ def training_step(row: Row, stage: Stage) -> dict[str, Any]:
     if best:
         found["of bf16 peak"] = found["TFLOP/s"] / best
     return found
+
+
+def kernels(step: Callable[[], Any]) -> int | str:
+    """How many kernels and copies CUDA's profiler sees in a step, or that it saw none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    count = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events() or [])
+    return count or "the profiler saw none"
 
 
 def network_pass(loop: TrainLoop, batch: Any) -> Callable[[], None]:
@@ -168,21 +210,21 @@ def network_pass(loop: TrainLoop, batch: Any) -> Callable[[], None]:
     return both
 
 
-def sampling(stage: Stage, size: Size) -> dict[str, Any]:
-    """Images per second and network call, with the network as it is and compiled."""
-    calls, batch, found = (2, 4, {}) if stage.tiny else (10, 500, {})
-    for compiled in (False,) if stage.tiny else (False, True):
-        flags = ("--precision", "fp32" if stage.tiny else "bf16")
-        loop = make_loop("single", size, stage.device, stage.folder, *flags)
-        loop.model.eval().requires_grad_(False)
-        generator = Generator(loop.config, loop.model, build_modalities(loop.config, loop.model), None)
-        if compiled:
-            generator.network = torch.compile(loop.model)
-        draw = lambda g=generator: g.draw(range(batch), SampleConfig(steps=calls))  # noqa: E731
-        draw()
+def sampling(stage: Stage, size: Size, how: str) -> dict[str, Any]:
+    """Images per second and network call, with the network compiled as `how` says."""
+    calls, batch = (2, 4) if stage.tiny else (10, 500 if size is CIFAR else 32)
+    loop = make_loop("single", size, stage.device, stage.folder, "--precision", "fp32" if stage.tiny else "bf16")
+    generator = make_generator(loop, how)
+    draw = lambda: generator.draw(range(batch), SampleConfig(steps=calls))  # noqa: E731
+    start = time.perf_counter()
+    draw()
+    first = time.perf_counter() - start
+    draw()  # CUDA graphs are recorded the second time
+    try:
         each = seconds_each(draw, stage.device, stage.tiny)
-        found[f"images/s per call{', compiled' if compiled else ''}"] = batch * calls / each
-    return found
+    finally:
+        torch._dynamo.reset()
+    return {"images/s per call": batch * calls / each, "ms per call": 1000 * each / calls, "first batch s": first}
 
 
 def encodings(stage: Stage, form: str, size: Size) -> dict[str, Any]:

@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 from guided_mt.data import Batch, open_source
-from guided_mt.generation.build import check_labels, check_tasks, complete, count_classes, run_sections
+from guided_mt.generation.build import (
+    bind,
+    build_modalities,
+    check_labels,
+    check_tasks,
+    complete,
+    count_classes,
+    run_sections,
+)
+from guided_mt.generation.compiling import compiled_arithmetic, compiled_encoder, compiled_network
+from guided_mt.generation.generate import Generator
 from guided_mt.runs.config import Config, parse
 from guided_mt.runs.distributed import Processes
 from guided_mt.training.train_loop import TrainLoop
@@ -131,6 +141,22 @@ def make_loop(
         loop.ema.load(next(iter(loop.ema.averages)), loop.model.state_dict())
     loop.model.train()
     return loop
+
+
+def make_generator(loop: TrainLoop, how: str = "False") -> Generator:
+    """Draws from the network of a run, which trains no more, compiled as `how` says, as `Generator.load` compiles it.
+
+    The heads' variances are 1 where the run has none yet.
+    """
+    model = loop.model.eval().requires_grad_(False)
+    network, encode = compiled_network(model, how), compiled_encoder(model, how)
+    modalities = build_modalities(loop.config)
+    for modality in modalities.values():
+        if modality.tracks_variance:
+            modality.use_variance(torch.ones(loop.diffusion.num_timesteps, device=loop.device))
+    bind(modalities, loop.config, model, encode=encode)
+    between = compiled_arithmetic(how)
+    return Generator(loop.config, model, modalities, None, network=network, encode=encode, arithmetic=between)
 
 
 @torch.no_grad()

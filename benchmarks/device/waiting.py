@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from guided_mt.generation.build import build_modalities
 from guided_mt.generation.drawing import visited
-from guided_mt.generation.generate import Generator
 from guided_mt.runs.config import SampleConfig
 
-from .forms import FORMS, TINY, batches, make_loop
+from .forms import FORMS, TINY, batches, make_generator, make_loop
 from .runner import Stage, Wrong
 from .waits import Waits, watch, watched_calls
 
@@ -62,11 +60,9 @@ def training_step(form: str, more: tuple[str, ...], stage: Stage) -> dict[str, A
 def sampling_step(sampler: str, labelled: bool, stage: Stage) -> dict[str, Any]:
     """All between the first and the last call of the network, in a form-U model with labels, by own head where one is given."""
     loop = make_loop("label", TINY, stage.device, stage.folder)
-    loop.model.eval().requires_grad_(False)
-    modalities = build_modalities(loop.config, loop.model)
     options = SampleConfig(steps=CALLS, sampler=sampler)
     known = {"label": torch.arange(4, device=stage.device)} if labelled else {}
-    generator = Generator(loop.config, loop.model, modalities, None)
+    generator = make_generator(loop)
     process = visited(generator.process, options, "", ["label"])
     generator.draw(range(4), options, known, process=process)  # fills the process's tables
     generator.network = watched_calls(loop.model, CALLS, functools.partial(watch, stage.device))

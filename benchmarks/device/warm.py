@@ -16,20 +16,24 @@ from pathlib import Path
 
 import torch
 
-from .forms import BF16, CIFAR, TWIN, TWIN_FLAGS, batches, make_loop
+from guided_mt.runs.compiling import CUDA_GRAPHS
+
+from .forms import CIFAR, SMALL, TWIN, TWIN_FLAGS, batches, make_loop
 from .report import ROOT
 from .runner import Run
 
-SIZES = {"CIFAR": CIFAR, "twin": TWIN}
-NEEDED = {"fast": [("single", "CIFAR"), ("X", "CIFAR")]}
-NEEDED["learns"] = [(form, "twin") for form in ("single", "X", "any", "label", "class_cond")]
+SIZES = {size.name: size for size in (CIFAR, SMALL, TWIN)}
+# (form, size, --compile), all in bf16
+NEEDED = {"fast": [("single", "CIFAR", "True"), ("X", "CIFAR", "True")]}
+NEEDED["fast"] += [("single", "small", how) for how in ("True", CUDA_GRAPHS)]
+NEEDED["learns"] = [(form, "twin", "True") for form in ("single", "X", "any", "label", "class_cond")]
 
 
 class Warming(contextlib.AbstractContextManager):
     """The processes for the stages of a run; none on a CPU. `wait` before anything is timed."""
 
     def __init__(self, run: Run, stages: Sequence[str]):
-        wanted = [pair for stage in stages for pair in NEEDED.get(stage, [])] if run.device.type == "cuda" else []
+        wanted = [each for stage in stages for each in NEEDED.get(stage, [])] if run.device.type == "cuda" else []
         path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
         threads = str(max(1, (os.cpu_count() or 2) // max(1, len(wanted))))
         environment = {
@@ -40,33 +44,35 @@ class Warming(contextlib.AbstractContextManager):
         }
         self.logs = run.folder / "warm"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.started: dict[tuple[str, str], subprocess.Popen] = {}
-        for form, size in wanted:
-            with open(self.logs / f"{size}_{form}.log", "w") as log:
+        self.started: dict[tuple[str, str, str], subprocess.Popen] = {}
+        for form, size, how in wanted:
+            with open(self.logs / f"{size}_{form}_{how}.log", "w") as log:
                 words = [
                     sys.executable,
                     "-m",
                     "device.warm",
                     form,
                     size,
+                    how,
                     str(run.device),
-                    str(self.logs / f"{size}_{form}"),
+                    str(self.logs / f"{size}_{form}_{how}"),
                 ]
-                self.started[form, size] = subprocess.Popen(
+                self.started[form, size, how] = subprocess.Popen(
                     words, env=environment, stdout=log, stderr=subprocess.STDOUT
                 )
 
     def wait(self, seconds: float) -> dict[str, str]:
         """Until all have ended, or are ended after so long: {network: what became of it}."""
         end, found = time.monotonic() + seconds, {}
-        for (form, size), process in self.started.items():
+        for key, process in self.started.items():
+            name = " ".join(key)
             try:
                 code = process.wait(timeout=max(0.1, end - time.monotonic()))
-                found[f"{size} {form}"] = "compiled" if code == 0 else f"failed with code {code}"
+                found[name] = "compiled" if code == 0 else f"failed with code {code}"
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                found[f"{size} {form}"] = "not in time"
+                found[name] = "not in time"
         self.started = {}
         return found
 
@@ -76,13 +82,13 @@ class Warming(contextlib.AbstractContextManager):
             process.wait()
 
 
-def main(form: str, size: str, device: str, folder: str) -> None:
+def main(form: str, size: str, how: str, device: str, folder: str) -> None:
     """Two steps of a network as it is timed or trained."""
     place = torch.device(device)
     torch.cuda.set_device(place)
     torch.backends.cudnn.benchmark = True
     flags = TWIN_FLAGS if size == "twin" else ()
-    loop = make_loop(form, SIZES[size], place, Path(folder), *flags, *BF16)
+    loop = make_loop(form, SIZES[size], place, Path(folder), *flags, "--precision", "bf16", "--compile", how)
     for batch in batches(loop, 2):
         loop.run_step(batch.to(place))
     torch.cuda.synchronize()

@@ -72,6 +72,7 @@ def draw(
     start: tuple[Tensor, int] | None = None,
     cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     absent: Collection[str] = (),
+    arithmetic: Callable[[Callable], Callable] | None = None,
 ) -> Sample:
     """One sample of `shape` (C, H, W) per seed, on the timesteps of `process`; see `sampling.sample`.
 
@@ -98,6 +99,7 @@ def draw(
         cond_fn=cond_fn,
         clip_before_guidance=options.use_ddim,
         absent=absent,
+        arithmetic=arithmetic,
     )
     made = [x for name, x in drawn.modalities.items() if name not in (known or {})]
     refuse_not_finite("the samples", drawn.x_start, *made)

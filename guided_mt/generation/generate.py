@@ -26,7 +26,7 @@ from ..networks.model import MTModel
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
 from .build import bind, build_modalities, build_model, needs_labels, sees_plain_noise, trained_process
-from .compiling import compiled_encoder, compiled_network
+from .compiling import compiled_arithmetic, compiled_encoder, compiled_network
 from .drawing import draw, start_warning, visited
 
 log = logging.getLogger("guided_mt")
@@ -38,7 +38,7 @@ class Generator:
 
     config: of the model; classes: the names of its classes, where it had some. space: Z, None for pixels. process: on all
     timesteps of training, None for that of `config`. network: the model as it is called, `model` itself unless it stands in
-    something else or is compiled; encode: likewise its `encode_modality`.
+    something else or is compiled; encode: likewise its `encode_modality`; arithmetic: see `sampling.sample`.
     """
 
     config: Config
@@ -49,6 +49,7 @@ class Generator:
     process: GaussianDiffusion = None  # type: ignore[assignment]
     network: Callable[..., ModelOutput] = None  # type: ignore[assignment]
     encode: Callable[[str, Tensor], Tensor] | None = None
+    arithmetic: Callable[[Callable], Callable] | None = None
     warned: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +72,8 @@ class Generator:
         how = config.compile if "compile" in config.typed else "False"  # else it says how the model was trained
         network, encode = compiled_network(model, how), compiled_encoder(model, how)
         bind(modalities, config, model, encode=encode)
-        return cls(config, model, modalities, weights.classes, network=network, encode=encode)
+        between = compiled_arithmetic(how)
+        return cls(config, model, modalities, weights.classes, network=network, encode=encode, arithmetic=between)
 
     @property
     def known_classes(self) -> list[str] | None:
@@ -238,6 +240,7 @@ class Generator:
             device=self.device,
             progress=progress,
             absent=absent,
+            arithmetic=self.arithmetic,
         )
         if not self.roles.slots:
             return drawn_sample
@@ -270,7 +273,16 @@ class Generator:
             t = torch.full((len(images),), first, device=self.device)
             start = process.q_sample(images, t, streams.normal(*images.shape[1:])), first
         return draw(
-            network, process, {}, self.shape, seeds, settings, device=self.device, start=start, cond_fn=cond_fn
+            network,
+            process,
+            {},
+            self.shape,
+            seeds,
+            settings,
+            device=self.device,
+            start=start,
+            cond_fn=cond_fn,
+            arithmetic=self.arithmetic,
         ).x_start
 
     def _check_guidance(self, known: Mapping[str, Tensor]) -> None:

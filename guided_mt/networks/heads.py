@@ -147,19 +147,17 @@ class HeadVariance(nn.Module):
         self.register_buffer("error_count", torch.zeros(num_timesteps))
 
     @torch.no_grad()
-    def sums(self, t: Tensor, error: Tensor, weight: Tensor) -> Tensor:
-        """Errors [B] at timesteps t [B] as [2, T]: how many were seen at each timestep, and their sum.
+    def sums(self, t: Tensor, rows: Tensor) -> Tensor:
+        """Of samples at timesteps t [B] the sums at each timestep, [2, T].
 
-        error: mean squared errors; weight [B]: 0 leaves a sample out. Errors that are not finite are left out.
+        rows: [2, B], mean squared errors, and 1; both 0 for a sample that is left out.
         """
-        weight = weight * torch.isfinite(error)
-        rows = torch.stack([weight, torch.nan_to_num(error) * weight])
-        return torch.zeros_like(self.error_sum).repeat(2, 1).index_add_(1, t, rows)
+        return rows.new_zeros(2, len(self.error_sum)).index_add_(1, t, rows)
 
     @torch.no_grad()
     def update(self, sums: Tensor) -> None:
         """Learn from the `sums` [2, T] of a step, over all processes."""
-        seen, errors = sums
+        errors, seen = sums
         forget = self.decay**seen
         self.error_sum.mul_(forget).add_(errors)
         self.error_count.mul_(forget).add_(seen)

@@ -83,7 +83,8 @@ class ModelConfig:
     )
     compile: str = option(
         "False",
-        "torch.compile, as one graph the whole training step, or in sampling, where it has to be asked for again, the network; "
+        "torch.compile, as one graph the whole training step, or in sampling, where it has to be asked for again, the network and "
+        "the arithmetic around it; "
         "reduce-overhead: on a GPU also as CUDA graphs, for networks so small that starting their kernels takes the time",
         COMPILE,
         free=True,

@@ -14,6 +14,12 @@ from .record import Record
 QUARTILES = 4  # as ADM's log: q0 has the first quarter of the timesteps
 
 
+def groups_of(num_timesteps: int) -> Tensor:
+    """[T, 5]: 1 where a timestep belongs to a group, of which there are all timesteps and their quartiles."""
+    quartile = torch.nn.functional.one_hot(torch.arange(num_timesteps) * QUARTILES // num_timesteps, QUARTILES)
+    return torch.cat([torch.ones(num_timesteps, 1), quartile.float()], dim=1)
+
+
 class Averages:
     """Sums on the device of several values per sample and of `scalars` per step; the host sees them only when asked.
 
@@ -29,26 +35,24 @@ class Averages:
         scalars: Sequence[str] = ("grad_norm",),
     ):
         self.names, self.num_timesteps, self.processes = list(names), num_timesteps, processes
-        size = (1 + QUARTILES) * len(names)
-        self._totals = torch.zeros(2 * size + 2 * len(scalars), device=processes.device)
-        sums, counts, pairs = self._totals.split([size, size, 2 * len(scalars)])
-        self.sums, self.counts = (x.view(1 + QUARTILES, len(names)) for x in (sums, counts))
-        self.scalars = dict(zip(scalars, pairs.view(len(scalars), 2), strict=True))  # sum, count
+        size = 2 * (1 + QUARTILES) * len(names)
+        self._totals = torch.zeros(size + 2 * len(scalars), device=processes.device)
+        self.sums, self.counts = self._totals[:size].view(2, 1 + QUARTILES, len(names))
+        self.scalars = dict(zip(scalars, self._totals[size:].view(len(scalars), 2), strict=True))  # sum, count
+        self._groups = groups_of(num_timesteps).to(processes.device)
+        self._once = torch.ones((), device=processes.device)
 
     def add(self, record: Record) -> None:
-        """A record of this process's samples, with values by all names of these averages; what is not finite is left out."""
-        values, counts = record.table(self.names)
-        quarter = record.timesteps * QUARTILES // self.num_timesteps
-        quartile = torch.nn.functional.one_hot(quarter, QUARTILES).to(values.dtype)
-        groups = torch.cat([torch.ones_like(quartile[:, :1]), quartile], dim=1).T  # (5, B)
-        counts = counts * torch.isfinite(values)
-        self.sums += groups @ (torch.nan_to_num(values) * counts)
+        """A record of this process's samples, whose first names are those of these averages."""
+        groups = self._groups[record.timesteps].T  # (5, B)
+        values, counts = record.table[..., : len(self.names)]
+        self.sums += groups @ values
         self.counts += groups @ counts
 
     def add_scalars(self, values: Mapping[str, Tensor]) -> None:
         """{name: 0-dim tensor} of this step, for some or all of the scalars; every process gives the same names."""
         for name, value in values.items():  # so that the count over all processes is that of the steps
-            self.scalars[name].add_(torch.stack([value, torch.ones_like(value)]), alpha=1 / self.processes.world_size)
+            self.scalars[name].add_(torch.stack([value, self._once]), alpha=1 / self.processes.world_size)
 
     def pop(self) -> dict[str, float]:
         """{name: mean, name_q0: ..., scalar: mean} over all processes, nan where nothing was seen; starts anew.

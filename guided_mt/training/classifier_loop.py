@@ -145,7 +145,7 @@ class ClassifierLoop(Loop):
         if not self.config.noised:
             t, weights = torch.zeros_like(t), torch.ones_like(weights)
         scores = self._scores(self.network, x_start, classes_of(batch, part), t, streams)
-        return (scores[:, 0] * weights).mean(), Record(t, dict(zip(SCORES, scores.detach().unbind(1), strict=True)))
+        return (scores[:, 0] * weights).mean(), Record.of(t, dict(zip(SCORES, scores.unbind(1), strict=True)))
 
     def _scores(self, network: nn.Module, x_start: Tensor, labels: Tensor, t: Tensor, streams: SampleStreams) -> Tensor:
         """[B, 3]: cross-entropy in nats, and whether the class is the first, and among the first five."""
@@ -197,7 +197,7 @@ class ClassifierLoop(Loop):
             t = t if self.config.noised else torch.zeros_like(t)
             x_start = from_uint8(batch.images[part])
             scores = self._scores(self.model, x_start, classes_of(batch, part), t, streams)
-            records.append(Record(t, dict(zip(self.val_averages.names, scores.unbind(1), strict=True))))
+            records.append(Record.of(t, dict(zip(self.val_averages.names, scores.unbind(1), strict=True))))
         self.model.train()
         self.val_averages.add(Record.joined(records))
 

@@ -46,13 +46,13 @@ class Optimizer:
     def step(self, lr: float) -> Tensor:
         """One update from the parameters' gradients; returns their norm before clipping (0-dim, on the device)."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        scale = torch.exp2(self.log2_scale)
+        scale = torch.exp2(self.log2_scale) if self.fp16 else None
         norm, bad = guard_step(self.adamw, grads, self.grad_clip, scale)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        self.skipped.count(bad, scale if self.fp16 else None)
+        self.skipped.count(bad, scale)
         if self.fp16:
             self.log2_scale = torch.where(bad > 0, self.log2_scale - 1, self.log2_scale + self.scale_growth).clamp(
                 min=0.0
@@ -87,10 +87,12 @@ def guard_step(
     """
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
     norm = norm if scale is None else norm / scale
-    bad = (~torch.isfinite(norm)).float()
-    too_long = (norm / grad_clip).clamp(min=1.0) if grad_clip > 0 else torch.ones_like(norm)
+    bad = (norm * 0 != 0).float()  # 0 times infinity, or times NaN, is NaN
+    if grad_clip > 0:
+        too_long = (norm / grad_clip).clamp(min=1.0)
+        scale = too_long if scale is None else scale * too_long
     # What torch's fused kernels read, and no stub knows.
-    optimizer.grad_scale = too_long if scale is None else scale * too_long  # type: ignore[attr-defined]
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     return norm, bad
 

@@ -19,7 +19,7 @@ from ..modalities.settings import loss_weights, roles_of
 from ..networks.multi_task import MultiTask
 from ..runs.config import Config
 from .objective import Losses, figures_of, multi_task_losses
-from .record import Record
+from .record import Record, table_of
 
 
 class Part(NamedTuple):
@@ -44,11 +44,11 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step's forward pass comes to. The names of the table's rows are the step's."""
+    """What a step's forward pass comes to. The names of the table are the step's."""
 
     loss: Tensor  # 0-dim: the mean to minimise
     timesteps: Tensor  # int64 [b]
-    table: Tensor  # float32 [rows, b], without gradient
+    table: Tensor  # float32 [2, b, names], see `Record.table`
 
 
 def draw(
@@ -96,8 +96,8 @@ class Step(nn.Module):
         self.drop_prob, self.given_prob = config.mt_drop_prob, config.mt_given_prob
         self.loss_weight, self.roles = loss_weights(config), roles_of(config)
         self.terms, self.sizes, self.side_names = terms, sizes, side_names
-        self.figures = list(figures_of(self.modalities))
-        self.values = ["loss", *terms, *sizes, *self.figures, *(["role"] if self.roles.told else [])]
+        self.figures = tuple(figures_of(self.modalities))
+        self.names = ("loss", *terms, *sizes, *self.figures, *(["role"] if self.roles.told else []))
 
     def forward(self, part: Part) -> Outcome:
         """The loss of these samples, and what is noted of each of them (see `record`)."""
@@ -106,7 +106,7 @@ class Step(nn.Module):
         rows += [losses.encoding_rms[name.removeprefix("rms_")] for name in self.sizes]
         rows += [losses.figures[name] for name in self.figures]
         rows += [losses.role.float()] if self.roles.told else []
-        table = torch.stack([row.detach() for row in (*rows, *losses.predicted.values())])
+        table = table_of(dict(zip(self.names, rows, strict=True)), losses.predicted)
         return Outcome((losses.loss * weights).mean(), t, table)
 
     def losses(self, part: Part) -> tuple[Losses, Tensor, Tensor]:
@@ -135,8 +135,5 @@ class Step(nn.Module):
         return losses, t, weights
 
     def record(self, outcome: Outcome) -> Record:
-        """The samples' record: the table's rows by their names."""
-        rows = outcome.table.unbind()
-        values = dict(zip(self.values, rows, strict=False))
-        counted = [*self.modalities, *self.figures]
-        return Record(outcome.timesteps, values, dict(zip(counted, rows[len(values) :], strict=True)))
+        """The samples' record."""
+        return Record(outcome.timesteps, self.names, outcome.table)

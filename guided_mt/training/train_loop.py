@@ -196,8 +196,9 @@ class TrainLoop(Loop):
 
     @override
     def learn(self, record: Record) -> None:
-        on_all = dataclasses.replace(record, timesteps=self.diffusion.network_timesteps(record.timesteps))
-        learn_variances(self.model, on_all, self.modalities, self.processes)
+        if self.model.head_variance:
+            on_all = dataclasses.replace(record, timesteps=self.diffusion.network_timesteps(record.timesteps))
+            learn_variances(self.model, on_all, self.modalities, self.processes)
 
     @override
     def extra_state(self) -> dict[str, Any]:

@@ -21,22 +21,22 @@ def learn_variances(model: MultiTask, record: Record, names: Iterable[str], proc
     """
     tracked = model.head_variance
     keys, sums = [], []
-    for key, values, counts in _learned_from(model, record, names):
+    for key, rows in _learned_from(model, record, names):
         keys.append(key)
-        sums.append(tracked[key].sums(record.timesteps, values, counts))  # type: ignore[operator]  # a HeadVariance
+        sums.append(tracked[key].sums(record.timesteps, rows))  # type: ignore[operator]  # a HeadVariance
     if keys:
         for key, own in zip(keys, processes.sum(torch.stack(sums)), strict=True):
             tracked[key].update(own)  # type: ignore[operator]
 
 
-def _learned_from(model: MultiTask, record: Record, names: Iterable[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(key of a tracked variance, values [B], which of them count [B])."""
+def _learned_from(model: MultiTask, record: Record, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(key of a tracked variance, [2, B]: values and which of them count)."""
     tracked = model.head_variance
     for name in names:
         if name not in tracked:
             continue
-        seen, role = record.counts(name), 0
+        rows, role = record.rows(name), 0
         by_role = variance_name(name, 1) in tracked
         while (key := variance_name(name, role)) in tracked:
-            yield key, record.values[name], seen * (record.values["role"] == role) if by_role else seen
+            yield key, rows * (record.rows("role")[0] == role) if by_role else rows
             role += 1

@@ -36,6 +36,7 @@ from guided_mt.generation.generate import parse_seeds, samples_folder
 from guided_mt.generation.sharded import content_hash, run_sharded
 from guided_mt.modalities import Images
 from guided_mt.runs import checkpoint, distributed
+from guided_mt.runs.compiling import COMPILE
 from guided_mt.runs.config import Config, option, parse
 from guided_mt.runs.distributed import Processes
 
@@ -77,6 +78,11 @@ class TranslateConfig:
         "", "timesteps to visit, as in guided_mt, or ldm50 for LDM's DDIM with 50; overrides steps"
     )
     class_id: int = option(-1, "the class, for a class-conditional latent diffusion model; -1: at random", least=0)
+    compile: str = option(
+        "False",
+        "torch.compile of the network and the arithmetic around it; reduce-overhead: also as CUDA graphs",
+        COMPILE,
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,9 @@ def main(argv: Sequence[str]) -> None:
     model = load_model(saved, weights, processes.device, averaged=config.ema != "none")
     model = settle_precision(model, config.precision)
     size = latent_size(model, config.height, config.width)
-    generator = LatentGenerator(model, classes=checkpoint.read_classes(weights.parent), size=size)
+    generator = LatentGenerator(
+        model, classes=checkpoint.read_classes(weights.parent), size=size, compiling=config.compile
+    )
     check_names(config, given, generator)
     check_prompts(model, prompts, config.class_id)
     signature = {**config.as_dict(), "weights": str(weights), "prompts": prompts and prompts.texts}

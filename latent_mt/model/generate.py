@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from guided_mt.data.images import make_grid, to_nhwc
-from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError
-from guided_mt.generation.build import build_modalities
+from guided_mt.generation.build import bind, build_modalities
 from guided_mt.generation.classification import head_estimates, read_timesteps
+from guided_mt.generation.compiling import compiled_arithmetic, compiled_encoder, compiled_network
 from guided_mt.generation.generate import Generator
 from guided_mt.modalities import Images
 from guided_mt.modalities.settings import loss_weights
@@ -39,7 +39,10 @@ class LatentSampleConfig(SampleConfig):
 
 
 class LatentGenerator(Generator):
-    """Draws from a latent model, under its own `conditions` {y, c_concat, c_crossattn} where it is one of latent-diffusion's."""
+    """Draws from a latent model, under its own `conditions` {y, c_concat, c_crossattn} where it is one of latent-diffusion's.
+
+    compiling: see `runs.compiling.compiled`.
+    """
 
     def __init__(
         self,
@@ -47,18 +50,22 @@ class LatentGenerator(Generator):
         conditions: Mapping[str, Any] | None = None,
         classes: list[str] | None = None,
         size: tuple[int, int] | None = None,
+        compiling: str = "False",
     ):
         """conditions: {y, c_concat, c_crossattn, c_unconditional}, see `network.DiffusionWrapper`. size: (h, w) of the latents;
-        None: as in training."""
-        self.latent = model
+        None: as in training. compiling: as --compile."""
+        self.latent, self.compiling = model, compiling
         self.size, self.has_unconditional = size or (model.size, model.size), "c_unconditional" in (conditions or {})
-        network: Callable[..., ModelOutput] = partial(model.model, **conditions) if conditions else model.model
-        modalities = build_modalities(model.config, model.network, model)
-        super().__init__(model.config, model.network, modalities, classes, model, model.diffusion, network)
+        config, network = model.config, compiled_network(model.model, compiling)
+        encode, between = compiled_encoder(model.network, compiling), compiled_arithmetic(compiling)
+        modalities = build_modalities(config, space=model)
+        bind(modalities, config, model.network, encode=encode)
+        network = partial(network, **conditions) if conditions else network
+        super().__init__(config, model.network, modalities, classes, model, model.diffusion, network, encode, between)
 
     def under(self, conditions: Mapping[str, Any]) -> LatentGenerator:
         """The same under LDM's `conditions`; {}: itself."""
-        return LatentGenerator(self.latent, conditions, self.classes, self.size) if conditions else self
+        return LatentGenerator(self.latent, conditions, self.classes, self.size, self.compiling) if conditions else self
 
     @property
     def device(self) -> torch.device:

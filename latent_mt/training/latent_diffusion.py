@@ -74,8 +74,7 @@ class LatentTraining(TrainedModule):
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}}
         values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | {"role": losses.role.float()}
         values |= losses.figures
-        record = Record(t, {name: value.detach() for name, value in values.items()}, losses.predicted)
-        self._track(record)
+        self._track(Record.of(t, values, losses.predicted))
         return self.model.l_simple_weight * losses.loss.mean()
 
     @torch.no_grad()

@@ -145,10 +145,8 @@ def random_model(seed: int = 0, **params: Any) -> LatentMTDiffusion:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    timesteps = torch.arange(made.diffusion.num_timesteps)
     for tracked in made.network.head_variance.values():
-        errors = torch.full_like(timesteps, 0.5, dtype=torch.float32)
-        tracked.update(tracked.sums(timesteps, errors, torch.ones(len(timesteps))))
+        tracked.update(torch.tensor([[0.5], [1.0]]).expand(2, made.diffusion.num_timesteps))
     return made.eval()
 
 

@@ -73,4 +73,4 @@ def _losses(loop: TrainLoop, batch: Any, scale: float = 1.0) -> tuple[dict[str, 
     loss, record = loop.losses(batch, slice(0, len(batch.images)))
     (loss * scale).backward()
     gradient = joined(p.grad for _, p in sorted(loop.model.named_parameters()) if p.grad is not None) / scale
-    return {name: record.values[name] for name in ("loss", *loop.terms)}, gradient
+    return {name: record.rows(name)[0] for name in ("loss", *loop.terms)}, gradient

@@ -7,5 +7,8 @@ from . import attention, compiled, draws, losses, networks, optimizer, processes
 
 
 def run(stage: Stage) -> None:
-    for part in (draws, attention, networks, losses, optimizer, samplers, resume, processes, compiled):
-        part.run(stage)
+    with processes.started_early(stage) as early:
+        for part in (draws, attention, networks, losses, optimizer, samplers, resume):
+            part.run(stage)
+        processes.run(stage, early)
+        compiled.run(stage)

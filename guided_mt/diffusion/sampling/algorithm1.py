@@ -44,6 +44,7 @@ def sample(
     clip_before_guidance: bool = False,
     dynamic_threshold: float = 0.0,
     absent: Collection[str] = (),
+    arithmetic: Callable[[Callable], Callable] | None = None,
 ) -> Sample:
     """Draw z_0 of `shape` (B, C, H, W) and every unknown modality (Algorithm 1).
 
@@ -65,6 +66,7 @@ def sample(
     dynamic_threshold: clip z_0 to that percentile of each sample's values, if it is above 1, and scale back (Imagen); 0: off.
     absent: modalities that the samples are to have none of, as images in training that lacked them: they stand in no frame, and the
     model is told by `absent` {name: bool [B]}, see `MTModel`. Others are known or unknown.
+    arithmetic: as `torch.compile`, what the arithmetic between calls of the network is called through; None: nothing.
     Raises ValueError for names, shapes and counts that don't fit.
     """
     known = dict(known or {})
@@ -74,6 +76,8 @@ def sample(
     if seeds is None:
         seeds = torch.randint(2**62, (shape[0],))
     streams, rule = SampleStreams(torch.as_tensor(seeds), device=device), SAMPLERS[sampler]
+    if arithmetic is not None:
+        diffusion.prepare(device)
     with torch.no_grad():
         denoise = Denoiser(
             as_denoising(model),
@@ -90,6 +94,7 @@ def sample(
             clip_denoised=clip_denoised,
             dynamic_threshold=dynamic_threshold,
             absent=absent,
+            arithmetic=arithmetic,
         )
         y, first = start if start is not None else (streams.normal(*shape[1:]), diffusion.num_timesteps - 1)
         t = torch.full((shape[0],), first, device=device)

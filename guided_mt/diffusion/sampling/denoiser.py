@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class Denoiser:
 
     known, unknown: {name: x} of all modalities; the values of the unknown ones follow the heads from call to call and are read
     off `unknown` at the end. The options are those of `sample`; shifts_mean: whether the gradient of `cond_fn` is for the mean of
-    the step (ADM's algorithm 1) or goes into eps (algorithm 2).
+    the step (ADM's algorithm 1) or goes into eps (algorithm 2). arithmetic: what the arithmetic around the network is called
+    through, as `torch.compile`; None: nothing. It is called as it is beside a `cond_fn`, which has a network of its own.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Denoiser:
         clip_denoised: bool = True,
         dynamic_threshold: float = 0.0,
         absent: Collection[str] = (),
+        arithmetic: Callable[[Callable], Callable] | None = None,
     ):
         self.absent = tuple(absent)
         self.network, self.diffusion, self.modalities = network, diffusion, modalities
@@ -98,23 +100,31 @@ class Denoiser:
         self.cond_fn, self.shifts_mean = cond_fn, shifts_mean
         self.clip_before_guidance = clip_before_guidance
         self.clip_denoised, self.dynamic_threshold = clip_denoised, dynamic_threshold
-        self.encodings = self._encode()
+        self.encodings = self._encode(self.unknown)
+        self.arithmetic = arithmetic or (lambda function: function)
+        self._read_off = self._read if cond_fn is not None else self.arithmetic(self._read)
 
     def __call__(self, z: Tensor, step: int) -> Estimate:
         """z = z_t [B, C, H, W] at local timestep `step`."""
-        diffusion, t = self.diffusion, torch.full((len(z),), step, device=z.device)
+        t = torch.full((len(z),), step, device=z.device)
         seen = self._call_network(z, t)
-        self.unknown = {name: self.modalities[name].estimate(head(seen.predictions, name)) for name in self.unknown}
-        self.encodings = self._encode()
-        y = z - diffusion.aggregation.shift(self.encodings, t)
+        has_signal = bool(self.diffusion.alphas_cumprod[step] >= LEAST_SIGNAL)
+        self.unknown, self.encodings, *found = self._read_off(z, t, seen, has_signal)
+        return Estimate(found[0], self.encodings, *found[1:])
+
+    def _read(self, z: Tensor, t: Tensor, seen: Seen, has_signal: bool) -> tuple[Any, ...]:
+        """(unknown, encodings, and the other fields of Estimate) of what the network says."""
+        diffusion, names = self.diffusion, list(self.unknown)
+        unknown = {name: self.modalities[name].estimate(head(seen.predictions, name)) for name in names}
+        encodings = self._encode(unknown)
+        y = z - diffusion.aggregation.shift(encodings, t)
         variance, log_variance = diffusion.p_variance(seen.output, y, t)
         outside = None if self.cond_fn is None else self.cond_fn(y, diffusion.model_timesteps(t))
         in_eps = None if self.shifts_mean else outside
         in_eps, after_clipping = (None, in_eps) if self.clip_before_guidance else (in_eps, None)
         guided = self.fixed or self.guidance_scale != 1 or in_eps is not None
-        has_signal = diffusion.alphas_cumprod[step] >= LEAST_SIGNAL
         if guided and has_signal:
-            eps = diffusion.predict_eps(seen.output, self._state_seen(z, t, y, seen.predictions), t)
+            eps = diffusion.predict_eps(seen.output, self._state_seen(z, t, y, encodings, seen.predictions), t)
             if seen.head_gradient is not None:  # own head: eps | x = eps - sqrt(1 - abar) grad log p_head(x | z_t)
                 eps = diffusion.condition_eps(eps, self.conditioning_scale * seen.head_gradient, t)
             if seen.unconditional is not None and seen.bare is not None:
@@ -134,9 +144,11 @@ class Denoiser:
         if after_clipping is not None and has_signal:
             eps = diffusion.condition_eps(diffusion.predict_eps_from_xstart(y, t, x_start), after_clipping, t)
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
-        return Estimate(x_start, self.encodings, variance, log_variance, outside if self.shifts_mean else None)
+        return unknown, encodings, x_start, variance, log_variance, outside if self.shifts_mean else None
 
-    def _state_seen(self, z: Tensor, t: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -> Tensor:
+    def _state_seen(
+        self, z: Tensor, t: Tensor, y: Tensor, encodings: Mapping[str, Tensor], predictions: Mapping[str, Tensor]
+    ) -> Tensor:
         """y_t as the network sees it: a known modality in the frame is to it what its head says, not what is known.
 
         A prediction of z_0 or v means eps = E[eps | z_t] only together with this state; eps itself needs none.
@@ -144,12 +156,12 @@ class Denoiser:
         if not self.fixed or self.diffusion.predicts_eps:
             return y
         as_seen = {name: self.modalities[name].estimate(head(predictions, name)) for name in self.fixed}
-        encodings = {**self.encodings, **{name: self.modalities[name].encode(x) for name, x in as_seen.items()}}
+        encodings = {**encodings, **{name: self.modalities[name].encode(x) for name, x in as_seen.items()}}
         return z - self.diffusion.aggregation.shift(encodings, t)
 
-    def _encode(self) -> dict[str, Tensor]:
+    def _encode(self, unknown: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """E_i of everything in the frame: what is known, and what the heads say of the rest."""
-        return {**self.fixed, **{name: self.modalities[name].encode(x) for name, x in self.unknown.items()}}
+        return {**self.fixed, **{name: self.modalities[name].encode(x) for name, x in unknown.items()}}
 
     def _limit(self, x_start: Tensor) -> Tensor:
         if (
@@ -193,8 +205,7 @@ class Denoiser:
         )
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What one pass of the network says at z_t.
 
     head_gradient: grad_z sum_i log p_head(x_i | z_t) over the modalities that own head conditions on, or None. unconditional: the

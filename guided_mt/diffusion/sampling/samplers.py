@@ -9,11 +9,12 @@ d(z / sigma) = z_0 d(sqrt(abar) / sigma) + sum_i E_i d(alpha-tilde_i / sigma), s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..process import GaussianDiffusion
 from ..random import SampleStreams
 from ..schedules import half_log_snr
 from .denoiser import Denoiser, Estimate
@@ -34,6 +35,7 @@ class Sampler:
         self.denoise, self.streams, self.eta = denoise, streams, eta
         self.diffusion = denoise.diffusion
         self.lambdas = half_log_snr(self.diffusion.alphas_cumprod)  # [T]
+        self._moved = denoise.arithmetic(moved)
         self._looks: list[tuple[Tensor, int, Estimate]] = []
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
@@ -45,8 +47,7 @@ class Sampler:
     ) -> Tensor:
         """z at timestep `to` (-1: z_0) from z at `step`: a step of DDIM in the frame, with `estimate` held over the step."""
         t, t_to = (torch.full((len(z),), value, device=z.device) for value in (step, to))
-        y = z - self.shift(estimate, t)
-        return self.diffusion.ddim_step(y, estimate.x_start, t, noise, eta, t_to) + self.shift(estimate, t_to)
+        return self._moved(self.diffusion, z, t, t_to, estimate.x_start, estimate.encodings, noise, eta)
 
     def second_look(self, z: Tensor, step: int, estimate: Estimate) -> Tensor:
         """z at the second timestep once more, by the mean of the estimates at both ends of the first step, where modalities are
@@ -71,6 +72,40 @@ class Sampler:
         return self.streams.normal(*z.shape[1:]).to(z.dtype)
 
 
+def moved(
+    diffusion: GaussianDiffusion,
+    z: Tensor,
+    t: Tensor,
+    t_to: Tensor,
+    x_start: Tensor,
+    encodings: Mapping[str, Tensor],
+    noise: Tensor | None,
+    eta: float,
+) -> Tensor:
+    """See `Sampler.move`; t, t_to [B]."""
+    y = z - diffusion.aggregation.shift(encodings, t)
+    return diffusion.ddim_step(y, x_start, t, noise, eta, t_to) + diffusion.aggregation.shift(encodings, t_to)
+
+
+def ancestral(
+    diffusion: GaussianDiffusion,
+    z: Tensor,
+    t: Tensor,
+    x_start: Tensor,
+    encodings: Mapping[str, Tensor],
+    log_variance: Tensor,
+    moves: tuple[Tensor, Tensor] | None,
+    noise: Tensor,
+) -> Tensor:
+    """A draw of z_{t-1}. moves: the variance, and the gradient that moves the mean times it; None for none."""
+    y = z - diffusion.aggregation.shift(encodings, t)
+    mean, _, _ = diffusion.q_posterior_mean_variance(x_start, y, t)
+    y = diffusion.p_sample_step({"mean": mean, "log_variance": log_variance}, t, noise)
+    if moves is not None:
+        y = y + moves[0] * moves[1]
+    return y + diffusion.aggregation.shift(encodings, t - 1)
+
+
 class Ancestral(Sampler):
     """z_{t-1} ~ p(z_{t-1} | z_t) (DDPM algorithm 2). Even timesteps: they lose by any other spacing."""
 
@@ -80,15 +115,14 @@ class Ancestral(Sampler):
 
     def run(self, z: Tensor, steps: Iterable[int]) -> Tensor:
         """A draw from the model's posterior in each step, as in DDPM; a classifier's gradient moves its mean."""
+        draw = self.denoise.arithmetic(ancestral)
         for step in steps:
             estimate = self.denoise(z, step)
             t = torch.full((len(z),), step, device=z.device)
-            y = z - self.shift(estimate, t)
-            mean, _, _ = self.diffusion.q_posterior_mean_variance(estimate.x_start, y, t)
-            y = self.diffusion.p_sample_step({"mean": mean, "log_variance": estimate.log_variance}, t, self.noise(z))
-            if estimate.mean_gradient is not None:
-                y = y + estimate.variance * estimate.mean_gradient
-            z = y + self.shift(estimate, t - 1)
+            moves = None if estimate.mean_gradient is None else (estimate.variance, estimate.mean_gradient)
+            z = draw(
+                self.diffusion, z, t, estimate.x_start, estimate.encodings, estimate.log_variance, moves, self.noise(z)
+            )
         return z
 
 

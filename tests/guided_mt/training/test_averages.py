@@ -29,7 +29,7 @@ def test_scalars_are_averaged_over_the_steps_that_measured_them():
 
 def test_state_goes_on_and_takes_older_files():
     first, second = averages(), averages()
-    first.add(Record(torch.tensor([1]), {"loss": torch.tensor([2.0])}))
+    first.add(Record.of(torch.tensor([1]), {"loss": torch.tensor([2.0])}))
     first.add_scalars({"grad_norm": torch.tensor(4.0), "cosine": torch.tensor(1.0)})
     second.load_state_dict(first.state_dict())
     second.add_scalars({"cosine": torch.tensor(0.0)})
@@ -44,7 +44,7 @@ def test_state_goes_on_and_takes_older_files():
 def test_averages_by_quartile():
     found = Averages(["loss", "masked"], 8, Processes())
     values = {"loss": torch.tensor([1.0, 3.0, 5.0, math.nan]), "masked": torch.tensor([10.0, 20.0, 30.0, 40.0])}
-    found.add(Record(torch.tensor([0, 1, 7, 3]), values, {"masked": torch.tensor([1.0, 0.0, 1.0, 1.0])}))
+    found.add(Record.of(torch.tensor([0, 1, 7, 3]), values, {"masked": torch.tensor([1.0, 0.0, 1.0, 1.0])}))
     means = found.pop()
     assert means["loss"] == 3.0 and means["loss_q0"] == 2.0 and means["loss_q3"] == 5.0
     assert means["masked"] == pytest.approx(80 / 3) and means["masked_q0"] == 10.0 and means["masked_q1"] == 40.0
@@ -53,7 +53,7 @@ def test_averages_by_quartile():
 
 def test_a_record_joins_its_parts_and_tells_what_counts():
     parts = [
-        Record(
+        Record.of(
             torch.tensor([t]),
             {"loss": torch.tensor([1.0 * t]), "x": torch.tensor([0.5])},
             {"x": torch.tensor([t % 2.0])},
@@ -61,10 +61,9 @@ def test_a_record_joins_its_parts_and_tells_what_counts():
         for t in (4, 7)
     ]
     whole = Record.joined(parts)
-    assert whole.timesteps.tolist() == [4, 7] and whole.values["loss"].tolist() == [4.0, 7.0]
-    assert whole.counts("x").tolist() == [0.0, 1.0] and whole.counts("loss").tolist() == [1.0, 1.0]
-    values, counts = whole.table(["x", "loss"])
-    assert values.tolist() == [[0.5, 4.0], [0.5, 7.0]] and counts.tolist() == [[0.0, 1.0], [1.0, 1.0]]
+    assert whole.timesteps.tolist() == [4, 7]
+    assert whole.rows("loss").tolist() == [[4.0, 7.0], [1.0, 1.0]]
+    assert whole.rows("x").tolist() == [[0.0, 0.5], [0.0, 1.0]]
 
 
 def test_what_the_importance_sampler_learns_from_is_gathered_as_one_tensor():
@@ -76,7 +75,7 @@ def test_what_the_importance_sampler_learns_from_is_gathered_as_one_tensor():
             return torch.cat([values, values + 1])
 
     calls: list[torch.Tensor] = []
-    record = Record(torch.tensor([4, 7]), {"loss": torch.tensor([0.5, 2.0]), "x": torch.zeros(2)})
+    record = Record.of(torch.tensor([4, 7]), {"loss": torch.tensor([0.5, 2.0]), "x": torch.zeros(2)})
     timesteps, losses = record.gathered("loss", Two(world_size=2))
     assert [call.shape for call in calls] == [(2, 2)]
     assert timesteps.tolist() == [4, 7, 5, 8] and timesteps.dtype == torch.int64
@@ -107,8 +106,7 @@ def feed(members: list[Averages], samples: Record, norm: float) -> None:
     size = len(samples.timesteps) // len(members)
     for place, member in enumerate(members):
         part = slice(place * size, (place + 1) * size)
-        values, counted = ({k: x[part] for k, x in xs.items()} for xs in (samples.values, samples.counted))
-        member.add(Record(samples.timesteps[part], values, counted))
+        member.add(Record(samples.timesteps[part], samples.names, samples.table[:, part]))
         member.add_scalars({"grad_norm": torch.tensor(norm)})
 
 
@@ -120,7 +118,7 @@ def test_the_log_is_that_of_one_process(counts, tmp_path):
     for _ in range(5):
         values = {"loss": torch.rand(12), "masked": torch.rand(12)}
         values["loss"][3] = math.nan
-        steps.append(Record(torch.randint(0, 8, (12,)), values, {"masked": torch.randint(0, 2, (12,)).float()}))
+        steps.append(Record.of(torch.randint(0, 8, (12,)), values, {"masked": torch.randint(0, 2, (12,)).float()}))
     whole = Averages(["loss", "masked"], 8, Processes())
     for number, step in enumerate(steps):
         feed([whole], step, float(number))

@@ -17,6 +17,7 @@ from guided_mt.modalities import ImageModality, Images, MaskedImage
 from guided_mt.networks.heads import HeadVariance
 from guided_mt.training.objective import multi_task_losses
 from guided_mt.training.optim import Ema, Optimizer, learning_rate, warmed
+from guided_mt.training.record import Record
 
 # ---------------------------------------------------------------- timestep samplers
 
@@ -73,14 +74,15 @@ def test_head_variance_finds_the_error_and_forgets():
         for _ in range(600):
             t = torch.randint(0, 100, (64,), generator=rng)
             error = truth[t] * scale * torch.rand(64, generator=rng) * 2
-            variance.update(variance.sums(t, error, torch.ones(64)))
+            variance.update(variance.sums(t, torch.stack([error, torch.ones(64)])))
     assert (variance.value() / truth - 1).abs().mean() < 0.1
 
 
 def test_head_variance_leaves_out_dropped_and_broken_samples():
     variance = HeadVariance(10)
-    errors, weights = torch.tensor([1.0, 5.0, math.nan]), torch.tensor([1.0, 0.0, 1.0])
-    variance.update(variance.sums(torch.tensor([3, 3, 3]), errors, weights))
+    t, weights = torch.tensor([3, 3, 3]), torch.tensor([1.0, 0.0, 1.0])
+    record = Record.of(t, {"masked": torch.tensor([1.0, 5.0, math.nan])}, {"masked": weights})
+    variance.update(variance.sums(t, record.rows("masked")))
     assert torch.allclose(variance.value(), torch.ones(10))
 
 
@@ -88,8 +90,9 @@ def test_head_variances_of_several_processes_are_those_of_one():
     whole, parts = HeadVariance(10), [HeadVariance(10), HeadVariance(10)]
     for _ in range(3):
         t, error, weight = torch.randint(0, 10, (8,)), torch.rand(8), torch.randint(0, 2, (8,)).float()
-        whole.update(whole.sums(t, error, weight))
-        sums = sum(parts[0].sums(t[half], error[half], weight[half]) for half in (slice(4), slice(4, 8)))
+        rows = torch.stack([error * weight, weight])
+        whole.update(whole.sums(t, rows))
+        sums = sum(parts[0].sums(t[half], rows[:, half]) for half in (slice(4), slice(4, 8)))
         for part in parts:
             part.update(sums)
     torch.testing.assert_close(whole.state_dict(), parts[0].state_dict())
