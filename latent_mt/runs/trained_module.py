@@ -16,7 +16,8 @@ from guided_mt.diffusion.random import seed_dropout
 from guided_mt.runs import resume
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.skipped import SkippedSteps
-from guided_mt.training.optim import Ema, learning_rate, load_optimizer
+from guided_mt.training.ema import Ema
+from guided_mt.training.optim import learning_rate, load_optimizer
 
 from .run_config import RunConfig
 
@@ -69,12 +70,12 @@ class TrainedModule(pl.LightningModule):
         self.data, self.random_flip = data, data.random_flip
         self.skipped = SkippedSteps(self.device)
         if self.ema is None:
-            self.ema = Ema(self.averaged, self.ema_rates)
+            self.ema = Ema(self.averaged, self.ema_rates, self.run.ema_device, self.run.ema_dtype)
         self.ema.follow()
 
     def after_step(self) -> None:
         """Called after each optimiser step."""
-        self.ema.update(self.steps_done if self.run.ema_warmup else None)
+        self.ema.update(self.steps_done if self.run.ema_warmup else None, self.steps_done)
 
     @contextlib.contextmanager
     def with_averages(self) -> Iterator[None]:
@@ -84,7 +85,7 @@ class TrainedModule(pl.LightningModule):
 
     def load_averages(self, folder: Path) -> None:
         """The averages of a checkpoint. Raises UserError where it has none of this rate."""
-        self.ema = Ema(self.averaged, self.ema_rates)
+        self.ema = Ema(self.averaged, self.ema_rates, self.run.ema_device, self.run.ema_dtype)
         for rate in self.ema_rates:
             state = resume.read_average(folder, rate, "run.ema_rate")
             own = {k.removeprefix(self.prefix): v for k, v in state.items() if k.startswith(self.prefix)}
