@@ -17,7 +17,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV) with all that tests and evaluation need: minutes, once."
-	$(INSTALL) ".[mpi,eval,latent,tensorflow,parquet,text,docs,dev]"
+	$(INSTALL) ".[mpi,eval,latent,shards,tensorflow,parquet,text,docs,dev]"
 	touch $(DEMO_STAMP) $@
 
 $(DEMO_STAMP): pyproject.toml | $(BIN)/python

@@ -77,6 +77,8 @@ EXTRAS = {
     "pyarrow": "parquet",
     "open_clip": "text",
     "transformers": "text",
+    "webdataset": "shards",
+    "braceexpand": "shards",
 }
 OWN = ("guided_mt", "latent_mt", "evaluations", "reproduce", "mt_diffusion")
 

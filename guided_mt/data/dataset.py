@@ -19,7 +19,7 @@ from .sources.formats import TooManyPixels
 logger = logging.getLogger("guided_mt")
 
 CACHE_BYTES = 256 * 2**20  # array sources up to this size are converted once and kept
-_ORDER, _CROP, _CAPTION = 0, 1, 2  # independent random streams of one seed
+ORDER, CROP, CAPTION, SHARDS, WINDOW = range(5)  # independent random streams of one seed
 
 
 def random_words(stream: int, seed: int, number: int, count: int) -> np.ndarray:
@@ -68,14 +68,14 @@ class StreamOrder:
         if epoch not in self._permutations:
             while len(self._permutations) >= 2:
                 del self._permutations[next(iter(self._permutations))]
-            words = random_words(_ORDER, self.seed, epoch, self.n)
+            words = random_words(ORDER, self.seed, epoch, self.n)
             self._permutations[epoch] = np.argsort(words, kind="stable")
         return self._permutations[epoch]
 
 
 def draw_caption(captions: Sequence[str], seed: int, position: int, drop: float = 0.0) -> str:
     """One of an item's captions, or, `drop` of the time and where it has none, the empty one: a function of seed and position."""
-    kept, which = uniforms_of(random_words(_CAPTION, seed, position, 2))
+    kept, which = uniforms_of(random_words(CAPTION, seed, position, 2))
     return captions[int(which * len(captions))] if captions and kept >= drop else ""
 
 
@@ -218,7 +218,7 @@ class StepDataset(torch.utils.data.Dataset):
         if index in self._broken:
             raise BrokenImage(self._broken[index])
         if self.random_crop:
-            uniforms = uniforms_of(random_words(_CROP, self.order.seed, position, 3))
+            uniforms = uniforms_of(random_words(CROP, self.order.seed, position, 3))
             return decode(self.source, index, self.image_size, uniforms)
         if self._cache is None:
             return decode(self.source, index, self.image_size)

@@ -14,10 +14,11 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
+from typing_extensions import Self
 
 from ..errors import UserError
 from .dataset import CACHE_BYTES, BrokenImages, Order, RankSlice, StepDataset, StreamOrder, present_of
@@ -48,6 +49,20 @@ class Batch:
         loaded = {name: move(x) for name, x in self.loaded.items()}
         present = {name: move(x) for name, x in self.present.items()}
         return Batch(move(self.images), labels, move(self.positions), self.indices, loaded, present, self.captions)
+
+
+class BatchStream(Protocol):
+    """This process's batches, in the order of the steps. A context manager, which ends what was started for it."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def close(self) -> None:
+        """Stop the worker processes."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class ImageStream:
@@ -160,9 +175,12 @@ def check_workers(flag: str, workers: int) -> None:
 
 
 def start_loader(
-    dataset: torch.utils.data.Dataset, steps: Iterable[int], num_workers: int, pin_memory: bool = False
+    dataset: torch.utils.data.Dataset, steps: Iterable[int] | None, num_workers: int, pin_memory: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The dataset's items number `steps`, each a batch, made ahead by worker processes. Ended by `stop_loader`."""
+    """The dataset's items number `steps`, each a batch, made ahead by worker processes. Ended by `stop_loader`.
+
+    steps: None for a dataset that is iterated over; its workers' items come in turn.
+    """
     loader = DataLoader(
         dataset,
         sampler=steps,

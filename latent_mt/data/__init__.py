@@ -4,5 +4,6 @@ from .configured import ImageData, PairData, StreamedData
 from .latent_cache import LatentCache
 from .layouts import open_pairs
 from .pairs import PairSource, Side
+from .shards.data import ShardData
 
-__all__ = ["ImageData", "LatentCache", "PairData", "PairSource", "Side", "StreamedData", "open_pairs"]
+__all__ = ["ImageData", "LatentCache", "PairData", "PairSource", "ShardData", "Side", "StreamedData", "open_pairs"]

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from guided_mt.data import MAX_PIXELS, ImageSource, ImageStream, Sides, check_workers, open_source
 from guided_mt.data.dataset import Order
+from guided_mt.data.loader import BatchStream
 from guided_mt.data.sources.classes import renumbered
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
@@ -97,6 +98,16 @@ class StreamedData:
         """The validation images; None where there are none."""
         return None if self.splits[1] is None else self._open(self.splits[1])
 
+    @property
+    def amount(self) -> str:
+        """How much there is to train on, in words."""
+        return f"{len(self.source)} items"
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the order of the data rests on beside the seed; '' where it is not followed."""
+        return ""
+
     def stream(
         self,
         *,
@@ -106,7 +117,7 @@ class StreamedData:
         start_step: int = 0,
         total_steps: int | None = None,
         accumulate: int = 1,
-    ) -> ImageStream:
+    ) -> BatchStream:
         """This process's batches of the optimiser steps start_step, ..., total_steps - 1, `accumulate` batches to a step.
 
         Raises UserError where the data is smaller than the batches of all processes.

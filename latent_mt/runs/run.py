@@ -18,7 +18,8 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from guided_mt.data import Batch, ImageStream
+from guided_mt.data import Batch
+from guided_mt.data.loader import BatchStream
 from guided_mt.errors import UserError, reason
 from guided_mt.runs import checkpoint, resume
 from guided_mt.runs.distributed import Processes
@@ -36,7 +37,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 class _Stream:
     """The stream of batches, which ends early when the run is to stop."""
 
-    def __init__(self, stream: ImageStream, folder: RunFolder):
+    def __init__(self, stream: BatchStream, folder: RunFolder):
         self.stream, self.folder = stream, folder
 
     def __iter__(self) -> Iterator[Batch]:
@@ -168,8 +169,8 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any], processes: Proce
 def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any) -> None:
     """Train `module` on `data` to `total_steps`, or on from the newest checkpoint of the folder.
 
-    data: has `batch_size` (per process and pass), `source` and `stream(...)` as `latent_mt.data.PairData`. Raises UserError, and
-    Interrupted where Ctrl-C ended it, saved.
+    data: has `batch_size` (per process and pass), `source`, `amount` and `stream(...)` as `latent_mt.data.PairData`.
+    Raises UserError, and Interrupted where Ctrl-C ended it, saved.
     """
     folder.newest = newest = newest_checkpoint(folder.folder)
     folder.data, module.run = data, folder.config
@@ -183,7 +184,7 @@ def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any
         except OSError as error:
             raise UserError(f"run.log_dir {folder.folder}: can't be written ({error.strerror}); name another") from None
         reached = f"resuming after step {module.steps_done}" if newest else "starting"
-        print(f"# {len(data.source)} items, {reached}; {trainer.world_size} process(es)", flush=True)
+        print(f"# {data.amount}, {reached}; {trainer.world_size} process(es)", flush=True)
     if module.steps_done >= folder.config.total_steps:
         return
     stream = data.stream(

@@ -44,6 +44,7 @@ _REGISTRY = {
     "ldm.lr_scheduler.LambdaLinearScheduler": "latent_mt.runs.lr_scheduler:LambdaLinearScheduler",
     "latent_mt.data.PairData": "latent_mt.data:PairData",
     "latent_mt.data.ImageData": "latent_mt.data:ImageData",
+    "latent_mt.data.ShardData": "latent_mt.data:ShardData",
 }
 
 # Modules by which the configurations of older runs name their classes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from guided_mt.training.ema import Ema
 from guided_mt.training.optim import learning_rate, load_optimizer
 
 from .run_config import RunConfig
+
+logger = logging.getLogger("latent_mt")
 
 
 class TrainedModule(pl.LightningModule):
@@ -93,7 +96,9 @@ class TrainedModule(pl.LightningModule):
 
     def training_state(self) -> dict[str, Any]:
         """training_state.pt but for the step."""
+        fingerprint = getattr(self.data, "fingerprint", "")
         return {
+            **({"data": fingerprint} if fingerprint else {}),
             "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
             "precision": self.trainer.precision_plugin.state_dict(),
             "run": {**self.run_state(), "skipped": self.skipped.total},
@@ -101,6 +106,12 @@ class TrainedModule(pl.LightningModule):
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """The counterpart of `training_state`, called on the training device."""
+        if state.get("data", "") not in ("", getattr(self.data, "fingerprint", "")) and self.processes.rank == 0:
+            logger.warning(
+                "%s: the data, their filters or their order are others than at step %d: from here on the order is a new one, "
+                "so that samples of the epoch under way may come twice, or not at all",
+                *(self.data.source.path, self.steps_done),
+            )
         for optimizer, saved in zip(self.trainer.optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
         self.trainer.precision_plugin.load_state_dict(state["precision"])

@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,24 @@ _OURS = re.compile(r"[0-9a-f]{32}\.listing")  # what these files are called; wri
 _LOCK = "lock"  # one file for all: a byte of it for each archive
 
 
-def listed(file: Path, make: Callable[[Path], Listing]) -> Listing:
+@dataclass(frozen=True)
+class Keeping:
+    """Which listings of a kind are kept, and where. folder: of this kind, below the others'; "": that of archives.
+
+    least_seconds: what took less to make is not kept; most_bytes: of all in the folder; None: as for archives. one_in: how many
+    are written between two looks at how large they are together.
+    """
+
+    folder: str = ""
+    least_seconds: float | None = None
+    most_bytes: int | None = None
+    one_in: int = 1
+
+
+def listed(file: Path, make: Callable[[Path], Listing], keeping: Keeping = Keeping()) -> Listing:
     """make(file), or what it gave before for the same archive, by path, size, time of change and inode. Raises as `make` does."""
-    folder = _folder()
+    folder = listings_folder()
+    folder = None if folder is None else folder / keeping.folder
     try:
         key = _key(file, make)
     except OSError:  # `make` says what is wrong
@@ -57,11 +73,11 @@ def listed(file: Path, make: Callable[[Path], Listing]) -> Listing:
         if listing is not None:
             return listing
         if not waited:
-            return _made(file, make, place, key)
-    return _made(file, make, place, key)  # whoever was first did not keep it
+            return _made(file, make, place, key, keeping)
+    return _made(file, make, place, key, keeping)  # whoever was first did not keep it
 
 
-def _folder() -> Path | None:
+def listings_folder() -> Path | None:
     """Where listings are kept, None for nowhere."""
     own = os.environ.get("MT_DIFFUSION_LISTINGS")
     if own:
@@ -90,15 +106,20 @@ def _key(file: Path, make: Callable[[Path], Listing]) -> dict[str, Any]:
     }
 
 
-def _made(file: Path, make: Callable[[Path], Listing], place: Path, key: Mapping[str, Any]) -> Listing:
+def _made(
+    file: Path, make: Callable[[Path], Listing], place: Path, key: Mapping[str, Any], keeping: Keeping
+) -> Listing:
     """make(file), written down where that took long, and the archive did not change meanwhile."""
     began = time.monotonic()
     listing = make(file)
-    if time.monotonic() - began >= LEAST_SECONDS:
+    least = LEAST_SECONDS if keeping.least_seconds is None else keeping.least_seconds
+    if time.monotonic() - began >= least:
         with contextlib.suppress(OSError):  # no room, or not ours to write to
             if _key(file, make) == key:
                 _write(place, key, listing)
-                _make_room(place.parent, keep=place)
+                if int(place.name[:7], 16) % keeping.one_in == 0:
+                    most = MOST_BYTES if keeping.most_bytes is None else keeping.most_bytes
+                    _make_room(place.parent, most, keep=place)
     return listing
 
 
@@ -152,12 +173,12 @@ def _crc(blocks: Iterable[bytes]) -> int:
     return crc
 
 
-def _make_room(folder: Path, keep: Path) -> None:
-    """Remove the listings that were not used for the longest time, until all are within MOST_BYTES. Raises OSError."""
+def _make_room(folder: Path, most: int, keep: Path) -> None:
+    """Remove the listings that were not used for the longest time, until all are within `most` bytes. Raises OSError."""
     states = {file: file.stat() for file in folder.iterdir() if _OURS.match(file.name)}
     total = sum(state.st_size for state in states.values())
     for file in sorted(states, key=lambda file: states[file].st_mtime_ns):
-        if total <= MOST_BYTES:
+        if total <= most:
             return
         if file != keep:
             file.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_latent import DDCONFIG, LATENT, SIZE, UNET, model_params, train, write_config, write_images, write_pairs
+from tiny_shards import write_shards
 
 from guided_mt.data import Batch
 from guided_mt.diffusion.random import SampleStreams
@@ -199,6 +200,9 @@ USES: dict[str, Callable[[str, Any], None]] = {
     ),
     "latent_mt.data:ImageData": lambda name, folder: some_data(
         built(name, path=str(write_images(folder)), val_path=str(folder), **DATA)
+    ),
+    "latent_mt.data:ShardData": lambda name, folder: some_data(
+        built(name, path=write_shards(folder), val_path=str(folder), **DATA)
     ),
 }
 

@@ -1,0 +1,1 @@
+"""Images with captions in .tar shards, at the scale of the web."""

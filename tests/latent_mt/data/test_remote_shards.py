@@ -1,0 +1,183 @@
+"""Shards that are read as streams: the plan, going on within a shard, and what can't be read."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_shards import ALL, COUNTS, opened, seen
+from tiny_shards import files_of, png, write_shards
+
+from guided_mt.errors import UserError
+from latent_mt.data import ShardData
+from latent_mt.data.shards import lanes as lanes_module
+from latent_mt.data.shards import stream
+from latent_mt.data.shards.index import SampleRule
+from latent_mt.data.shards.lanes import LanePlan
+
+
+@pytest.fixture(autouse=True)
+def counts_of_this_test(tmp_path, monkeypatch):
+    monkeypatch.setenv("MT_DIFFUSION_LISTINGS", str(tmp_path / "listings"))
+
+
+def remote(folder: Path, counts: tuple[int, ...] = COUNTS, files: Any = files_of, **params: Any) -> ShardData:
+    write_shards(folder, counts, files)
+    pattern = f"pipe:cat {folder}/{{00000..{len(counts) - 1:05d}}}.tar"
+    return opened(pattern, **{"lanes": 6, "shuffle": 4, **params})
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(("shards", "lanes"), [(7, 3), (4, 4), (2, 5), (1, 1)])
+def test_every_shard_is_dealt_once_before_any_is_dealt_again(shards, lanes):
+    plan = LanePlan([f"s{k}" for k in range(shards)], SampleRule(), 5, lanes, lanes, 1, "stop")
+    dealt = [list(itertools.islice(plan.shards_of(lane), shards)) for lane in range(lanes)]
+    in_turn = [dealt[number % lanes][number // lanes] for number in range(shards * lanes)]
+    for epoch in range(lanes):
+        assert sorted(in_turn[epoch * shards : (epoch + 1) * shards]) == sorted(plan.shards)
+    assert shards < 3 or in_turn[:shards] != in_turn[shards : 2 * shards]
+
+
+def test_what_is_seen_does_not_depend_on_processes_workers_or_interruptions(tmp_path, monkeypatch):
+    data = remote(tmp_path, ucg_rate=0.2).open()
+    assert data.amount == "4 remote shards" and len(data.source) == 22
+    whole = seen(data, range(14))
+    assert sorted(whole) == list(range(84)) and {x[:2] for x in whole.values()} == ALL
+    assert seen(data, range(14), world=2) == whole and seen(data, range(14), world=3) == whole
+    data.num_workers = 2
+    assert seen(data, range(4)) == {p: whole[p] for p in range(24)}
+    # going on within a shard, with the counts that were kept, and without them
+    read: list[str] = []
+    monkeypatch.setattr(
+        lanes_module, "samples_of", lambda shard, rule: read.append(shard) or stream.samples_of(shard, rule)
+    )
+    data.num_workers = 0
+    assert seen(data, range(9, 14), world=3) == {p: whole[p] for p in range(54, 84)}
+    with_counts = len(read)
+    monkeypatch.setenv("MT_DIFFUSION_LISTINGS", "off")
+    assert seen(data, range(9, 14), world=3) == {p: whole[p] for p in range(54, 84)}
+    assert len(read) - with_counts > with_counts
+
+
+def test_a_lane_gives_all_samples_of_its_shards(tmp_path):
+    data = remote(tmp_path, filters={"min_aesthetic": 20}, lanes=1, shuffle=5).open()
+    wanted = {(shard, sample) for shard, sample in ALL if sample >= 2}
+    found = [x[:2] for x in seen(data, range(30), batch=1).values()]
+    shards = [shard for shard, _ in itertools.groupby(shard for shard, _ in found)]
+    assert len(shards) > 3 and {*found} == wanted
+    assert all(found.count(x) in (1, 2, 3) for x in wanted)
+
+
+def test_a_limit_is_one_of_the_first_samples(tmp_path):
+    data = remote(tmp_path, limit=3).open()
+    assert {x[:2] for x in seen(data, range(2), batch=3).values()} == {(0, 0), (0, 1), (0, 2)}
+    with pytest.raises(UserError, match=r"data\.params\.limit 65: of remote shards at most the first 64 samples"):
+        remote(tmp_path, limit=65).open()
+
+
+def test_the_first_samples_stand_for_the_data(tmp_path):
+    data = remote(tmp_path, (70, 2)).open()
+    assert len(data.source) == 64 and data.source.captions[3] == ("shard 0 sample 3",)
+    assert data.val_source is None and data.source.read(3).size == (16, 16)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    def files(shard: int, sample: int) -> dict[str, bytes]:
+        unsafe = dict.fromkeys(("pyd", "pickle", "pkl", "pth", "npy", "pt"), pickle.dumps(pytest.fail))
+        return {**unsafe, **files_of(shard, sample)}
+
+    assert len(seen(remote(tmp_path, files=files).open(), range(4))) == 24
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+def test_lanes_and_processes(tmp_path):
+    data = remote(tmp_path).open()
+    data.batch_size = 1
+    expected = r"data\.params\.lanes: 2 lanes share out a batch of 4, and don't divide by 4 processes; take a multiple"
+    with pytest.raises(UserError, match=expected):
+        data.stream(seed=0, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("shard", "expected"),
+    [
+        ("pipe:exit 7", r"pipe:exit 7: its command ended with exit code 7"),
+        ("pipe:true", r"pipe:true: (not a whole tar archive \(empty file\)|nothing came)"),
+        ("pipe:echo no tar", r"pipe:echo no tar: not a whole tar archive \("),
+        ("http://127.0.0.1:9/00000.tar", r"http://127\.0\.0\.1:9/00000\.tar: its command ended with exit code 7"),
+        ("s3://bucket/00000.tar", r"s3://bucket/00000\.tar: needs the program nowhere, which is not there"),
+        ("ftp://host/00000.tar", r"ftp://host/00000\.tar: .*no gopen handler"),
+    ],
+)
+def test_a_store_that_can_not_be_read(shard, expected, monkeypatch):
+    monkeypatch.setitem(stream._PROGRAMS, "s3", ["nowhere"])
+    with pytest.raises(UserError, match=expected) as caught:
+        opened(shard).open()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_is_silent(monkeypatch):
+    monkeypatch.setattr(stream, "REACH_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"pipe:exec sleep 60: nothing came within 0 seconds"):
+        opened("pipe:exec sleep 60").open()
+
+
+@pytest.mark.parametrize("whole_files", [True, False])
+def test_a_truncated_shard(whole_files, tmp_path, caplog):
+    data = remote(tmp_path)
+    data.open()
+    content = (tmp_path / "00001.tar").read_bytes()
+    (tmp_path / "00001.tar").write_bytes(content[: 1024 * 9 if whole_files else 1024 * 9 + 100])
+    with pytest.raises(
+        UserError, match=r"00001\.tar: not a whole tar archive \(.*\); data\.params\.missing_shards=skip leaves"
+    ):
+        seen(data, range(9))
+    data.missing_shards = "skip"
+    found = {x[:2] for x in seen(data, range(9)).values()}
+    assert found >= {x for x in ALL if x[0] != 1} and "00001.tar: not a whole tar archive" in caplog.text
+
+
+def test_broken_samples(tmp_path, monkeypatch, caplog):
+    def files(shard: int, sample: int) -> dict[str, bytes]:
+        return {**files_of(shard, sample), **({"png": b"broken"} if (shard, sample) == (1, 4) else {})}
+
+    data = remote(tmp_path, files=files).open()
+    whole = seen(data, range(8))
+    assert caplog.text.count("000010004 is broken and left out (no known format)") == 1
+    assert (1, 4) not in {x[:2] for x in whole.values()} and len({x[:2] for x in whole.values()}) > 15
+    assert all(caption == f"shard {s} sample {k}" for s, k, caption in whole.values())
+    assert seen(data, range(3, 8), world=2) == {p: whole[p] for p in range(18, 48)}
+    data = remote(tmp_path, files=lambda shard, sample: {"png": b"broken" if sample else png(shard, sample)}).open()
+    with pytest.raises(UserError, match=r"are broken"):
+        seen(data, range(8))
+
+
+def test_filters_that_nothing_passes(tmp_path):
+    with pytest.raises(UserError, match=r"no sample of the 4 shards is left by data\.params\.filters"):
+        remote(tmp_path, filters={"min_width": 99}).open()
+
+
+def test_shards_of_a_server(tmp_path):
+    write_shards(tmp_path)
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/{{00000..00003}}.tar"
+        data = opened(address, lanes=6, shuffle=4).open()
+        assert {x[:2] for x in seen(data, range(12)).values()} == ALL
+        with pytest.raises(UserError, match=r"/00004\.tar: its command ended with exit code 22"):
+            opened(address.replace("00000..00003", "00004..00005")).open()
+    finally:
+        server.shutdown()
+        server.server_close()
