@@ -22,7 +22,8 @@ from guided_mt.networks.create import create_model
 from guided_mt.runs.checkpoint import save_checkpoint
 from guided_mt.runs.processes.memory import keep_freed_memory
 from guided_mt.runs.writer import CheckpointWriter
-from guided_mt.training.optim import Ema, Optimizer
+from guided_mt.training.ema import Ema
+from guided_mt.training.optim import Optimizer
 
 
 def state(num_channels: int, device: str) -> dict[str, Any]:

@@ -131,9 +131,9 @@ def prepare(name: str, argv: list[str], workplace: Workplace) -> None:
         elif flag in IMAGES:
             for part in value.split(","):
                 workplace.images(part)
-        elif flag == "--given" and value.startswith("masked="):
+        elif flag == "--given" and value.startswith(("masked=", "representation=")):
             file = value.partition("=")[2]
-            workplace.picture(file) if file.endswith(".png") else workplace.images(file)
+            workplace.picture(file) if file.endswith((".png", ".jpg")) else workplace.images(file)
         elif flag == "image":  # of --mask
             workplace.picture(value)
     for word in {"evaluate": argv[:2], "reference": argv[:1], "prepare": argv[:1], "show": argv[:1]}.get(name, ()):

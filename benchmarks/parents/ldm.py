@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from guided_mt.diffusion.process import GaussianDiffusion, ModelVarType
 from guided_mt.diffusion.sampling import sample
-from guided_mt.training.optim import Ema
+from guided_mt.training.ema import Ema
 from latent_mt import AutoencoderKL, UNetModel, VQModel
 from latent_mt.model.schedules import BETA_SCHEDULES, ddim_timesteps, make_beta_schedule
 from latent_mt.runs.ldm_checkpoint import load_ldm

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.networks.create import create_model
 from guided_mt.training.classifier_loop import ClassifierLoop
-from guided_mt.training.optim import Ema, Optimizer, learning_rate
+from guided_mt.training.ema import Ema
+from guided_mt.training.optim import Optimizer, learning_rate
 from guided_mt.training.train_loop import TrainLoop as OurLoop
 
 from .adm import process

@@ -4,6 +4,7 @@ A new one is a class here (or anywhere), a head in `networks/heads.py` and a row
 """
 
 from .base import Gaussian, Images, Modality
+from .encoded import EncodedVector
 from .image import ImageModality, MaskedImage, PairedImage, patch_mask
 from .label import LabelModality, RandomLabel
 from .roles import Roles
@@ -12,6 +13,7 @@ from .tokens import LabelTokens, VectorTokens
 from .vector import VectorModality
 
 __all__ = [
+    "EncodedVector",
     "Gaussian",
     "ImageModality",
     "Images",

@@ -14,10 +14,11 @@ from typing_extensions import override
 
 from ..data import ImageSource
 from ..diffusion.random import SampleStreams
-from ..errors import UserError
+from ..errors import NPZ_ERRORS, UserError
 from ..networks.heads import VectorUnits
 from ..networks.image_encoder import ImageEncoder, check_width
 from ..networks.multi_task import MultiTask
+from ..runs.distributed import Processes
 from .base import Gaussian, Images
 from .image import read_pictures
 from .vector import read_vectors
@@ -89,7 +90,7 @@ class EncodedVector(Gaussian):
         self.digest = digest
 
     @override
-    def before_step(self, step: int, processes: Any) -> None:
+    def before_step(self, step: int, processes: Processes) -> None:
         if self.source is None:
             self.encoder_on(processes.device)
 
@@ -206,5 +207,5 @@ def _holds_vectors(path: Path, name: str) -> bool:
     try:
         with np.load(path, allow_pickle=False) as file:
             return name in file.files or "arr_0" not in file.files or file["arr_0"].ndim == 2
-    except Exception:
+    except NPZ_ERRORS:
         return True

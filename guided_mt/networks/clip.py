@@ -55,11 +55,14 @@ def clip_config(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     return dict(arch)
 
 
-def build_clip(arch: str | Mapping[str, Any], version: str | None = None, towers: str = "both") -> nn.Module:
+def build_clip(
+    arch: str | Mapping[str, Any], version: str | None = None, towers: str = "both", *, weights: bool = True
+) -> nn.Module:
     """open_clip's `CLIP` in float32, in evaluation mode, on torch's default device.
 
     arch: as in `clip_config`. towers: of TOWERS; without "image" it has no `visual`, and with "image" alone `visual` is all that
-    has weights. version: None for untrained weights, else as in `clip_state`. Raises UserError for what open_clip can't build.
+    has weights. version: None for untrained weights, else as in `clip_state`. weights False: built as `version` wants it, with its
+    activation, for weights that come from elsewhere. Raises UserError for what open_clip can't build.
     """
     library, config = open_clip(), clip_config(arch)
     if towers not in TOWERS:
@@ -93,7 +96,7 @@ def build_clip(arch: str | Mapping[str, Any], version: str | None = None, towers
             "logit_scale",
         ):
             setattr(clip, part, None)
-    if version:
+    if version and weights:
         load_clip(clip, clip_state(arch, version), f"CLIP {version} of {name}")
     return clip.eval()
 

@@ -27,6 +27,12 @@ class LoopConfig:
     save_interval: int = option(10_000, "steps between checkpoints", least=1)
     keep_checkpoints: int = option(0, "how many checkpoints to keep; 0: all", least=0)
     ema_rate: str = option("0.9999", "comma-separated rates of the averaged weights")
+    ema_device: str = option(
+        "same",
+        "where the averages are kept: same, beside the weights, or cpu, which every step waits for",
+        ("same", "cpu"),
+    )
+    ema_dtype: str = option("fp32", "how the averages are kept; bf16 takes half the memory", ("fp32", "bf16"))
     lr_warmup_steps: int = option(0, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
     grad_clip: float = option(

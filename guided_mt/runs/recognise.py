@@ -128,9 +128,11 @@ _OUR_HEADS = _has(*OWN_HEAD[:1])
 
 # ---------------------------------------------------------------- what to do with them
 
-_NOT_SD = (
-    "its text encoder is not built here; a model without it can be loaded by latent-train (model.params.ckpt_path) with a YAML "
-    "file of its U-Net, cond_stage_config torch.nn.Identity and ignore_keys: [cond_stage_model]"
+_TEXT = "give it to latent-sample as --model_path with --config FILE ({}) and --prompt TEXT"
+_SD1, _SD2 = _TEXT.format("v1-inference.yaml"), _TEXT.format("v2-inference.yaml, of the 768 model v2-inference-v.yaml")
+_BARE_SD2 = (
+    "load it by latent-train (model.params.ckpt_path, load_only_unet: true); the text encoder is then that of "
+    "cond_stage_config's version"
 )
 _ELSEWHERE = "nothing here loads it"
 _SD_VARIANT = f"no class of this package stands for it: {_ELSEWHERE}"
@@ -168,11 +170,11 @@ KINDS: tuple[Signature, ...] = (
         _SD_VARIANT,
     ),
     Signature(_has("control_model.input_blocks."), "a ControlNet", _SD_VARIANT),
-    Signature(_all(_LDM, _has("cond_stage_model.model.")), "a Stable Diffusion 2 model", _NOT_SD, "latent"),
+    Signature(_all(_LDM, _has("cond_stage_model.model.")), "a Stable Diffusion 2 model", _SD2, "latent"),
     Signature(
-        _all(_LDM, _has("cond_stage_model.transformer.text_model.")), "a Stable Diffusion 1 model", _NOT_SD, "latent"
+        _all(_LDM, _has("cond_stage_model.transformer.text_model.")), "a Stable Diffusion 1 model", _SD1, "latent"
     ),
-    Signature(_all(_LDM, _context(1024)), "a Stable Diffusion 2 U-Net without its text encoder", _NOT_SD, "latent"),
+    Signature(_all(_LDM, _context(1024)), "a Stable Diffusion 2 U-Net without its text encoder", _BARE_SD2, "latent"),
     Signature(_has("joint_blocks.0."), "a Stable Diffusion 3 transformer", _ELSEWHERE),
     Signature(_has("model.diffusion_model.joint_blocks."), "a Stable Diffusion 3 model", _ELSEWHERE),
     Signature(_holds("double_blocks.0.", "single_blocks.0."), "a FLUX transformer", _ELSEWHERE),
@@ -251,12 +253,12 @@ KINDS: tuple[Signature, ...] = (
     Signature(
         _has("down_blocks.0.", "up_blocks.0.", "time_embedding."),
         "a diffusers U-Net",
-        "bring it into its original layout first (ADM's or LDM's names), as diffusers' conversion scripts do",
+        "of a Stable Diffusion give the whole folder, which holds model_index.json; bring another into its original layout first",
     ),
     Signature(
         _has("encoder.down_blocks.0.", "decoder.up_blocks.0."),
         "a diffusers autoencoder",
-        "bring it into LDM's layout first (encoder.down.*, decoder.up.*), as diffusers' conversion scripts do",
+        "of a Stable Diffusion give the whole folder, which holds model_index.json; bring another into LDM's layout first",
     ),
     Signature(_has("transformer_blocks.0."), "a diffusers transformer", _ELSEWHERE),
     Signature(_has("model.map_noise.", "model.map_layer0."), "an EDM network", _ELSEWHERE),

@@ -127,10 +127,6 @@ def read_state(path: Path, lazily: bool = False) -> Any:
     lazily: torch's files are mapped, so that entries are read when they are used, as those of safetensors are anyway.
     Raises UserError for a file that is damaged or no weights file, saying what it is, and RefusedFile for one that holds code.
     """
-    if path.name == "model_index.json":
-        raise UserError(
-            f"{path}: is a text-to-image pipeline in diffusers' layout; mt-diffusion latent-sample loads its folder"
-        )
     try:
         if container(path) == SAFETENSORS:
             return _read_safetensors(path)[0]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..runs.weights import read_state, read_weights, refuse_not_finite
-from .optim import Ema, Optimizer
+from .ema import Ema
+from .optim import Optimizer
 
 _MODEL = re.compile(r"model(\d{6,})\.pt")
 

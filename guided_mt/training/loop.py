@@ -31,7 +31,8 @@ from ..runs.policy import RunPolicy
 from ..runs.skipped import SkippedSteps
 from .adm_run import ADMRun, go_on, named_as_adms
 from .averages import QUARTILES, Averages
-from .optim import Ema, Optimizer, learning_rate
+from .ema import Ema
+from .optim import Optimizer, learning_rate
 from .record import Record
 
 log = logging.getLogger("guided_mt")
@@ -151,11 +152,11 @@ class Loop:
         if newest is None:
             path = self.config.resume_checkpoint
             file = self.start_from(path) if path else None
-            self.ema = Ema(self.model, rates)
+            self.ema = Ema(self.model, rates, self.config.ema_device, self.config.ema_dtype)
             return self._go_on_with_adms(file) if file else 0
         self._refuse_other_settings(newest)
         checkpoint.load_weights(self.model, newest / "model.safetensors")
-        self.ema = Ema(self.model, rates)
+        self.ema = Ema(self.model, rates, self.config.ema_device, self.config.ema_dtype)
         for rate in rates:
             self.ema.load(rate, resume.read_average(newest, rate, "--ema_rate"))
         state = checkpoint.read_state(newest / "training_state.pt")
@@ -266,7 +267,7 @@ class Loop:
         """One optimiser step on this process's part of the global batch."""
         record = self.forward_backward(batch)
         norm = self.optimizer.step(self._rate(self.step))
-        self.ema.update()
+        self.ema.update(step=self.step)
         self.track(record, norm)
         self.step += 1
 

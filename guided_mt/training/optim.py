@@ -1,9 +1,8 @@
-"""AdamW with gradient clipping, the fp16 loss scale, skipped non-finite steps and averaged weights, without a wait for the host."""
+"""AdamW with gradient clipping, the fp16 loss scale, and skipped non-finite steps, without a wait for the host."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,66 +114,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for name, value in moments.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-
-
-class Ema:
-    """Averaged copies of the weights, one per rate: average <- rate * average + (1 - rate) * weights."""
-
-    def __init__(self, model: nn.Module, rates: Iterable[str]):
-        self.names = [name for name, _ in model.named_parameters()]
-        self.parameters: list[Tensor] = [p for _, p in model.named_parameters()]
-        self.averages = {rate: [p.detach().clone() for p in self.parameters] for rate in rates}
-
-    @torch.no_grad()
-    def update(self, warming: int | None = None) -> None:
-        """Move each average towards the parameters: average = rate average + (1 - rate) parameter.
-
-        warming: the number of this update, from 1 on, where averages warm up: see `warmed`. None: the plain rate, as ADM.
-        """
-        for rate, average in self.averages.items():
-            kept = float(rate) if warming is None else warmed(float(rate), warming)
-            torch._foreach_lerp_(average, self.parameters, 1.0 - kept)
-
-    def state_dict(self, rate: str, model: nn.Module) -> dict[str, Tensor]:
-        """A whole state dict of `model` with the averaged weights of `rate` in the place of its own."""
-        return {**model.state_dict(), **dict(zip(self.names, self.averages[rate], strict=True))}
-
-    @torch.no_grad()
-    def load(self, rate: str, state: Mapping[str, Tensor]) -> None:
-        """Set the average of `rate` to a saved state {parameter name: tensor}."""
-        for name, average in zip(self.names, self.averages[rate], strict=True):
-            average.copy_(state[name])
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Move the averages to where the parameters were moved, and into their memory format."""
-        for rate, average in self.averages.items():
-            self.averages[rate] = [torch.empty_like(p).copy_(a) for p, a in zip(self.parameters, average, strict=True)]
-
-    @contextlib.contextmanager
-    def slowest_in(self, module: nn.Module) -> Iterator[None]:
-        """Inside, `module`, which has the averaged weights, runs with the slowest of them (where there are any) in eval mode."""
-        rate = max(self.averages, key=float, default=None)
-        training = module.training
-        module.eval()
-        if rate is not None:
-            self.swap(rate)
-        try:
-            yield
-        finally:
-            if rate is not None:
-                self.swap(rate)
-            module.train(training)
-
-    def swap(self, rate: str) -> None:
-        """Exchange the model's weights and the average, in place; a second call exchanges them back."""
-        for parameter, average in zip(self.parameters, self.averages[rate], strict=True):
-            parameter.data, average.data = average.data, parameter.data
-
-
-def warmed(rate: float, updates: int) -> float:
-    """The rate of the n-th update, min(rate, (1 + n) / (10 + n)) (latent-diffusion's LitEma): the initial weights are soon gone."""
-    return min(rate, (1 + updates) / (10 + updates))
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, anneal_steps: int, lag: int = 0) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from guided_mt.errors import UserError, how_to_install, nearest, reason
 from guided_mt.networks.clip import END, LENGTH, build_clip, clip_config, clip_state, load_clip, tokenize
+from guided_mt.runs.processes.launcher import rank_of_launcher
 
 from .base import Stage, check_ids
 
@@ -53,7 +54,7 @@ class TextTower(Stage):
         """Token ids [B, 77] of texts; what is too long is cut, which is said once."""
         ids, cut = tokenize(texts, self.padding)
         longest = max(range(len(cut)), key=cut.__getitem__, default=0)
-        if cut and cut[longest] and not self._cut_said:
+        if cut and cut[longest] and not self._cut_said and rank_of_launcher() == 0:
             self._cut_said = True
             start = " ".join(texts[longest].split())[:40]
             log.warning(
@@ -112,7 +113,7 @@ class FrozenOpenCLIPEmbedder(TextTower):
         super().__init__(max_length, version)
         _check_layer(layer, self.LAYERS)
         self.arch, self.layer = arch, layer
-        self.model = cast(Any, build_clip(arch, towers="text"))
+        self.model = cast(Any, build_clip(arch, version, "text", weights=False))
         self.width = self.model.ln_final.normalized_shape[0]
         length = clip_config(arch)["text_cfg"].get("context_length", LENGTH)
         if length != LENGTH or self.model.vocab_size != VOCABULARY:

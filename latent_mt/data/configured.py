@@ -103,6 +103,11 @@ class StreamedData:
         """How much there is to train on, in words."""
         return f"{len(self.source)} items"
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the order of the data rests on beside the seed; '' where it is not followed."""
+        return ""
+
     def stream(
         self,
         *,

@@ -13,6 +13,7 @@ from torch import Tensor
 from guided_mt.diffusion.random import SampleStreams, Stream
 from guided_mt.errors import UserError, reason
 from guided_mt.runs.config import Config, option
+from guided_mt.runs.processes.launcher import rank_of_launcher
 
 from .latent_diffusion import LatentMTDiffusion
 
@@ -84,6 +85,9 @@ def check_prompts(model: LatentMTDiffusion, prompts: Prompts | None, class_id: i
         )
     if prompts is not None and class_id >= 0:
         raise UserError("--class_id is of models that are conditioned on classes; leave it out beside --prompt")
+    tokens = getattr(getattr(model, "cond_stage_model", None), "tokens", None)
+    if prompts is not None and tokens is not None and rank_of_launcher() == 0:
+        tokens([*prompts.texts, prompts.negative])  # says now which are too long
 
 
 def conditions_of(

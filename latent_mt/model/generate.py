@@ -24,6 +24,7 @@ from guided_mt.modalities.settings import loss_weights
 from guided_mt.runs.config import SampleConfig, SamplingOptions, option
 
 from ..data.validation import val_sides
+from .conditions import reads_text, text_condition
 from .latent_diffusion import LatentMTDiffusion
 
 ROUTES = ("generate", "read")
@@ -151,11 +152,14 @@ class LatentGenerator(Generator):
 
 
 def preview_grid(model: LatentMTDiffusion, data: Any) -> np.ndarray | None:
-    """uint8 [H, W, 3], one column per validation image: the sides, what is generated of each from the others, the images of each
-    other modality given alone, after its picture, then everything from nothing. Of a plain LDM samples alone."""
+    """uint8 [H, W, 3], one column per validation image: the sides, what is generated of each from the others, the images of
+    each other modality given alone, after its picture, then everything from nothing. Of a plain LDM samples alone; a text model
+    is told the empty text."""
     if model.conditioning_key is not None and not model.modality_names:
         return None  # a plain LDM that can't be sampled without a condition
-    generator, settings, seeds = LatentGenerator(model), LatentSampleConfig(steps=PREVIEW_STEPS), range(PREVIEW_COUNT)
+    conditions = text_condition(model, [""], "", guided=False) if reads_text(model) else {}
+    generator = LatentGenerator(model, conditions)
+    settings, seeds = LatentSampleConfig(steps=PREVIEW_STEPS), range(PREVIEW_COUNT)
     rows: list[Tensor] = []
     roles, form_x = generator.roles, model.network.variant == "X"
     names = {name for name in model.modality_names if name not in roles.slots}
@@ -181,7 +185,7 @@ def preview_grid(model: LatentMTDiffusion, data: Any) -> np.ndarray | None:
             picture = modality.picture(x)
             rows += [] if picture is None else [picture]
             rows.append(model.decode(generator.draw(seeds, settings, {name: x, **others}).x_start))
-    if model.conditioning_key is None and not (roles.slots and form_x):
+    if (model.conditioning_key is None or conditions) and not (roles.slots and form_x):
         made = generator.made_from({}, seeds, settings)
         rows += [model.decode(made[side]) for side in roles.sides]
     return make_grid(to_nhwc(torch.cat(rows)), columns=len(seeds)) if rows else None

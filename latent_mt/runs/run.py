@@ -140,7 +140,8 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any], processes: Proce
     strategy = str(options.get("strategy", "auto"))
     if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         raise UserError(
-            f"lightning.trainer.strategy '{strategy}': checkpoints are written from whole replicas; use ddp"
+            f"lightning.trainer.strategy '{strategy}': checkpoints are written from whole replicas; use ddp, and where memory is "
+            "short unet_config.params.use_checkpoint=true, run.ema_device=cpu and precision=bf16-mixed"
         )
     try:
         with _quiet():

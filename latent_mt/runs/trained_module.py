@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from guided_mt.diffusion.random import seed_dropout
 from guided_mt.runs import resume
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.skipped import SkippedSteps
-from guided_mt.training.optim import Ema, learning_rate, load_optimizer
+from guided_mt.training.ema import Ema
+from guided_mt.training.optim import learning_rate, load_optimizer
 
 from .run_config import RunConfig
+
+logger = logging.getLogger("latent_mt")
 
 
 class TrainedModule(pl.LightningModule):
@@ -69,12 +73,12 @@ class TrainedModule(pl.LightningModule):
         self.data, self.random_flip = data, data.random_flip
         self.skipped = SkippedSteps(self.device)
         if self.ema is None:
-            self.ema = Ema(self.averaged, self.ema_rates)
+            self.ema = Ema(self.averaged, self.ema_rates, self.run.ema_device, self.run.ema_dtype)
         self.ema.follow()
 
     def after_step(self) -> None:
         """Called after each optimiser step."""
-        self.ema.update(self.steps_done if self.run.ema_warmup else None)
+        self.ema.update(self.steps_done if self.run.ema_warmup else None, self.steps_done)
 
     @contextlib.contextmanager
     def with_averages(self) -> Iterator[None]:
@@ -84,7 +88,7 @@ class TrainedModule(pl.LightningModule):
 
     def load_averages(self, folder: Path) -> None:
         """The averages of a checkpoint. Raises UserError where it has none of this rate."""
-        self.ema = Ema(self.averaged, self.ema_rates)
+        self.ema = Ema(self.averaged, self.ema_rates, self.run.ema_device, self.run.ema_dtype)
         for rate in self.ema_rates:
             state = resume.read_average(folder, rate, "run.ema_rate")
             own = {k.removeprefix(self.prefix): v for k, v in state.items() if k.startswith(self.prefix)}
@@ -92,7 +96,9 @@ class TrainedModule(pl.LightningModule):
 
     def training_state(self) -> dict[str, Any]:
         """training_state.pt but for the step."""
+        fingerprint = getattr(self.data, "fingerprint", "")
         return {
+            **({"data": fingerprint} if fingerprint else {}),
             "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
             "precision": self.trainer.precision_plugin.state_dict(),
             "run": {**self.run_state(), "skipped": self.skipped.total},
@@ -100,6 +106,12 @@ class TrainedModule(pl.LightningModule):
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """The counterpart of `training_state`, called on the training device."""
+        if state.get("data", "") not in ("", getattr(self.data, "fingerprint", "")) and self.processes.rank == 0:
+            logger.warning(
+                "%s: the data, their filters or their order are others than at step %d: from here on the order is a new one, "
+                "so that samples of the epoch under way may come twice, or not at all",
+                *(self.data.source.path, self.steps_done),
+            )
         for optimizer, saved in zip(self.trainer.optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
         self.trainer.precision_plugin.load_state_dict(state["precision"])

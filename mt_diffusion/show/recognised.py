@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evaluations.errors import EvaluationError
 from guided_mt.errors import UserError
+from guided_mt.runs.checkpoint import PIPELINE
 
 from .facts import Facts
 
@@ -59,7 +60,13 @@ def _is_checkpoints(path: Path) -> bool:
     return path.name == "checkpoints" and path.is_dir() and any(map(is_checkpoint, path.iterdir()))
 
 
+def _is_pipeline(path: Path) -> bool:
+    """A folder in the layout of Hugging Face's diffusers."""
+    return path.is_dir() and (path / PIPELINE).is_file()
+
+
 KINDS = (
+    Kind(_is_pipeline, "weights:pipeline"),
     Kind(_is_checkpoints, "runs:checkpoints_of"),
     Kind(is_checkpoint, "runs:checkpoint"),
     Kind(is_run, "runs:run"),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from guided_mt.runs.checkpoint import read_config
+from guided_mt.runs.checkpoint import PIPELINE, read_config
+from latent_mt.runs import hugging_face
 
 from . import runs
 from .facts import Facts, size_of
@@ -55,6 +56,23 @@ def foreign(path: str, contents: Contents) -> Facts:
     for why, *words in COMMANDS.get(kind.family, ()) if kind else ():
         facts.command(why, *(word.replace("PATH", path) for word in words))
     return facts
+
+
+def pipeline(path: str) -> Facts:
+    """A folder in the layout of Hugging Face's diffusers. Raises UserError for a damaged index, and a pipeline that isn't read."""
+    saved = hugging_face.configuration(Path(path).expanduser() / PIPELINE)["model"]["params"]
+    facts = Facts(path, "a text-to-image model in the layout of diffusers (StableDiffusionPipeline)")
+    facts.add("text encoder", saved["cond_stage_config"]["target"].rpartition(".")[2])
+    facts.add("predicts", saved["parameterization"])
+    facts.add("size in pixels", saved["image_size"] * 2 ** (len(first_stage_levels(saved)) - 1))
+    facts.command("new images", "latent-sample", "--model_path", path, "--prompt", "TEXT", "--guidance_scale", 7.5)
+    facts.command("as latent-diffusion's file", "export", "ldm", "--model_path", path, "--out", "FILE.ckpt")
+    return facts
+
+
+def first_stage_levels(params: Mapping[str, Any]) -> list[int]:
+    """`ch_mult` of the first stage in a model's `params`."""
+    return list(params["first_stage_config"]["params"]["ddconfig"]["ch_mult"])
 
 
 def _widths(shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,17 +12,17 @@ from latent_mt.conditioners.base import Stage
 LENGTH, WIDTH = 8, 16
 CONFIG = {"target": "tests.ByteEmbedder"}  # to be registered by `latent_mt.register`
 HOME = "byte_stage:ByteEmbedder"
+SEEN: list[str] = []
 
 
 class ByteEmbedder(Stage):
-    """Texts -> [B, 8, 16]; the texts seen are kept in `seen`."""
+    """Texts -> [B, 8, 16]; the texts are kept in SEEN."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, WIDTH)
-        self.seen: list[str] = []
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        self.seen += texts
+        SEEN.extend(texts)
         ids = torch.tensor([list(text.encode()[:LENGTH].ljust(LENGTH, b"\0")) for text in texts])
         return self.embedding(ids.to(self.embedding.weight.device))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tiny import MODEL, PROCESS, ROOT, TRAINING, words
+from tiny_clip import ARCH
 from tiny_latent import MAPS, write_labelled_pairs, write_run
 from tiny_text import tiny_config
 
@@ -98,9 +99,18 @@ PIXEL_RUNS = {  # flags of each kind of run
     "head-e": {"mt_task": "label", "mt_variant": "U", "mt_label_head": "E", "num_classes": 10, **CLASSIFIER},
     "both": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10},
 }
+CLIP = {"representation_source": "clip-image", "clip_weights": "untrained"}
 LATENT_RUNS = {
     "pairs": MAPS,
     "text": {**tiny_config("v2-inference-v")["model"]["params"], "mt_sides": []},
+    "clip": {
+        **tiny_config("v2-inference-v")["model"]["params"],
+        "mt_sides": [],
+        "mt_variant": "any",
+        "mt_tasks": {
+            "representation": {**CLIP, "clip_arch": ARCH | {"embed_dim": 32}, "representation_token": "vector"}
+        },
+    },
     "joint": {
         "mt_sides": ["photo", "map", "edges"],
         "mt_swap_prob": {"map": 0.3, "edges": 0.3},
@@ -118,6 +128,7 @@ NAMED = {
     "runs/cifar10_masked_label": "joint",
     "runs/labels": "label",
     "runs/my_text_model": "text",
+    "runs/stable_diffusion_2_clip_small": "clip",
     "stable-diffusion-2": "text",
     "SD": "text",
     "CLASSIFIER": "classifier",

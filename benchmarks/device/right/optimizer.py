@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guided_mt.training.optim import Ema, Optimizer
+from guided_mt.training.ema import Ema
+from guided_mt.training.optim import Optimizer
 
 from ..runner import Stage, Wrong, within
 from .arithmetic import FLOAT32, distance, joined

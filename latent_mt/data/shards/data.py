@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,6 +106,19 @@ class ShardData(StreamedData):
     @override
     def amount(self) -> str:
         return f"{self.source.count} remote shards" if isinstance(self.source, HeadSource) else super().amount
+
+    @property
+    @override
+    def fingerprint(self) -> str:
+        source = self.source
+        if isinstance(source, HeadSource):
+            filters = (self.rule.filters.bounds, self.rule.filters.quantities)
+            parts: tuple[Any, ...] = (shards_of(self.paths["train"]), self.lanes, self.shuffle, filters)
+        elif isinstance(source, ShardSource):
+            parts = ([os.path.basename(shard) for shard in source.shards], source.counts.tolist(), self.window)
+        else:
+            parts = (len(source),)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @override
     def stream(

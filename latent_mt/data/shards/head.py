@@ -20,21 +20,12 @@ HEAD = 64  # samples
 
 
 class HeadSource(ImageSource):
-    """The first 64 samples of the shards, or `limit` of them. Raises UserError where the shards can't be reached."""
+    """The first 64 samples of the shards. Raises UserError where the shards can't be reached."""
 
-    def __init__(
-        self,
-        path: str,
-        shards: Sequence[str],
-        rule: SampleRule,
-        *,
-        max_pixels: int,
-        missing: str,
-        limit: int | None = None,
-    ):
+    def __init__(self, path: str, shards: Sequence[str], rule: SampleRule, *, max_pixels: int, missing: str):
         self.path, self.labels, self.class_names, self.max_pixels = path, None, [], max_pixels
         self.count = len(shards)
-        self.samples = _first(shards, rule, missing, min(limit or HEAD, HEAD))
+        self.samples = _first(shards, rule, missing, HEAD)
         if not self.samples:
             raise UserError(
                 f"{path}: no sample of the {len(shards)} shards is left by data.params.filters, or they have no images"

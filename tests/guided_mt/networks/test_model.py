@@ -7,12 +7,18 @@ import torch
 
 from guided_mt.diffusion.network import as_denoising
 from guided_mt.diffusion.random import SampleStreams
-from guided_mt.generation.build import build_diffusion, build_modalities, build_model, model_sections
-from guided_mt.modalities import Images
+from guided_mt.generation.build import (
+    build_diffusion,
+    build_modalities,
+    build_model,
+    model_sections,
+    multi_task_options,
+)
+from guided_mt.modalities import Images, Pixels
 from guided_mt.modalities.registry import TASKS
 from guided_mt.networks.create import create_model
-from guided_mt.networks.model import VARIANTS, MTModel
-from guided_mt.runs.config import parse
+from guided_mt.networks.model import BACKBONES, VARIANTS, MTModel
+from guided_mt.runs.config import ModelConfig, parse
 
 TINY = [
     "--image_size",
@@ -148,3 +154,27 @@ def test_unconditional_is_for_all_samples_or_for_each(task):
             model(z_t, t, data, y, unconditional=one).output, model(z_t, t, data, y, unconditional=each).output
         )
     torch.testing.assert_close(model(z_t, t, data, y, unconditional=False).output, model(z_t, t, data, y).output)
+
+
+@torch.no_grad()
+def test_unconditional_samples_see_the_other_context_and_no_modality():
+    """A negative prompt: its tokens in the place of the caller's, and nothing of what the modalities are given."""
+    torch.manual_seed(0)
+    config, _ = tiny("--mt_task", "label", "--mt_variant", "any")
+    parts = multi_task_options(config, build_diffusion(config), Pixels(8))
+    options = {key: value for key, value in config.as_dict(ModelConfig).items() if key not in ("compile", "use_fp16")}
+    model = BACKBONES["unet"](**options, **parts, learn_sigma=True, context_dim=12, conditioned=True).eval()
+    randomise(model)
+    z, t, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999]), {"label": torch.tensor([1, 2, 3])}
+    told, other = torch.randn(3, 5, 12), torch.randn(3, 5, 12)
+    away = torch.tensor([False, True, True])
+    made = model(z, t, labels, context=told, unconditional=away, unconditional_context=other).output
+    absent = {"label": torch.ones(3, dtype=torch.bool)}
+    torch.testing.assert_close(made[1:], model(z, t, {}, context=other, absent=absent).output[1:])
+    torch.testing.assert_close(made[:1], model(z, t, labels, context=told).output[:1])
+    everywhere = model(z, t, labels, context=told, unconditional=True, unconditional_context=other).output
+    torch.testing.assert_close(everywhere[1:], made[1:])
+    # Without it an unconditional sample sees no token at all, as before.
+    bare = model(z, t, labels, context=told, unconditional=away).output
+    torch.testing.assert_close(bare[1:], model(z, t, labels, context=told, unconditional=True).output[1:])
+    assert (bare[1:] - made[1:]).abs().max() > 1e-3

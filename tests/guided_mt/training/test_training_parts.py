@@ -15,8 +15,9 @@ from guided_mt.diffusion.resample import SCHEDULE_SAMPLERS, LossSecondMomentResa
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.modalities import ImageModality, Images, MaskedImage
 from guided_mt.networks.heads import HeadVariance
+from guided_mt.training.ema import Ema, warmed
 from guided_mt.training.objective import multi_task_losses
-from guided_mt.training.optim import Ema, Optimizer, learning_rate, warmed
+from guided_mt.training.optim import Optimizer, learning_rate
 from guided_mt.training.record import Record
 
 # ---------------------------------------------------------------- timestep samplers

@@ -155,6 +155,16 @@ def test_weights_are_fetched_only_where_none_came(monkeypatch):
     assert torch.equal(other.encode_tokens(tokens), context) and len(asked) == 1
 
 
+def test_the_activation_is_that_of_the_version():
+    """OpenAI's weights were trained with quick GELU, which the architecture's name doesn't say."""
+    with torch.device("meta"):
+        kinds = [
+            type(FrozenOpenCLIPEmbedder("ViT-B-32", version).model.transformer.resblocks[0].mlp.gelu).__name__
+            for version in ("openai", "laion2b_s34b_b79k", None)
+        ]
+    assert kinds == ["QuickGELU", "GELU", "GELU"]
+
+
 def test_what_cannot_be_fetched_is_one_line(monkeypatch):
     import transformers
 

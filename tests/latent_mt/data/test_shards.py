@@ -119,7 +119,7 @@ def on_shards(pattern: str) -> list[str]:
     return ["data.target=latent_mt.data.ShardData", *(f"data.params.{key}={value}" for key, value in params.items())]
 
 
-def test_a_killed_training_goes_on_within_the_shard(tmp_path):
+def test_a_killed_training_goes_on_within_the_shard(tmp_path, caplog):
     """Killed (-9) in its fourth step, when the newest checkpoint is of the second; gone on with other workers."""
     latent_mt.register(CONFIG["target"], HOME)
     pattern = write_shards(tmp_path / "shards")
@@ -129,7 +129,7 @@ def test_a_killed_training_goes_on_within_the_shard(tmp_path):
         "data.params.random_crop=true",
         "run.save_interval=2",
         "run.ema_rate=''",
-        "run.total_steps=5",
+        "run.total_steps=4",
     ]
     whole = write_config(tmp_path / "whole.yaml", Path(pattern), tmp_path / "whole", **model)
     train(whole, *words)
@@ -139,6 +139,12 @@ def test_a_killed_training_goes_on_within_the_shard(tmp_path):
     train(cut, *words, "data.params.num_workers=1")
     expected, found = newest_weights(tmp_path / "whole"), newest_weights(tmp_path / "cut")
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert "the order is a new one" not in caplog.text
+    train(cut, *words, "run.total_steps=5", "data.params.window=1")
+    assert (
+        "the data, their filters or their order are others than at step 4: from here on the order is a new one"
+        in caplog.text
+    )
 
 
 # ---------------------------------------------------------------- filters and captions

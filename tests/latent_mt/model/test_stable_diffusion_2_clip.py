@@ -66,6 +66,7 @@ def run(folder) -> Path:
     words += [
         f"run.log_dir={folder / 'run'}",
         "run.total_steps=2",
+        "run.sample_interval=2",
         "run.log_interval=1",
         "lightning.trainer.accelerator=cpu",
     ]
@@ -77,6 +78,7 @@ def test_the_small_one_trains_with_captions(run):
     rows = progress(run)
     assert len(rows) == 2 and all(np.isfinite(float(row["representation"])) for row in rows)
     assert "cos_representation_q3" in rows[0]
+    assert list((run / "grids").glob("*.png"))
 
 
 def test_it_classifies_by_texts(run, folder, capsys):

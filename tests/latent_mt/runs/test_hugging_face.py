@@ -14,11 +14,13 @@ from tiny_text import PUBLISHED, tiny_config, tiny_model, write_checkpoint
 from guided_mt.errors import UserError
 from guided_mt.networks.clip import tokenize
 from guided_mt.runs.checkpoint import find_weights
+from guided_mt.runs.weights import find_state
 from latent_mt.commands import export_diffusers, export_ldm
 from latent_mt.commands.loading import load_model, read_saved
 from latent_mt.conditioners.clip import FrozenCLIPEmbedder
 from latent_mt.runs.hugging_face import configuration, read_state, text_encoder, unet, vae
 from latent_mt.runs.ldm_checkpoint import read_ldm
+from mt_diffusion.show.recognised import describe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -232,6 +234,17 @@ def test_what_does_not_fit_is_named(exported, tmp_path):
     assert "holds no weights" in complaint(read_state, find_weights(tmp_path / "copy"))
     shutil.rmtree(tmp_path / "copy" / "vae")
     assert "no such file; a pipeline's folder holds" in complaint(configuration, find_weights(tmp_path / "copy"))
+
+
+def test_show_says_what_a_folder_is(exported):
+    _, weights, folder = exported
+    facts = describe(str(folder))
+    second = "v2" in str(weights)
+    assert "text-to-image model" in facts.kind and facts.rows["predicts"] == ("v" if second else "eps")
+    assert facts.rows["text encoder"] == ("FrozenOpenCLIPEmbedder" if second else "FrozenCLIPEmbedder")
+    assert facts.rows["size in pixels"] == 16 and "--prompt TEXT" in facts.commands[0][1]
+    said = complaint(find_state, folder / "model_index.json")
+    assert "latent-sample loads its folder" in said
 
 
 def test_what_has_no_place_there_is_named(tmp_path):

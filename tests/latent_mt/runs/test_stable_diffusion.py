@@ -12,10 +12,12 @@ from omegaconf import OmegaConf
 from tiny_text import PUBLISHED, tiny_config, tiny_model, write_checkpoint
 
 from guided_mt.errors import UserError
+from guided_mt.runs.checkpoint import save_checkpoint
 from latent_mt.commands.loading import load_model, read_saved
 from latent_mt.runs.configuration import load_config
 from latent_mt.runs.ldm_checkpoint import COND_STAGE, read_ldm, write_ldm
 from latent_mt.runs.targets import instantiate
+from latent_mt.training.latent_diffusion import LatentTraining
 
 UNETS, FIRST_STAGES, TEXT = (
     json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
@@ -88,6 +90,20 @@ def test_a_checkpoint_without_unused_parts_is_not_given_any(tmp_path):
     write_ldm(weights, found)
     said = complaint(load_model, read_saved(weights, str(file)), weights, torch.device("cpu"))
     assert "conditioning stage" in said and "'model.ln_final.weight'" in said and "cond_stage_config" in said
+
+
+def test_a_run_that_began_without_unused_parts_goes_on(tmp_path):
+    """Its own checkpoint lacks them, and its configuration says nothing of that."""
+    model = tiny_model(tiny_config())
+    model.cond_stage_model.leave_out(model.cond_stage_model.unused)
+    save_checkpoint(
+        tmp_path, 1, config_yaml="{}", weights={"model": model.state_dict()}, training_state={}, classes=None
+    )
+    again = LatentTraining(tiny_model(tiny_config(), seed=1))
+    again.load_weights_of(tmp_path / "checkpoints" / "step_00000001")
+    found = again.model.state_dict()
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
 
 
 def test_a_text_encoder_that_does_not_fit_is_named(tmp_path):
