@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_mt.modalities.registry import TASKS
-from latent_mt.data import ImageData, PairData
+from latent_mt.data import ImageData, PairData, ShardData
 from latent_mt.model.tasks import TaskKeys
 from latent_mt.runs.run_config import RunConfig
 
@@ -169,7 +169,7 @@ def yaml_keys() -> Iterable[str]:
     yield TASKS_TEXT
     for options, rows in _rows_by_options().items():
         yield f"`task: {' or '.join(rows)}`\n\n{options_table(options, '')}"
-    for kind in (PairData, ImageData):
+    for kind in (PairData, ImageData, ShardData):
         yield f"### data.params of {kind.__name__}\n\n{described(inspect.cleandoc(kind.__doc__ or ''))}\n{keywords_table(kind)}"
 
 
@@ -227,7 +227,11 @@ def flags_json(usages: dict[str, Usage]) -> str:
     keys = [f"run.{field.name}=" for field in dataclasses.fields(RunConfig)]
     keys += [f"model.params.{field.name}=" for field in dataclasses.fields(TaskKeys)]
     keys += sorted(
-        {f"data.params.{name}=" for kind in (PairData, ImageData) for name in inspect.signature(kind).parameters}
+        {
+            f"data.params.{name}="
+            for kind in (PairData, ImageData, ShardData)
+            for name in inspect.signature(kind).parameters
+        }
     )
     return json.dumps({"flags": found, "keys": keys}, indent=1) + "\n"
 
