@@ -101,7 +101,10 @@ def _other(head: bytes) -> tuple[str, str]:
     if text.startswith(b"<?xml"):
         return "an XML document, perhaps a server's message", FETCH
     if text.startswith(b"{") and b"_class_name" in text and b"pipeline" in text:
-        return "the index of a text-to-image pipeline in diffusers' layout", "mt-diffusion latent-sample loads its folder"
+        return (
+            "the index of a text-to-image pipeline in diffusers' layout",
+            "mt-diffusion latent-sample loads its folder",
+        )
     if text.startswith((b"{", b"[")):
         return "a JSON file", "an index or a configuration is such; name the weights beside it"
     try:
