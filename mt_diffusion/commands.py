@@ -188,7 +188,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "joint-clip": Command(
         "reproduce.joint_clip",
-        "the paper's joint model of image and CLIP representation, small: against its twin without",
+        "image and CLIP representation (appendix E.4), small: against its twin",
         PAPER,
         "scripts/joint_clip.py",
         "text",

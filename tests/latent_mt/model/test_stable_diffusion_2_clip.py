@@ -56,7 +56,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder) -> Path:
+def run(folder, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("trained")
     words = [
         f"data.params.path={folder}",
         "data.params.captions=txt",
@@ -64,14 +65,14 @@ def run(folder) -> Path:
         "data.params.num_workers=0",
     ]
     words += [
-        f"run.log_dir={folder / 'run'}",
+        f"run.log_dir={run}",
         "run.total_steps=2",
         "run.sample_interval=2",
         "run.log_interval=1",
         "lightning.trainer.accelerator=cpu",
     ]
     latent_train.main(["--config", "stable_diffusion_2_clip_small", *words])
-    return folder / "run"
+    return run
 
 
 def test_the_small_one_trains_with_captions(run):
