@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..modalities import Images, Modality
 
-UNIT_IMAGES = 4096  # enough for a mean and a standard deviation
+UNIT_IMAGES = 2048  # enough for a mean and a standard deviation
 
 
 def batches_to_measure(images_per_batch: int) -> int:

@@ -261,7 +261,10 @@ class LatentMTDiffusion(LatentCodec):
                 return {"y": batch.labels}
             return {"c_crossattn": self.cond_stage_model({self.cond_stage_model.key: batch.labels})}
         if self.cond_stage_key in TEXT_KEYS and batch.captions is not None:
-            return {"c_crossattn": self.cond_stage_model(batch.captions)}
+            found = {"c_crossattn": self.cond_stage_model(batch.captions)}
+            if self.config.mt_drop_prob > 0:  # seen without any condition, a sample has the empty text, as when it is drawn
+                found["c_unconditional"] = self.cond_stage_model([""])
+            return found
         raise UserError(
             f"model.params.cond_stage_key '{self.cond_stage_key}': training data of this kind aren't supported, only class_label "
             f"and captions ({', '.join(TEXT_KEYS)}); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,23 @@ def test_it_classifies_by_texts(run, folder, capsys):
         assert found["probabilities"].shape == found["encoder_probabilities"].shape == (4, 3)
         assert found["representation"].shape == (4, 64) and np.abs(found["cosine"]).max() <= 1
     assert "head and encoder: the same class for" in capsys.readouterr().out
+
+
+def test_it_trains_on_shards(folder, tmp_path):
+    files = sorted(folder.glob("*.png"))
+    for number in range(2):
+        with tarfile.open(tmp_path / f"0000{number}.tar", "w") as shard:
+            for k, file in enumerate(files[2 * number : 2 * number + 2]):
+                for source in (file, file.with_suffix(".txt")):
+                    shard.add(source, f"{number}{k:04d}{source.suffix}")
+    words = ["data.target=latent_mt.data.ShardData", f"data.params.path={tmp_path}/{{00000..00001}}.tar"]
+    words += ["data.params.image_size=64", "data.params.batch_size=2", "data.params.num_workers=0"]
+    words += [
+        f"run.log_dir={tmp_path / 'run'}",
+        "run.total_steps=1",
+        "run.log_interval=1",
+        "lightning.trainer.accelerator=cpu",
+    ]
+    latent_train.main(["--config", "stable_diffusion_2_clip_small", *words])
+    (row,) = progress(tmp_path / "run")
+    assert np.isfinite(float(row["representation"])) and -1 <= float(row["cos_representation"]) <= 1
