@@ -262,7 +262,9 @@ class LatentMTDiffusion(LatentCodec):
             return {"c_crossattn": self.cond_stage_model({self.cond_stage_model.key: batch.labels})}
         if self.cond_stage_key in TEXT_KEYS and batch.captions is not None:
             found = {"c_crossattn": self.cond_stage_model(batch.captions)}
-            if self.config.mt_drop_prob > 0:  # seen without any condition, a sample has the empty text, as when it is drawn
+            if (
+                self.config.mt_drop_prob > 0
+            ):  # seen without any condition, a sample has the empty text, as when it is drawn
                 found["c_unconditional"] = self.cond_stage_model([""])
             return found
         raise UserError(

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from byte_stage import CONFIG, HOME, SEEN
-from tiny_latent import SIZE, UNET, train, write_config, write_images
+from tiny_latent import SIZE, UNET, random_model, train, write_config, write_images
 
 import latent_mt
+from guided_mt.data import Batch
 from guided_mt.data.dataset import draw_caption
+from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
+from guided_mt.modalities.settings import MTConfig
 from latent_mt.data import ImageData
 
 TEXT_UNET = {
@@ -167,3 +171,20 @@ def test_a_text_condition_needs_captions(tmp_path):
         UserError, match=r"images: has no captions, which model\.params\.cond_stage_key txt needs; say where"
     ):
         train(file)
+
+
+def test_without_a_condition_a_sample_has_the_empty_text(tmp_path):
+    """What is trained unconditionally is what guidance draws from: samples of `mt_drop_prob` are told the empty text."""
+    latent_mt.register(CONFIG["target"], HOME)
+    model = random_model(mt_drop_prob=0.9999, **TEXT)
+    size = model.first_stage_model.downsampling * model.size
+    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+
+    def loss(captions: list[str]) -> torch.Tensor:
+        batch = Batch(images, None, torch.arange(2), torch.arange(2), captions=captions)
+        return model.losses(batch, SampleStreams(0, batch.positions))[0].loss
+
+    dropped = loss(["a fox", "a hen"])
+    model.config[MTConfig].mt_drop_prob = 0.0
+    assert torch.allclose(dropped, loss(["", ""]), atol=1e-6)
+    assert not torch.allclose(dropped, loss(["a fox", "a hen"]), atol=1e-4)
