@@ -100,6 +100,21 @@ run latent_classify.py --model_path "$work/several" --data_dir "$work/pairs/val"
 # which also translates the other way
 run table4.py --preset daynight --autoencoder "$work/autoencoder" --latents "$work/latents" --run "$work/table4" --seeds 0 \
   --sample_steps 2 run.total_steps=2 "${latent[@]}"
+python - "$work/captions" << 'END'
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+folder, rows, rng = Path(sys.argv[1]), ["file,caption"], np.random.default_rng(0)
+for split, count in (("train", 16), ("test", 3)):
+    (folder / split).mkdir(parents=True)
+    for k in range(count):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / split / f"{k}.png")
+        rows.append(f"{split}/{k}.png,picture number {k}")
+(folder / "captions.csv").write_text("\n".join(rows))
+END
+run joint_clip.py --data_dir "$work/captions" --out "$work/joint" --seeds 0 --steps 1 --first_steps 1 --clip_steps 1 --draws 1
+run export_diffusers.py --model_path "$work/joint/image_alone_0" --out "$work/pipeline"
 
 score() { echo "+ python evaluations/$*"; python "evaluations/$@" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }
 export MT_DIFFUSION_CACHE=$work/cache
