@@ -60,7 +60,7 @@ def _expanded(word: str) -> list[str]:
             found = list(braceexpand(word))
         except ValueError as error:
             raise UserError(f"data.params.path {word}: {error}") from None
-        if len(found) > 1:
+        if found != [word]:
             return [shard if is_remote(shard) else str(Path(shard).expanduser()) for shard in found]
     if not is_remote(word) and place.suffix.lower() != ".tar":
         beside = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []

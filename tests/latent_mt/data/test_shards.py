@@ -27,6 +27,7 @@ from latent_mt.data import ShardData
 from latent_mt.data.shards import source as shard_source
 from latent_mt.data.shards.index import SampleRule, index_of
 from latent_mt.data.shards.order import WindowOrder
+from latent_mt.data.shards.paths import shards_of
 
 COUNTS = (5, 9, 1, 7)
 ALL = {(shard, sample) for shard, count in enumerate(COUNTS) for sample in range(count)}
@@ -344,3 +345,15 @@ def test_a_folder_a_list_and_a_limit(tmp_path):
         add(tar, "readme.txt", b"")
     with pytest.raises(UserError, match=r"none of the 1 samples in 1 shard\(s\) is left \(1 have no image\)"):
         opened(str(tmp_path / "none.tar")).open()
+
+
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        ("{00000..00002}.tar", ["00000.tar", "00001.tar", "00002.tar"]),
+        ("{00000..00000}.tar", ["00000.tar"]),
+        ("0000{1,3}.tar", ["00001.tar", "00003.tar"]),
+    ],
+)
+def test_patterns(pattern, names, tmp_path):
+    assert shards_of(f"{tmp_path}/{pattern}") == [f"{tmp_path}/{name}" for name in names]
