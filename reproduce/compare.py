@@ -40,6 +40,7 @@ from guided_mt.runs.processes.claim import Claim
 
 from .children import passing_on_sigterm, run_child
 from .commands import command, shown
+from .seeds import training_seeds
 
 RESTORED = 120  # held-out images with ten patches masked, as in the demo
 GIVEN = "own head, scale 1"  # how a given label is drawn by default
@@ -139,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--train_data", default="", help="training images, where the data's name doesn't say")
     parser.add_argument("--test_data", default="", help="held-out images, likewise")
     parser.add_argument("--steps", type=int, default=0, help="training steps of every row; more than before trains on")
-    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="training seeds, as in 0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", help="training seeds, as in 0,1,2")
     parser.add_argument("--rows", type=_rows, default=list(DEFAULT_ROWS), help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--samples", type=int, default=360, help="images drawn from every model")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each; 1 on a GPU")
@@ -155,10 +156,6 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(str(error)) from None
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def _rows(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -171,7 +168,7 @@ class Comparison:
     """All stages of one comparison; each is skipped where its file exists."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.run, self.rows, self.seeds = arguments.run, arguments.rows, arguments.seeds
+        self.run, self.rows, self.seeds = arguments.run, arguments.rows, training_seeds(arguments.seeds)
         self.samples, self.jobs, self.conditioning = arguments.samples, arguments.jobs, arguments.conditioning
         self.name, self.data = arguments.data, DATA[arguments.data]
         self.train_data = arguments.train_data or self.data.train

@@ -41,6 +41,7 @@ from guided_mt.training.classifier_loop import VALIDATION, classifier_run_sectio
 
 from .children import run_child
 from .commands import command, shown
+from .seeds import training_seeds
 
 SERIES = {"finetuned": "fine-tuned from the joint model", "scratch": "from scratch"}
 SET_HERE = ("log_dir", "resume_checkpoint", "seed", "save_interval", "keep_checkpoints", "total_steps")
@@ -99,7 +100,7 @@ def train_and_classify(argv: Sequence[str]) -> tuple[Path, dict[str, list[list[P
     weights, network = find_classifier(config.joint, "none", flag="--joint")
     flags = {
         (name, seed): training_flags(config, network, name, seed, passed_on)
-        for seed in parse_numbers(config.seeds)
+        for seed in training_seeds(config.seeds)
         for name in SERIES
     }
     for (name, seed), words in flags.items():  # all is checked before the first is run
@@ -133,14 +134,6 @@ def read_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
         known = [*theirs, *(field.name for field in fields(Figure6Config))]
         raise UserError(f"unknown flag {name}{nearest(name[2:], known)}; --help and classifier-train --help list all")
     return config, passed_on
-
-
-def parse_numbers(text: str) -> list[int]:
-    """The whole numbers of a text like 0,1,2. Raises UserError for others and for repeated ones."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise UserError(f"--seeds {text}: write different whole numbers, as in 0,1,2")
-    return [int(word) for word in words]
 
 
 def load_held_out(config: Config, classes: Sequence[str] | None, image_size: int) -> HeldOut:

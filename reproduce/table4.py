@@ -26,6 +26,7 @@ from guided_mt.runs.processes.launcher import started
 from latent_mt.commands.latent_sample import TranslateConfig
 from latent_mt.model.generate import LatentSampleConfig
 
+from .seeds import training_seeds
 from .table4_presets import PRESETS
 
 SET_HERE = ("run.log_dir", "run.seed")
@@ -66,13 +67,10 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.preset not in PRESETS:
         known = ", ".join(PRESETS)
         raise UserError(f"--preset '{arguments.preset}' is none of {known}{nearest(arguments.preset, PRESETS)}")
-    words = [word.strip() for word in arguments.seeds.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise UserError(f"--seeds {arguments.seeds}: write different whole numbers, as in 0,1,2")
+    arguments.seeds, arguments.sampling = training_seeds(arguments.seeds), sampling
     for word in arguments.overrides:
         if word.partition("=")[0] in SET_HERE:
             raise UserError(f"{word}: is set by table4; use --run and --seeds")
-    arguments.seeds, arguments.sampling = [int(word) for word in words], sampling
     parse(sampling, (LatentSampleConfig, TranslateConfig), description="")  # before hours of training
     return arguments
 

@@ -38,9 +38,8 @@ class Batch:
     indices: torch.Tensor  # int64 [b], the images' numbers in the source; stays on the host
     loaded: dict[str, torch.Tensor] = field(default_factory=dict)  # data beside the images, [b, ...] each
     present: dict[str, torch.Tensor] = field(default_factory=dict)  # {side that some items lack: bool [b]}
-    captions: list[str] | None = (
-        None  # a text for each item, '' where it was dropped; None where the data has no captions
-    )
+    # A text for each item, '' where it was dropped; None where the data has no captions.
+    captions: list[str] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on `device`."""

@@ -18,12 +18,11 @@ from ..errors import NPZ_ERRORS, UserError
 from ..networks.heads import VectorUnits
 from ..networks.image_encoder import ImageEncoder, check_width
 from ..networks.multi_task import MultiTask
+from ..networks.unet_encoder import PRECISIONS
 from ..runs.distributed import Processes
 from .base import Gaussian, Images
 from .image import read_pictures
 from .vector import read_vectors
-
-ARITHMETIC = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the run's precision
 
 
 class EncodedVector(Gaussian):
@@ -77,7 +76,7 @@ class EncodedVector(Gaussian):
             self._take_digest(encoder.digest)
             self.encoder_of_images = encoder
         precision = "fp32" if self.network is None else str(self.network.precision)
-        return self.encoder_of_images.to(device, ARITHMETIC[precision])
+        return self.encoder_of_images.to(device, PRECISIONS[precision])
 
     def _take_digest(self, digest: bytes) -> None:
         """Raises UserError where the model's units were measured with another encoder."""

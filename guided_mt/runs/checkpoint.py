@@ -34,9 +34,8 @@ from .weights import read_weights as read_weights
 from .weights import refuse_foreign, refuse_not_finite, shapes_of
 
 OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.", "units.")
-PIPELINE = (
-    "model_index.json"  # of a folder in the layout of Hugging Face's diffusers; it stands for the folder's weights
-)
+# Of a folder in the layout of Hugging Face's diffusers; it stands for the folder's weights.
+PIPELINE = "model_index.json"
 CLASSIFIER_HEAD = "heads.label.classifier."  # where a run with the E head keeps ADM's classifier
 _STEP = re.compile(r"step_(\d{8,})$")
 

@@ -43,7 +43,9 @@ class Averages:
         self._once = torch.ones((), device=processes.device)
 
     def add(self, record: Record) -> None:
-        """A record of this process's samples, whose first names are those of these averages."""
+        """A record of this process's samples, whose first names are those of these averages. Raises ValueError for others."""
+        if list(record.names[: len(self.names)]) != self.names:
+            raise ValueError(f"a record of {', '.join(record.names)} for averages of {', '.join(self.names)}")
         groups = self._groups[record.timesteps].T  # (5, B)
         values, counts = record.table[..., : len(self.names)]
         self.sums += groups @ values

@@ -74,9 +74,8 @@ def settle_precision(model: LatentMTDiffusion, wanted: str = "") -> LatentMTDiff
     if wanted and wanted not in PRECISIONS:
         raise UserError(f"--precision {wanted}: choose from {', '.join(PRECISIONS)}")
     network.precision, lines = precision.choose(wanted or network.precision, device, typed=bool(wanted))
-    if (
-        not wanted and network.precision == "fp16" and device.type == "cpu"
-    ):  # CPUs imitate it; GPUs are what it is there for
+    # CPUs imitate it; GPUs are what it is there for.
+    if not wanted and network.precision == "fp16" and device.type == "cpu":
         network.precision, lines = "fp32", ["precision fp32 and not fp16, which is for GPUs"]
     for line in lines if rank_of_launcher() == 0 else ():
         print(f"# {line}", flush=True)

@@ -47,8 +47,10 @@ class TextTower(Stage):
         """Texts, or token ids [B, 77] -> [B, 77, width]. Raises UserError as `encode_tokens` does."""
         if isinstance(text, Tensor):
             return self.encode_tokens(text)
-        device = next(self.parameters()).device
-        return self.encode_tokens(self.tokens([text] if isinstance(text, str) else list(text)).to(device))
+        tokens, device = self.tokens([text] if isinstance(text, str) else list(text)), next(self.parameters()).device
+        if device.type == "cuda":  # a copy from pinned memory doesn't wait for the steps under way
+            tokens = tokens.pin_memory()
+        return self.encode_tokens(tokens.to(device, non_blocking=True))
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token ids [B, 77] of texts; what is too long is cut, which is said once."""
@@ -166,9 +168,7 @@ class FrozenCLIPEmbedder(TextTower):
     """
 
     padding = END
-    not_weights = (
-        "transformer.text_model.embeddings.position_ids",
-    )  # 0 to 76, which older versions kept in checkpoints
+    not_weights = ("transformer.text_model.embeddings.position_ids",)  # 0 to 76, in checkpoints of older versions
     LAYERS = ("last", "penultimate", "hidden", "pooled")
 
     def __init__(

@@ -122,6 +122,11 @@ class StreamedData:
 
         Raises UserError where the data is smaller than the batches of all processes.
         """
+        last = None if total_steps is None else total_steps * accumulate
+        return self._batches(seed, world_size, rank, start_step * accumulate, last)
+
+    def _batches(self, seed: int, world_size: int, rank: int, start: int, last: int | None) -> BatchStream:
+        """Batches number start, ..., last - 1 of this process; see `stream`."""
         needed = self.batch_size * world_size
         if len(self.source) < needed:
             raise UserError(
@@ -135,8 +140,8 @@ class StreamedData:
             global_batch=needed,
             rank=rank,
             world_size=world_size,
-            start_step=start_step * accumulate,
-            total_steps=None if total_steps is None else total_steps * accumulate,
+            start_step=start,
+            total_steps=last,
             random_crop=self.random_crop,
             num_workers=self.num_workers,
             order=self._order(seed),

@@ -30,11 +30,8 @@ from .pairs import Side
 FORMAT = 1
 PRECISIONS = ("float32", "float16")  # of latents.bin
 LATENTS, META, NAMES, VECTORS = "latents.bin", "meta.json", "names.json", "representation.bin"
-ADDED_LATER: dict[str, Any] = {
-    "beside": {},
-    "present": {},
-    "representation": None,
-}  # keys that caches of version 0.1 have not, as they mean it
+# Keys that caches of version 0.1 have not, as they mean it.
+ADDED_LATER: dict[str, Any] = {"beside": {}, "present": {}, "representation": None}
 
 
 class Moments(NamedTuple):

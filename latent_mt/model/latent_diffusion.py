@@ -36,10 +36,8 @@ from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .tasks import TaskKeys, read_tasks
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
-TEXT_KEYS = (
-    "txt",
-    "caption",
-)  # values of cond_stage_key that mean the data's captions, in Stable Diffusion's and LDM's files
+# Values of cond_stage_key that mean the data's captions, in Stable Diffusion's and LDM's files.
+TEXT_KEYS = ("txt", "caption")
 LOSSES = {"l1": LossType.L1, "l2": LossType.MSE}
 
 
@@ -262,9 +260,8 @@ class LatentMTDiffusion(LatentCodec):
             return {"c_crossattn": self.cond_stage_model({self.cond_stage_model.key: batch.labels})}
         if self.cond_stage_key in TEXT_KEYS and batch.captions is not None:
             found = {"c_crossattn": self.cond_stage_model(batch.captions)}
-            if (
-                self.config.mt_drop_prob > 0
-            ):  # seen without any condition, a sample has the empty text, as when it is drawn
+            # Seen without any condition, a sample has the empty text, as when it is drawn.
+            if self.config.mt_drop_prob > 0:
                 found["c_unconditional"] = self.cond_stage_model([""])
             return found
         raise UserError(

@@ -72,8 +72,8 @@ class LatentTraining(TrainedModule):
         streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
         losses, t = self.model.losses(batch, streams)
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}}
-        values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | {"role": losses.role.float()}
-        values |= losses.figures
+        values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | losses.figures
+        values |= {"role": losses.role.float()}
         self._track(Record.of(t, values, losses.predicted))
         return self.model.l_simple_weight * losses.loss.mean()
 

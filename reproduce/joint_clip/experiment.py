@@ -1,6 +1,6 @@
 """The paper's joint model of image and CLIP representation (appendix E.4), small: against its twin that knows of images alone.
 
-    mt-diffusion joint-clip --data_dir emoji-64.tar [--out runs/joint_clip] [--seeds 0-2] [--steps 2000]
+    mt-diffusion joint-clip --data_dir emoji-64.tar [--out runs/joint_clip] [--seeds 0,1,2] [--steps 2000]
 
 The data are pictures with captions: train/, test/ and captions.csv, 64 pixels a side. First an autoencoder is trained, and
 two small CLIPs on the training pictures. One is the model's text stage and the source of its representations. The other, of
@@ -23,13 +23,14 @@ from torch import Tensor
 from evaluations.tables.seeds import Column, Measured, markdown_table, write_seeds_csv
 from guided_mt.commands.console import run
 from guided_mt.data import load_images, open_source
-from guided_mt.data.images import save_png
+from guided_mt.data.images import make_grid, save_png
 from guided_mt.errors import UserError
 from guided_mt.runs.config import Config, option, parse
 from latent_mt.data.captions import open_captions
 
 from ..children import run_child
 from ..commands import command, environment, shown
+from ..seeds import training_seeds
 from . import scores
 from .tiny_clip import TinyCLIP, train_clip
 
@@ -56,7 +57,7 @@ class EmojiConfig:
 
     data_dir: str = option("", "folder or archive with train/, test/ and captions.csv")
     out: str = option("runs/joint_clip", "folder of all that is written")
-    seeds: str = option("0-2", "training seeds, as in 0-2 or 0,5")
+    seeds: str = option("0,1,2", "training seeds")
     steps: int = option(2000, "steps of each model", least=1)
     first_steps: int = option(1200, "steps of the first stage", least=1)
     clip_steps: int = option(300, "steps of each small CLIP", least=1)
@@ -98,19 +99,6 @@ def main(argv: Sequence[str]) -> None:
     (out / "table.md").write_text(table, encoding="utf-8")
     save_png(experiment.picture(seeds[0]), out / "samples.png")
     print(f"\n{table}\n{out / 'samples.png'}: true pictures, then what each model draws of their captions")
-
-
-def training_seeds(text: str) -> list[int]:
-    """'0-2' or '0,1,2' -> [0, 1, 2]. Raises UserError for anything else."""
-    first, dash, last = text.partition("-")
-    words = (
-        list(map(str, range(int(first), int(last) + 1)))
-        if dash and first.isdecimal() and last.isdecimal()
-        else text.split(",")
-    )
-    if not words or not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise UserError(f"--seeds '{text}': write 0-2 or 0,5")
-    return [int(word) for word in words]
 
 
 class Experiment:
@@ -215,8 +203,7 @@ class Experiment:
         """uint8 [H, W, 3]: true held-out pictures, then a row of each model's of the same captions."""
         chosen = torch.linspace(0, len(self.test.captions) - 1, count).long()
         rows = [self.test.pictures, *(self.drawn(kind, seed) for kind in KINDS)]
-        lines = [torch.cat(list(images[chosen]), dim=2) for images in rows]
-        return torch.cat(lines, dim=1).permute(1, 2, 0).numpy()
+        return make_grid(torch.cat([images[chosen] for images in rows]).permute(0, 2, 3, 1).numpy(), columns=count)
 
 
 def console() -> None:

@@ -121,25 +121,9 @@ class ShardData(StreamedData):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @override
-    def stream(
-        self,
-        *,
-        seed: int,
-        world_size: int = 1,
-        rank: int = 0,
-        start_step: int = 0,
-        total_steps: int | None = None,
-        accumulate: int = 1,
-    ) -> BatchStream:
+    def _batches(self, seed: int, world_size: int, rank: int, start: int, last: int | None) -> BatchStream:
         if not isinstance(self.source, HeadSource):
-            return super().stream(
-                seed=seed,
-                world_size=world_size,
-                rank=rank,
-                start_step=start_step,
-                total_steps=total_steps,
-                accumulate=accumulate,
-            )
+            return super()._batches(seed, world_size, rank, start, last)
         batch = self.batch_size * world_size
         plan = LanePlan(
             shards_of(self.paths["train"]),
@@ -155,8 +139,8 @@ class ShardData(StreamedData):
             LaneOptions(self.image_size, self.random_crop, self.ucg_rate, self.max_pixels),
             rank=rank,
             world_size=world_size,
-            start_step=start_step * accumulate,
-            total_steps=None if total_steps is None else total_steps * accumulate,
+            start_step=start,
+            total_steps=last,
             num_workers=self.num_workers,
         )
 

@@ -139,3 +139,8 @@ def test_the_log_is_that_of_one_process(counts, tmp_path):
     assert all(math.isnan(value) for other in others for value in other.values())
     if counts[0] == counts[1]:
         assert main == [member.pop() for member in before][-1]  # to the bit
+
+
+def test_a_record_of_other_values_is_refused():
+    with pytest.raises(ValueError, match="a record of role for averages of loss"):
+        averages().add(Record.of(torch.tensor([1]), {"role": torch.tensor([0.0])}))

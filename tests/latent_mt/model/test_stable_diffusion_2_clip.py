@@ -79,7 +79,7 @@ def run(folder, tmp_path_factory) -> Path:
 def test_the_small_one_trains_with_captions(run):
     rows = progress(run)
     assert len(rows) == 2 and all(np.isfinite(float(row["representation"])) for row in rows)
-    assert "cos_representation_q3" in rows[0]
+    assert "cos_representation_q3" in rows[0] and all(0 < abs(float(row["cos_representation"])) <= 1 for row in rows)
     assert list((run / "grids").glob("*.png"))
 
 
