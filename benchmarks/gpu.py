@@ -1,6 +1,6 @@
 """Whether the project is right on a GPU, waits for nothing, how fast it is and what it learns: one command of nine minutes.
 
-    python benchmarks/gpu.py [--stages right,commands,waiting,fast,large,learns] [--device cuda] [--minutes 9] [--out build/gpu]
+    python benchmarks/gpu.py [--stages right,waiting,large,commands,fast,learns] [--device cuda] [--minutes 9] [--out build/gpu]
     python benchmarks/gpu.py --device cpu        # the same checks on tiny networks: a minute or two on one core
 
 Writes gpu.json and gpu.md after each result, so that a run that is cut off keeps what it has. Exit code 1 where a check fails.
@@ -22,12 +22,12 @@ from device.warm import Warming
 
 # Shares of the time; what a stage leaves, the later ones get.
 STAGES = {
-    "right": (right.run, 0.25),
-    "commands": (commands.run, 0.03),
+    "right": (right.run, 0.20),
     "waiting": (waiting.run, 0.03),
-    "fast": (fast.run, 0.13),
-    "large": (large.run, 0.12),
-    "learns": (learns.run, 0.44),
+    "large": (large.run, 0.15),
+    "commands": (commands.run, 0.10),
+    "fast": (fast.run, 0.12),
+    "learns": (learns.run, 0.40),
 }
 
 
@@ -60,7 +60,7 @@ def main() -> int:
     run.watch()
     only = [word.strip() for word in args.only.split(",") if word.strip()]
     order = [name for name in STAGES if name in names]
-    with Warming(run, order) as run.warming, commands.started_early(run, order) as run.chains:
+    with Warming(run, order) as run.warming:
         for place, name in enumerate(order):
             later = sum(STAGES[other][1] for other in order[place:])
             function, share = STAGES[name]

@@ -5,14 +5,13 @@ Chains of commands run beside each other, one process at a time each, since most
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .report import ROOT
-from .runner import Run, Stage, Wrong
+from .runner import Stage, Wrong
 
 PATIENCE = 150.0  # seconds for a chain
 DIGITS, TEST = "builtin:digits", "builtin:digits-test"
@@ -51,7 +50,7 @@ def pixels() -> dict[str, list[str]]:
         ],
         "label, fp16, compiled": [
             f"{compiled} --precision fp16 --compile True --total_steps 8",
-            "sample --model_path {}/fp16 --num_samples 8 --steps 5 --compile True --out {}/samples",
+            "sample --model_path {}/fp16 --num_samples 8 --steps 5 --compile True --out {}/samples.npz",
         ],
         "classifier, bounds": [
             f"classifier-train {data} --val_data_dir {TEST} --log_dir {{}}/judge {JUDGE} --iterations 6",
@@ -137,25 +136,19 @@ class Chain:
             self.process.kill()
 
 
-@contextlib.contextmanager
-def started_early(run: Run, stages: Sequence[str]) -> Iterator[dict[str, Chain]]:
-    """Inside, on a GPU and where the stage is wanted, all chains are under way; on a CPU none, since there `make smoke` does it."""
-    wanted = {**pixels(), **latents()} if "commands" in stages and not run.tiny else {}
-    folder = run.folder / "commands"
-    chains = {name: Chain(folder / name.split(",")[0].replace(" ", "_"), each) for name, each in wanted.items()}
+def run(stage: Stage) -> None:
+    """All chains beside each other, and the verdict of each. On a CPU none, since there `make smoke` runs the same commands."""
+    if stage.tiny:
+        stage.leave_out("commands", "needs cuda; make smoke runs them on a CPU")
+        return
+    wanted = {**pixels(), **latents()}
+    chains = {name: Chain(stage.folder / name.split(",")[0].replace(" ", "_"), each) for name, each in wanted.items()}
     try:
-        yield chains
+        for name, chain in chains.items():
+            stage.check(f"commands: {name}", lambda chain=chain: said(chain, stage), 0.0)
     finally:
         for chain in chains.values():
             chain.end()
-
-
-def run(stage: Stage) -> None:
-    """Each chain's verdict."""
-    if not stage.run.chains:
-        stage.leave_out("commands", "needs cuda; make smoke runs them on a CPU")
-    for name, chain in stage.run.chains.items():
-        stage.check(f"commands: {name}", lambda chain=chain: said(chain, stage), 0.0)
 
 
 def said(chain: Chain, stage: Stage) -> dict[str, Any]:

@@ -58,7 +58,6 @@ class Run:
     {"train", "test": its files}, empty where there are none."""
 
     warming: Any = None  # warm.Warming, where networks are compiled meanwhile
-    chains: Mapping[str, Any] = {}  # commands.Chain, where commands run meanwhile
 
     def __init__(
         self,
