@@ -193,6 +193,13 @@ COMMANDS: dict[str, Command] = {
         "scripts/joint_clip.py",
         "text",
     ),
+    "transfer": Command(
+        "reproduce.transfer",
+        "which task helps or hurts which (appendix E.5), small: a table and a heat map",
+        PAPER,
+        "scripts/transfer.py",
+        "eval",
+    ),
     "figure6": Command(
         "reproduce.figure6",
         "the paper's Figure 6: a classifier fine-tuned from a joint model",

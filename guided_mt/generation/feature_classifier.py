@@ -40,9 +40,9 @@ class FeatureClassifier:
     @torch.no_grad()
     def classify(self, images: np.ndarray) -> ClassifiedImages:
         """uint8 [N, H, W, 3] -> their features and classes."""
-        classes = []
+        classes, device = [], next(self.model.parameters()).device
         self._seen.clear()
         for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(_PASS):
-            logits = self.model(from_uint8(part), torch.zeros(len(part)))
+            logits = self.model(from_uint8(part.to(device)), torch.zeros(len(part), device=device))
             classes.append(logits.argmax(dim=1))
-        return ClassifiedImages(torch.cat(self._seen).numpy(), torch.cat(classes).numpy())
+        return ClassifiedImages(torch.cat(self._seen).float().cpu().numpy(), torch.cat(classes).cpu().numpy())
