@@ -21,6 +21,7 @@ from ..generation.build import (
     check_tasks,
     complete,
     count_classes,
+    fit_to_data,
     needs_labels,
     open_images,
     run_sections,
@@ -60,6 +61,9 @@ def main(argv: Sequence[str]) -> None:
         if processes.is_main and config.num_classes != announced:
             print(f"# num_classes {config.num_classes}: that of the data, and not {announced}", flush=True)
         check_labels(config, source)
+        for line in fit_to_data(config, source):
+            if processes.is_main:
+                print(f"# {line}", flush=True)
         train(TrainLoop(config, processes, source, folder))
 
 

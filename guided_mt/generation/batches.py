@@ -13,9 +13,13 @@ from ..data.images import from_uint8
 from ..modalities import Images, Modality
 
 
-def load_beside(modalities: Mapping[str, Modality], indices: np.ndarray) -> dict[str, Tensor]:
-    """What the modalities keep beside the images of these numbers [B], on the host."""
-    found = {name: modality.load(indices) for name, modality in modalities.items()}
+def load_beside(
+    modalities: Mapping[str, Modality], indices: np.ndarray, captions: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """What the modalities keep beside the images of these numbers [B], on the host; what they make of `captions` [B], where a
+    training step has some, goes before it."""
+    found = {name: None if captions is None else modality.load_texts(captions) for name, modality in modalities.items()}
+    found = {name: modalities[name].load(indices) if x is None else x for name, x in found.items()}
     return {name: x for name, x in found.items() if x is not None}
 
 

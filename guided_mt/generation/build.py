@@ -106,7 +106,12 @@ def open_images(config: Config, class_names: Sequence[str] | None = None, max_pi
         if not folder:
             raise UserError(f"--paired_dir is missing: the folder or archive with the images of --mt_task {name}")
         paired[side] = open_source(folder, max_pixels=max_pixels)
-    return Sides(source, paired, config.mt_image) if paired else source
+    source = Sides(source, paired, config.mt_image) if paired else source
+    for name in task_names(config):
+        captions = row_of(config, name).captions
+        if captions is not None and source.captions is None:
+            source.captions = captions(row_config(config, name), source)
+    return source
 
 
 def count_classes(config: Config, images: ImageSource) -> None:
@@ -114,6 +119,19 @@ def count_classes(config: Config, images: ImageSource) -> None:
     modelled = any("num_classes" in row_of(config, name).run_options for name in task_names(config))
     if modelled and images.labels is not None and "num_classes" not in config.typed:
         config[ModelConfig].num_classes = len(images.class_names)
+
+
+def fit_to_data(config: Config, images: ImageSource) -> list[str]:
+    """Fill in what the flags leave open and only the training images say. Returns the lines that say so. Raises UserError."""
+    lines = []
+    for name in task_names(config):
+        fit, own = row_of(config, name).fit, row_config(config, name)
+        if fit is not None:
+            before = vars(config[row_of(config, name).options]).copy()
+            fit(own, images)
+            after = vars(config[row_of(config, name).options])
+            lines += [f"{key} {value}: that of the data" for key, value in after.items() if value != before[key]]
+    return lines
 
 
 def needs_labels(config: Config) -> bool:

@@ -4,15 +4,18 @@ A new one is a class here (or anywhere), a head in `networks/heads.py` and a row
 """
 
 from .base import Gaussian, Images, Modality
+from .captions import CaptionModality, RandomCaption
 from .encoded import EncodedVector
 from .image import ImageModality, MaskedImage, PairedImage, patch_mask
 from .label import LabelModality, RandomLabel
 from .roles import Roles
 from .space import Pixels, Space
-from .tokens import LabelTokens, VectorTokens
+from .tokens import CaptionTokens, LabelTokens, VectorTokens
 from .vector import VectorModality
 
 __all__ = [
+    "CaptionModality",
+    "CaptionTokens",
     "EncodedVector",
     "Gaussian",
     "ImageModality",
@@ -23,6 +26,7 @@ __all__ = [
     "Modality",
     "PairedImage",
     "Pixels",
+    "RandomCaption",
     "RandomLabel",
     "Roles",
     "Space",

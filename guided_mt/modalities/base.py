@@ -115,6 +115,10 @@ class Modality:
         """Data that lie beside the images, for the images of these numbers [B], on the host; None where there are none."""
         return None
 
+    def load_texts(self, captions: Sequence[str]) -> Tensor | None:
+        """Data that are made of the captions [B] of a training step, on the host, in the place of `load`; None for none."""
+        return None
+
     def load_of(self, source: ImageSource, indices: np.ndarray) -> Tensor | None:
         """As `load`, of other images than those of training, which may hold such data as well."""
         return None

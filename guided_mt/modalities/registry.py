@@ -7,17 +7,20 @@ configuration says of its modalities is read in `settings`, and built in `genera
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..data import ImageSource
 from ..diffusion.process import GaussianDiffusion
 from ..networks.backbone import Backbone
 from ..networks.classifier import create_classifier
 from ..networks.heads import ClassifierHead, ImageHead, PooledHead
 from ..runs.config import ClassifierConfig, option
 from . import LabelModality, MaskedImage, Modality, PairedImage, RandomLabel, representation
+from .captions import row as captions
+from .captions.row import CaptionConfig
 from .representation import RepresentationConfig
 from .row_config import RowConfig
 from .tokens import LabelTokens
@@ -70,6 +73,9 @@ class Task:
     is at times trained with nothing in its place, a zero image, so that it is a model of plain noisy images too. run_options:
     options of the run that say something of this modality alone. file_options: flags that name files, which may have moved when a
     run goes on. units(config): the size of its vectors where the network keeps units of them (`heads.VectorUnits`), else 0.
+    captions(config, images): those of the images, for a modality that is trained on them, which become `ImageSource.captions`.
+    fit(config, images): fills in what flags leave open and only the training images say; a network that is built without them
+    has other defaults.
     """
 
     options: type
@@ -83,6 +89,8 @@ class Task:
     run_options: tuple[str, ...] = ()
     file_options: tuple[str, ...] = ()
     units: Callable[[RowConfig], int] = lambda config: 0
+    captions: Callable[[RowConfig, ImageSource], Sequence[Sequence[str]]] | None = None
+    fit: Callable[[RowConfig, ImageSource], None] | None = None
 
 
 def mask_patch(given: int, image_size: int) -> int:
@@ -129,6 +137,21 @@ def _label_tokens(config: RowConfig, width: int) -> nn.Module:
 
 _OF_LABELS = ("num_classes", "mt_encoder_refresh", "mt_encoding_norm")
 
+
+def _caption_row(modality: Callable[[RowConfig], Modality]) -> Task:
+    return Task(
+        CaptionConfig,
+        lambda config, variance: modality(config),
+        lambda config, backbone, process: captions.head(config, backbone),
+        captions.tokens,
+        complete=captions.complete,
+        run_options=("mt_encoding_norm",),
+        file_options=("caption_file",),
+        captions=captions.captions,
+        fit=captions.fit,
+    )
+
+
 TASKS: dict[str, Task] = {
     "masked": Task(
         MaskConfig,
@@ -148,6 +171,8 @@ TASKS: dict[str, Task] = {
         file_options=("representation_file", "clip_weights"),
         units=representation.units_size,
     ),
+    "caption": _caption_row(captions.caption),
+    "random-caption": _caption_row(captions.random_caption),
     "paired": Task(
         PairedConfig,
         lambda config, variance: PairedImage(config.name, config.paired_side, variance),

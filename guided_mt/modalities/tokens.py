@@ -24,6 +24,21 @@ class LabelTokens(nn.Module):
         return embedded[:, None]
 
 
+class CaptionTokens(nn.Module):
+    """Token ids [B, L], or what stands for embedded tokens [B, L, width], as the mean of them -> L tokens [B, L, width], each with
+    the embedding of its position. What follows a caption's end is shown as it is (docs/method.md, section 10.10)."""
+
+    def __init__(self, size: int, length: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, width))
+        self.positions = nn.Parameter(torch.randn(length, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ids [B, L], or embedded [B, L, width] -> [B, L, width]."""
+        embedded = x.to(self.weight.dtype) if x.is_floating_point() else self.weight[x]
+        return embedded + self.positions
+
+
 class VectorTokens(nn.Module):
     """Vectors [B, D] -> one token [B, 1, width], by a linear map."""
 

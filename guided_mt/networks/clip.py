@@ -20,6 +20,7 @@ from ..errors import UserError, how_to_install, nearest, reason
 
 LENGTH = 77  # tokens of a text, with those of its start and end
 START, END = 49406, 49407
+SIZE = 49408  # of its vocabulary
 PARTS = ("embed_dim", "vision_cfg", "text_cfg")
 TOWERS = ("both", "text", "image")
 # In the place of a tower that is not wanted: built, and thrown away at once.
@@ -161,6 +162,16 @@ def tokenize(texts: Sequence[str], padding: int = 0) -> tuple[Tensor, list[int]]
         row[length:] = padding
         cut.append(max(0, length - LENGTH))
     return ids, cut
+
+
+def encode(text: str) -> list[int]:
+    """The tokens of a text, without those of its start and end, however many they are."""
+    return list(_tokenizer().encode(text))
+
+
+def decode(ids: Sequence[int]) -> str:
+    """What tokens spell."""
+    return str(_tokenizer().decode(ids)).strip()
 
 
 @functools.cache

@@ -163,7 +163,7 @@ class TrainLoop(Loop):
     def run_step(self, batch: Batch) -> None:
         for modality in self.modalities.values():
             modality.before_step(self.step, self.processes)
-        for name, beside in load_beside(self.modalities, batch.indices.numpy()).items():
+        for name, beside in load_beside(self.modalities, batch.indices.numpy(), batch.captions).items():
             batch.loaded[name] = beside.to(self.device, non_blocking=True)
         interval = self.config.mt_conflict_interval
         if interval and self.step % interval == 0:

@@ -11,13 +11,13 @@ import numpy as np
 from typing_extensions import override
 
 from guided_mt.data import MAX_PIXELS, ImageSource, ImageStream, Sides, check_workers, open_source
+from guided_mt.data.captions import open_captions
 from guided_mt.data.dataset import Order
 from guided_mt.data.loader import BatchStream
 from guided_mt.data.sources.classes import renumbered
 from guided_mt.data.subset import Subset
 from guided_mt.errors import UserError, nearest
 
-from .captions import open_captions
 from .computed import Computed, check_filters
 from .latent_cache import LatentCache
 from .layouts import DIRECTIONS, LAYOUTS, check_choice, open_pairs
@@ -331,7 +331,7 @@ class ImageData(StreamedData):
         """The source with its captions."""
         if self.captions is not None:
             source.captions = open_captions(
-                self.captions, (self.val_path or "") if split == "val" else self.path, source
+                self.captions, (self.val_path or "") if split == "val" else self.path, source, "data.params.captions"
             )
         return source
 

@@ -182,7 +182,7 @@ class LatentTraining(TrainedModule):
                 yield self.model.images(batch, SampleStreams(self.run.seed, batch.positions, device=self.device))
 
     def _load_beside(self, batch: Batch) -> None:
-        for name, beside in load_beside(self.model.modalities, batch.indices.numpy()).items():
+        for name, beside in load_beside(self.model.modalities, batch.indices.numpy(), batch.captions).items():
             batch.loaded[name] = beside.to(self.device, non_blocking=True)
 
     @property
@@ -230,14 +230,14 @@ class LatentTraining(TrainedModule):
         """A batch of validation with those modalities absent whose files are beside the training images, and with what its own data
         hold of the others."""
         streams = SampleStreams(batch.positions, device=self.device)
-        for name in [name for name, modality in self.model.modalities.items() if modality.loads]:
-            batch.loaded[name] = self.model.modalities[name].prior(self.model.shape, streams)
-            batch.present[name] = torch.zeros_like(batch.positions, dtype=torch.bool)
         source, indices = self.data.val_source or self.data.source, batch.indices.cpu().numpy()
         for name, modality in self.model.modalities.items():
             stored = modality.load_of(source, indices)
             if stored is not None:
                 batch.loaded[name] = stored.to(self.device)
+            elif modality.loads:
+                batch.loaded[name] = modality.prior(self.model.shape, streams)
+                batch.present[name] = torch.zeros_like(batch.positions, dtype=torch.bool)
         return batch
 
     @contextlib.contextmanager

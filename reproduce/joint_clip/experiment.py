@@ -23,10 +23,10 @@ from torch import Tensor
 from evaluations.tables.seeds import Column, Measured, markdown_table, write_seeds_csv
 from guided_mt.commands.console import run
 from guided_mt.data import load_images, open_source
+from guided_mt.data.captions import open_captions
 from guided_mt.data.images import make_grid, save_png
 from guided_mt.errors import UserError
 from guided_mt.runs.config import Config, option, parse
-from latent_mt.data.captions import open_captions
 
 from ..children import run_child
 from ..commands import command, environment, shown
@@ -77,7 +77,7 @@ class Split:
         """Raises UserError where there are none."""
         path = f"{data_dir}/{name}"
         source = open_source(path)
-        found = open_captions("captions.csv", path, source)
+        found = open_captions("captions.csv", path, source, "captions")
         pictures = load_images(source, SIZE).images
         return cls(pictures, [found[k][0] if found[k] else "" for k in range(len(found))])
 

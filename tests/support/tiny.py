@@ -44,6 +44,8 @@ def task_flags(tasks: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "label" in tasks:
         found["num_classes"] = 10
+    if "caption" in tasks:
+        found["caption_template"] = "the digit {class}"
     if "representation" in tasks:
         found["representation_file"] = file = folder / "vectors.npz"
         if not file.exists():

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from guided_mt.data.captions import texts_of
 from guided_mt.data.sources.base import ProcessFile
 from guided_mt.data.sources.cache import Keeping, listed
 from guided_mt.data.sources.listing import Listing
 from guided_mt.data.sources.names import Names, smallest
 from guided_mt.data.sources.tar import list_tar
 
-from ..captions import texts_of
 from .filters import Filters
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes; of a sample with several the first counts

@@ -38,7 +38,17 @@ TINY = [
 
 def tiny(*flags: str):
     torch.manual_seed(0)
-    flags = ("--noise_schedule", "cosine", "--num_classes", "7", "--representation_size", "5", *flags)
+    flags = (
+        "--noise_schedule",
+        "cosine",
+        "--num_classes",
+        "7",
+        "--representation_size",
+        "5",
+        "--caption_length",
+        "3",
+        *flags,
+    )
     config = parse([*TINY, *flags], model_sections(), description="")
     return config, build_model(config)
 
@@ -54,9 +64,12 @@ def inputs(config, batch: int = 3):
     rng = torch.Generator().manual_seed(1)
     x_start = torch.randn(batch, 3, 8, 8, generator=rng).clamp(-1, 1)
     streams = SampleStreams(torch.arange(batch))
-    beside = {"representation": torch.randn(batch, 5, generator=rng)}
-    images = Images(x_start, torch.arange(batch), beside, {"paired": -x_start})
-    data = {name: m.from_batch(images, streams) for name, m in build_modalities(config).items()}
+    captions = torch.tensor([[2, 3, 4], [3, 0, 0], [4, 2, 0]])
+    beside = {"representation": torch.randn(batch, 5, generator=rng), "caption": captions[:batch]}
+    images, modalities = Images(x_start, torch.arange(batch), beside, {"paired": -x_start}), build_modalities(config)
+    if "random-caption" in modalities:
+        modalities["random-caption"].table = captions
+    data = {name: m.from_batch(images, streams) for name, m in modalities.items()}
     return x_start, torch.tensor([0, 400, 999][:batch]), data
 
 

@@ -6,17 +6,19 @@ import csv
 import io
 import json
 import os.path
+import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from typing_extensions import override
 
-from guided_mt.data import ImageSource, open_source
-from guided_mt.data.sources import IMAGE_SUFFIXES, FileSource
-from guided_mt.errors import UserError, reason
+from ..errors import NPZ_ERRORS, UserError, reason
+from .open import open_source
+from .sources import IMAGE_SUFFIXES, FileSource, ImageSource
 
-BESIDE = "txt"  # the value of `captions` that means a text file beside each image
+BESIDE = "txt"  # what stands for a text file beside each image
 # Columns of tables, in small letters: img2dataset's and Hugging Face's names among them.
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "prompt", "title")
@@ -40,26 +42,90 @@ class Captions(Sequence[Sequence[str]]):
         return () if place is None else self.read(place)
 
 
-def open_captions(where: str, path: str, source: ImageSource) -> Captions:
+class OfLabels(Sequence[Sequence[str]]):
+    """A caption for each item, made of its class: `template` with the class's name in the place of {class}; () without a class.
+
+    Raises UserError for a template with another field, and where the items have no classes.
+    """
+
+    def __init__(self, template: str, source: ImageSource, flag: str):
+        where = f"{flag} '{template}'"
+        if source.labels is None:
+            raise UserError(f"{source.path}: {where} makes captions of classes, and {source.without_class()} has none")
+        try:
+            fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+            other = sorted(fields - {"class"})
+            if other or not fields:
+                got = f"'{{{other[0]}}}' is no field" if other else "it has no field, so that all captions would be one"
+                raise UserError(f"{where}: {got}; write the class's name as {{class}}, as in 'a photo of a {{class}}'")
+            self.texts = [template.format(**{"class": name}) for name in source.class_names]
+        except (ValueError, LookupError) as error:
+            raise UserError(f"{where}: {error}; write the class's name as {{class}}") from None
+        self.labels = source.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @override
+    def __getitem__(self, index: int) -> Sequence[str]:  # type: ignore[override]  # one by one alone
+        label = int(self.labels[index])
+        return () if label < 0 else (self.texts[label],)
+
+
+def find_captions(path: str, source: ImageSource, flag: str) -> Sequence[Sequence[str]]:
+    """The captions that lie where they usually do: the array `captions` of an .npz, captions.csv (.tsv, .jsonl) in the folder or
+    archive `path`, else NAME.txt beside NAME.jpg. Raises UserError where there are none."""
+    file = Path(path).expanduser()
+    if file.suffix == ".npz" and file.is_file():
+        return _of_array(file, len(source))
+    for suffix in TABLES:
+        try:
+            return open_captions(f"captions{suffix}", path, source, flag)
+        except NoTable:
+            continue
+    try:
+        return open_captions(BESIDE, path, source, flag)
+    except UserError:
+        raise UserError(
+            f"{path}: has no captions: neither captions.csv (.tsv, .jsonl) nor NAME.txt beside an image; name a table with {flag}"
+        ) from None
+
+
+def _of_array(file: Path, count: int) -> Sequence[Sequence[str]]:
+    """Raises UserError where the array is missing, or none of one text per image."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = next((arrays[name] for name in ("captions", "caption") if name in arrays.files), None)
+    except NPZ_ERRORS as error:
+        raise UserError(f"{file}: its captions can't be read ({reason(error)})") from None
+    if found is None or found.dtype.kind != "U" or found.shape != (count,):
+        got = "has no array captions" if found is None else f"captions is {found.dtype} {list(found.shape)}"
+        raise UserError(f"{file}: {got}; it must be one text for each of the {count} images, unicode [N]")
+    return [texts_of(str(text)) for text in found]
+
+
+class NoTable(UserError):
+    """The table that was asked for is not there."""
+
+
+def open_captions(where: str, path: str, source: ImageSource, flag: str) -> Captions:
     """The captions of a source's items.
 
     where: "txt" for NAME.txt beside NAME.jpg, or a table: a file, or one inside the folder or archive `path`, which the source
-    was opened by. Raises UserError where there is none, or no item has a caption.
+    was opened by. flag: what names `where`, for messages. Raises UserError where there is none (NoTable, of a table), or no
+    item has a caption.
     """
     names = [source.name(k) for k in range(len(source))]
     if where == BESIDE:
-        captions = _beside(path, names)
+        captions = _beside(path, names, flag)
     elif Path(where).suffix.lower() in TABLES:
-        captions = _of_table(where, path, names)
+        captions = _of_table(where, path, names, flag)
     else:
         raise UserError(
-            f"data.params.captions '{where}': write {BESIDE} for a text beside each image, or name a table "
-            f"({', '.join(TABLES)})"
+            f"{flag} '{where}': write {BESIDE} for a text beside each image, or name a table ({', '.join(TABLES)})"
         )
     if all(place is None for place in captions.places):
-        raise UserError(
-            f"{path}: data.params.captions {where} has none for any of the {len(names)} images; the first is {names[0]}"
-        )
+        raise UserError(f"{path}: {flag} {where} has none for any of the {len(names)} images; the first is {names[0]}")
     return captions
 
 
@@ -85,14 +151,14 @@ def texts_of(value: Any) -> tuple[str, ...]:
     return tuple(text.strip() for text in values if isinstance(text, str) and text.strip())
 
 
-def _beside(path: str, names: Sequence[str]) -> Captions:
-    source = _files(path, ".txt")
+def _beside(path: str, names: Sequence[str], flag: str) -> Captions:
+    source = _files(path, ".txt", flag)
     texts = {os.path.splitext(name)[0]: k for k, name in enumerate(source.names) if name.lower().endswith(".txt")}
     return Captions([texts.get(os.path.splitext(name)[0]) for name in names], _TextFiles(source))
 
 
-def _of_table(where: str, path: str, names: Sequence[str]) -> Captions:
-    content, called, within = _table(where, path)
+def _of_table(where: str, path: str, names: Sequence[str], flag: str) -> Captions:
+    content, called, within = _table(where, path, flag)
     found: dict[str, tuple[str, ...]] = {}  # file without suffix: its captions
     for file, texts in _rows(content, Path(where).suffix.lower(), called):
         key = os.path.splitext(file.replace("\\", "/").removeprefix("./"))[0]
@@ -131,7 +197,7 @@ def _without(name: str, folders: int) -> str:
     return name.split("/", folders)[-1] if name.count("/") >= folders else name.rpartition("/")[2]
 
 
-def _table(where: str, path: str) -> tuple[bytes, str, str]:
+def _table(where: str, path: str, flag: str) -> tuple[bytes, str, str]:
     """(content, what to call it, the folder of `path` as seen from it, "" or ending in /) of a file, or of one of that name inside
     `path`, beside it, or in the archive that `path` leads into."""
     file = Path(where).expanduser()
@@ -139,28 +205,26 @@ def _table(where: str, path: str) -> tuple[bytes, str, str]:
         try:
             return file.read_bytes(), where, ""
         except OSError as error:
-            raise UserError(f"data.params.captions {where}: cannot be read ({reason(error)})") from None
+            raise UserError(f"{flag} {where}: cannot be read ({reason(error)})") from None
     place = Path(path).expanduser()
     for outer in (place, *place.parents):
         within = "".join(f"{part}/" for part in place.relative_to(outer).parts)
         if outer.is_dir() and (outer / where).is_file():
             return (outer / where).read_bytes(), str(outer / where), within
         if outer.is_file() and outer.suffix.lower() in (".tar", ".zip"):
-            source = _files(str(outer), file.suffix.lower())
+            source = _files(str(outer), file.suffix.lower(), flag)
             if where in source.names:
                 return source.read_bytes(list(source.names).index(where)), f"{outer}: {where}", within
             break
         if outer.is_dir() and outer != place:  # a table beside train/ and test/ is that of both
             break
-    raise UserError(f"data.params.captions {where}: no such file, and none of that name in {path}")
+    raise NoTable(f"{flag} {where}: no such file, and none of that name in {path}")
 
 
-def _files(path: str, suffix: str) -> FileSource:
+def _files(path: str, suffix: str, flag: str) -> FileSource:
     source = open_source(path, suffixes=(*IMAGE_SUFFIXES, suffix))
     if not isinstance(source, FileSource):
-        raise UserError(
-            f"data.params.captions: {path} is no folder, .tar or .zip, in which captions could lie; name a table"
-        )
+        raise UserError(f"{flag}: {path} is no folder, .tar or .zip, in which captions could lie; name a table")
     return source
 
 
