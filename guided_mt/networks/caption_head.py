@@ -107,12 +107,12 @@ class CaptionHead(nn.Module):
 
         def of_rows(rows: Tensor) -> Tensor:
             p = self.logits(rows).softmax(dim=-1)
-            return torch.cat([p @ tokens.float(), p[:, end : end + 1]], dim=-1)
+            return torch.cat([p @ tokens.to(p.dtype), p[:, end : end + 1]], dim=-1)
 
         found = self._by_rows(of_rows, said)
         going_on = 1 - found[..., -1:]
         reached = torch.cat([torch.ones_like(going_on[:, :1]), going_on[:, :-1].cumprod(dim=1)], dim=1)
-        return reached * found[..., :-1] + (1 - reached) * tokens[end].float()
+        return reached * found[..., :-1] + (1 - reached) * tokens[end].to(found.dtype)
 
     def best(self, said: Tensor) -> tuple[Tensor, Tensor]:
         """(the likeliest token of each position, int64 [B, L], and its probability [B, L])."""
