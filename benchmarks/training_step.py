@@ -24,8 +24,8 @@ import torch
 from network import adm_style
 from torch import nn
 
-from guided_mt.data import Batch, open_source
-from guided_mt.generation.build import run_sections
+from guided_mt.generation.batches import load_beside
+from guided_mt.generation.build import fit_to_data, open_images, run_sections
 from guided_mt.runs.compiling import COMPILE
 from guided_mt.runs.config import parse
 from guided_mt.runs.distributed import Processes
@@ -36,6 +36,7 @@ STAGES = ("table / K", "forward", "backward", "optimiser", "EMA and log")
 
 
 CLASSES_PER_IMAGE = 13  # of the ImageNet presets: 1000 classes, batch 75
+FIVE = ("--mt_task", "masked,label,caption,random-caption", "--caption_template", "a photo of a {class}")
 LABEL_E = ("--mt_task", "label", "--mt_variant", "U", "--mt_label_head", "E", "--classifier_width", "64")
 
 
@@ -54,6 +55,8 @@ ROWS = (
     Row("label M, K = 1, fp32", ("--mt_task", "label", "--mt_variant", "U")),
     Row("label M, K = 100, fp32", ("--mt_task", "label", "--mt_variant", "U", "--mt_encoder_refresh", "100")),
     Row("label E, K = 100, fp32", (*LABEL_E, "--mt_encoder_refresh", "100")),
+    Row("five tasks, form any, K = 100, fp32", (*FIVE, "--mt_variant", "any", "--mt_encoder_refresh", "100")),
+    Row("five tasks, form X, fp32", (*FIVE, "--mt_variant", "X")),
     Row("single task, bf16", ("--mt_task", "none", "--precision", "bf16")),
     Row("form U, bf16", ("--mt_task", "masked", "--mt_variant", "U", "--precision", "bf16")),
     Row("form X, bf16", ("--mt_task", "masked", "--mt_variant", "X", "--precision", "bf16")),
@@ -85,7 +88,9 @@ class Step:
         flags += ["--num_classes", str(CLASSES_PER_IMAGE * args.batch)]
         flags += ["--compile", args.compile] if not row.adm else []
         config = parse([*flags, *row.flags], run_sections(), description="")
-        self.loop = TrainLoop(config, Processes(device=device), open_source(str(images)), folder)
+        source = open_images(config)
+        fit_to_data(config, source)
+        self.loop = TrainLoop(config, Processes(device=device), source, folder)
         for p in self.loop.model.parameters():  # zero weights would let the convolutions multiply by zeros
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
@@ -93,10 +98,12 @@ class Step:
             self.loop.model.to(memory_format=torch.contiguous_format)
             self.adamw = torch.optim.AdamW(self.loop.model.parameters(), lr=1e-4, weight_decay=0.0)
         self.loop.model.train()
-        shape = (args.batch, 3, args.image_size, args.image_size)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-        numbers = torch.arange(args.batch)
-        self.batch = Batch(pixels, numbers.to(device), numbers.to(device), numbers)
+        for modality in self.loop.modalities.values():
+            modality.prepare(source)
+        with self.loop.stream() as stream:
+            self.batch = next(iter(stream))
+        self.batch.loaded.update(load_beside(self.loop.modalities, self.batch.indices.numpy()))
+        self.batch = self.batch.to(device)
 
     def run(self) -> list[float]:
         """Seconds of each stage."""
@@ -176,7 +183,7 @@ def main() -> None:
     totals = [[sum(stages) for stages in round_] for round_ in taken]
     median = lambda values: statistics.median(values)  # noqa: E731
     print(
-        f"{'':34s}"
+        f"{'':36s}"
         + "".join(f"{name:>13s}" for name in STAGES)
         + "     step   images/s   x ADM's   x single   peak GiB"
     )
@@ -187,7 +194,7 @@ def main() -> None:
         against_adm = median([t[0] / t[i] for t in totals])
         against_single = median([t[i] / t[single] for t in totals])
         cells = "".join(f"{ms:10.1f} ms" for ms in stages) + f"{1000 * total:7.0f} ms{args.batch / total:9.1f}"
-        print(f"{row.name:34s}{cells}{against_adm:10.2f}{against_single:11.3f}{memory[i]:11.2f}")
+        print(f"{row.name:36s}{cells}{against_adm:10.2f}{against_single:11.3f}{memory[i]:11.2f}")
     print("x ADM's: how many times as fast as guided-diffusion's choices. x single: time relative to the single task.")
 
 
