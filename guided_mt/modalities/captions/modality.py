@@ -142,11 +142,13 @@ class CaptionModality(Modality):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return super().encode(x)
+        return self.encode_partly(x) if x.is_floating_point() else super().encode(x)
+
+    @torch.no_grad()
+    def encode_partly(self, x: Tensor, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """E of an estimate x [B, L, width], some of whose tokens are `known` as `CaptionHead.expected` has them."""
         tokens = cast(CaptionTokens, cast(MultiTask, self.network).context_in[self.name])
-        with torch.no_grad():
-            return super().encode(self.head.expected(x, tokens.weight, self.end))
+        return super().encode(self.head.expected(x, tokens.weight, self.end, known))
 
     @override
     def estimate(self, prediction: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +15,18 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny import DIGITS, MODEL, PROCESS, assert_same, column, contents, flags, step_folder, words
 
-from guided_mt.commands import train
+from guided_mt.commands import caption, sample, train
 from guided_mt.data import open_source
 from guided_mt.data.captions import OfLabels, find_captions
+from guided_mt.data.images import make_grid, written
+from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.random import SampleStreams
+from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.errors import UserError
 from guided_mt.generation.build import build_modalities, build_model, model_sections
+from guided_mt.generation.captioning import drawn_captions, log_probs_of
 from guided_mt.modalities import CaptionModality, Images, LabelModality
+from guided_mt.modalities.captions import scores
 from guided_mt.modalities.captions.counted import count_captions
 from guided_mt.modalities.captions.vocabulary import BytePairs, Words, words_of
 from guided_mt.networks import caption_head
@@ -53,12 +59,12 @@ def said(length: int = L) -> torch.Tensor:
 def test_of_one_token_it_is_a_label():
     """Loss, log probability, probabilities and expected embedding are those of a label with the same logits."""
     head, label, x = head_of(length=1), LabelModality(V), said(1)
-    caption, ids, t = caption_of(head, 1), torch.tensor([2, 0, 6, 3, 2]), torch.zeros(B).long()
+    law, ids, t = caption_of(head, 1), torch.tensor([2, 0, 6, 3, 2]), torch.zeros(B).long()
     logits = head.logits(x)[:, 0]
     for of_caption, of_label in (
-        (caption.loss(x, ids[:, None]), label.loss(logits, ids)),
-        (caption.log_prob(x, ids[:, None], t), label.log_prob(logits, ids, t)),
-        (head.expected(caption.estimate(x), torch.eye(V), 0)[:, 0], label.estimate(logits)),
+        (law.loss(x, ids[:, None]), label.loss(logits, ids)),
+        (law.log_prob(x, ids[:, None], t), label.log_prob(logits, ids, t)),
+        (head.expected(law.estimate(x), torch.eye(V), 0)[:, 0], label.estimate(logits)),
     ):
         torch.testing.assert_close(of_caption, of_label)
 
@@ -75,14 +81,14 @@ def captions_of_length(most: int) -> torch.Tensor:
 def test_the_law_of_a_caption():
     """The probabilities of all captions sum to 1, their mean embedding is `expected`, and loss is the mean per own token."""
     head, x = head_of(), said()[:1]
-    caption, ids = caption_of(head), captions_of_length(L)
-    log_p = caption.log_prob(x.expand(len(ids), -1, -1), ids, torch.zeros(len(ids)).long())
+    law, ids = caption_of(head), captions_of_length(L)
+    log_p = law.log_prob(x.expand(len(ids), -1, -1), ids, torch.zeros(len(ids)).long())
     torch.testing.assert_close(log_p.exp().sum(), torch.tensor(1.0))
     embedding = torch.randn(V, 4, generator=torch.Generator().manual_seed(2))
     mean = (log_p.exp()[:, None, None] * embedding[ids]).sum(dim=0)
     torch.testing.assert_close(head.expected(x, embedding, 0)[0], mean)
     own = (ids > 0).sum(dim=1).add(1).clamp(max=L)
-    torch.testing.assert_close(caption.loss(x.expand(len(ids), -1, -1), ids), -log_p / own)
+    torch.testing.assert_close(law.loss(x.expand(len(ids), -1, -1), ids), -log_p / own)
 
 
 def test_a_certain_estimate_is_encoded_as_its_caption(monkeypatch):
@@ -236,20 +242,20 @@ def test_no_captions_are_refused(tmp_path):
 
 
 def test_tokens_of_a_batch():
-    caption = caption_of(head_of(words=V - 2))
-    caption.counted, caption.partly = ["a", "cat"], True
-    ids = caption.load_texts(["a cat a cat", "", "dog", "!?"])
+    law = caption_of(head_of(words=V - 2))
+    law.counted, law.partly = ["a", "cat"], True
+    ids = law.load_texts(["a cat a cat", "", "dog", "!?"])
     assert ids.tolist() == [[2, 3, 2], [-1, -1, -1], [1, 0, 0], [-1, -1, -1]]
     images = Images(torch.zeros(4, 3, 8, 8), loaded={"caption": ids})
-    assert caption.present(images).tolist() == [True, False, True, False]
-    assert caption.from_batch(images, SampleStreams(0))[:2].tolist() == [[2, 3, 2], [0, 0, 0]]
-    assert caption.texts(ids[:1]) == ["a cat a"] and caption.read("cat", 8, None).tolist() == [[3, 0, 0]]
+    assert law.present(images).tolist() == [True, False, True, False]
+    assert law.from_batch(images, SampleStreams(0))[:2].tolist() == [[2, 3, 2], [0, 0, 0]]
+    assert law.texts(ids[:1]) == ["a cat a"] and law.read("cat", 8, None).tolist() == [[3, 0, 0]]
     with pytest.raises(
         UserError, match=r"caption=a cot: this model's captions have no word 'cot' \(did you mean cat\?\)"
     ):
-        caption.read("a cot", 8, None)
+        law.read("a cot", 8, None)
     with pytest.raises(UserError, match="a caption has no word"):
-        caption.read("", 8, None)
+        law.read("", 8, None)
 
 
 # ---------------------------------------------------------------- the network
@@ -263,12 +269,12 @@ def test_shapes_in_a_network():
     torch.manual_seed(0)
     model = build_model(config)
     modalities = build_modalities(config, model)
-    caption, label = modalities["caption"], modalities["label"]
-    ids = torch.randint(0, 9, (2, caption.length))
+    law, label = modalities["caption"], modalities["label"]
+    ids = torch.randint(0, 9, (2, law.length))
     expected = label.encode(torch.tensor([1, 2])).shape
-    soft = torch.randn(2, caption.length, caption.width)
-    assert caption.encode(ids).shape == caption.encode(soft).shape == expected == (2, 3, 8, 8)
-    assert caption.prior((3, 8, 8), SampleStreams(torch.arange(2))).shape == soft.shape
+    soft = torch.randn(2, law.length, law.width)
+    assert law.encode(ids).shape == law.encode(soft).shape == expected == (2, 3, 8, 8)
+    assert law.prior((3, 8, 8), SampleStreams(torch.arange(2))).shape == soft.shape
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -329,3 +335,138 @@ BAD = [
 def test_bad_flags(values, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         train.main([*flags(mt_task="caption", total_steps=1, log_dir=tmp_path), *words(**values)])
+
+
+# ---------------------------------------------------------------- use
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """A few steps on captions of four words in each form."""
+    folder = tmp_path_factory.mktemp("captions")
+    data = captioned(folder / "data", "csv")
+    for variant in VARIANTS:
+        run = {"mt_task": "caption,label", "mt_variant": variant, "data_dir": data, "global_batch_size": 4, "lr": 5e-3}
+        train.main(
+            flags(**run, num_classes=2, predict_xstart=True, total_steps=4, ema_rate="0", log_dir=folder / variant)
+        )
+    return {variant: folder / variant for variant in VARIANTS} | {"data": data}
+
+
+def drawn(run: Path, out: Path, *given: str, count: int = 4, **values) -> dict[str, np.ndarray]:
+    sample.main([*words(model_path=run, num_samples=count, steps=3, device="cpu", out=out, **values), *given])
+    with np.load(out, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_of_a_caption(variant, runs, tmp_path):
+    """What is given comes back, and the images depend on it; unknown words are refused with the nearest ones."""
+    a = drawn(runs[variant], tmp_path / "a.npz", "--given", "caption=A red cat, a dog")
+    b = drawn(runs[variant], tmp_path / "b.npz", "--given", "caption=dog", "--given", "label=a")
+    assert a["caption"].tolist() == 4 * ["a red cat, a"] and b["caption"].tolist() == 4 * ["dog"]
+    assert (a["arr_0"] != b["arr_0"]).any()
+    with pytest.raises(UserError, match=r"--given caption=a dag: .* have no word 'dag' \(did you mean dog\?\)"):
+        drawn(runs[variant], tmp_path / "c.npz", "--given", "caption=a dag")
+    (tmp_path / "texts.txt").write_text("a dog\na cat\n\na red dog\ncat\n")
+    several = drawn(runs[variant], tmp_path / "d.npz", "--given", f"caption={tmp_path / 'texts.txt'}")
+    assert several["caption"].tolist() == ["a dog", "a cat", "a red dog", "cat"]
+
+
+@pytest.mark.parametrize("variant", ["U", "any"])
+def test_images_with_their_captions(variant, runs, tmp_path):
+    """As texts in the file, and under the pictures."""
+    found = drawn(runs[variant], tmp_path / "a.npz", label_draw=True, count=16)
+    assert found["caption"].dtype.kind == found["caption_draw"].dtype.kind == "U" and found["caption"].shape == (16,)
+    own = Words(["a", "cat", ",", ".", "dog", "red"])
+    assert all(own.text(own.ids(text)) == text for text in found["caption"] if text)
+    plain = make_grid(found["arr_0"], 8)
+    assert np.asarray(Image.open(tmp_path / "a.png")).shape[0] > plain.shape[0]
+    few = drawn(runs[variant], tmp_path / "b.npz", count=16, batch_size=3)
+    assert found["caption"].tolist() == few["caption"].tolist()
+
+
+def test_text_under_pictures():
+    strips = written(["a", "two words that are long", "\u4e2d"], 64)
+    assert strips.shape[0::2] == (3, 64) and strips.shape[1] >= 24
+    assert (strips[:, :, :, 0] < 128).any(axis=(1, 2)).all() and (strips[0, 12:] == 255).all()
+
+
+@pytest.mark.parametrize("how", ["read", "drawn"])
+@pytest.mark.parametrize("variant", ["U", "any"])
+def test_captions_of_images(variant, how, runs, tmp_path, capsys):
+    """The same in any batch; the scores are of those that have a caption."""
+    options = {"model_path": runs[variant], "data_dir": runs["data"], "how": how, "device": "cpu", "draws": 1}
+    for name, batch in (("a", 64), ("b", 3)):
+        caption.main(words(**options, out=tmp_path / f"{name}.npz", batch_size=batch))
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        for name in ("caption", "ids", "said"):
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == list(NAMES) and rows[1]["true"] == "a dog, a cat"
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["images"] == 2 and 0 <= found["token accuracy"] <= 1 and found["different captions"] == 2
+    assert 1 <= found["caption of image: median rank"] <= 2
+    assert "token accuracy" in capsys.readouterr().out
+
+
+def test_what_cannot_write_captions(runs, tmp_path):
+    with pytest.raises(UserError, match="form X is told the caption"):
+        caption.main(words(model_path=runs["X"], data_dir=runs["data"]))
+    with pytest.raises(UserError, match="so it has no caption other; it has caption"):
+        caption.main(words(model_path=runs["U"], data_dir=runs["data"], name="other"))
+
+
+def test_what_is_committed_is_shown():
+    """A network that reads the frame makes the second token fit the first, which reading each by itself does not."""
+    head = head_of(3, 2)
+    law = caption_of(head, 2)
+    law.prior = lambda shape, streams: torch.zeros(len(streams), 2, 3)
+    head.logits = lambda said: said
+    law.encode_partly = lambda x, known=None: shown_of(known)
+
+    def shown_of(known) -> torch.Tensor:
+        ids, fixed = known
+        return (F.one_hot(ids, 3).float() * fixed[..., None]).flatten(1)[:, None, None, :].expand(-1, 3, 1, -1)
+
+    def network(z_t, t, modalities):
+        """The committed token of one position, read off the frame, tells that of the other."""
+        first, second = z_t[:, 0, 0, 1:3], z_t[:, 0, 0, 4:6]
+        logits = torch.full((len(z_t), 2, 3), -30.0)
+        logits[:, 0, 1:] = 30 * second.flip(1)
+        logits[:, 1, 1:] = 30 * first.flip(1)
+        return ModelOutput(z_t, {"caption": logits})
+
+    diffusion = create_gaussian_diffusion(steps=10, noise_schedule="cosine", mt_weights={"caption": "constant"})
+    diffusion.aggregation.shift = lambda encodings, t: encodings["caption"]
+    diffusion.q_sample = lambda x_start, t, noise: 0 * x_start
+    x_start, streams = torch.zeros(64, 3, 1, 6), SampleStreams(torch.arange(64))
+    ids = drawn_captions(network, diffusion, {"caption": law}, x_start, [8, 5, 2, 0], streams, temperature=1.0)
+    assert set(map(tuple, ids.tolist())) == {(1, 2), (2, 1)} and 20 < int((ids[:, 0] == 1).sum()) < 44
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_scores():
+    ids, best = np.array([[2, 3, 0], [4, 0, 0]]), np.array([[2, 2, 0], [4, 0, 5]])
+    own = np.array([[1, 1, 1], [1, 1, 0]], dtype=bool)
+    assert scores.token_accuracy(ids, best, own) == 4 / 5
+    assert scores.exact_match(["a b", "c"], ["a", "c"]) == 0.5
+    # The second and third caption are the same text; images find 1st, 2nd, 3rd.
+    log_p = np.log(np.array([[0.5, 0.3, 0.3], [0.2, 0.1, 0.1], [0.1, 0.6, 0.6]]))
+    found = scores.retrieval(log_p, ["x", "y", "y"])
+    assert found.caption_of_image.tolist() == [1, 2, 1] and found.different == 2
+    assert found.image_of_caption.tolist() == [1, 2, 1]
+    assert scores.recall(found.caption_of_image, 1) == 2 / 3
+
+
+def test_log_probs_of_all_pairs():
+    """Row by row those that the modality says."""
+    head = head_of()
+    law, x, ids = caption_of(head), said(), captions_of_length(L)[:40]
+    pairs = log_probs_of(law, x, ids)
+    for b in range(B):
+        alone = law.log_prob(x[b : b + 1].expand(len(ids), -1, -1), ids, torch.zeros(len(ids)).long())
+        torch.testing.assert_close(pairs[b], alone)
