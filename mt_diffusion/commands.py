@@ -54,6 +54,12 @@ COMMANDS: dict[str, Command] = {
     "classify": Command(
         "reproduce.classify", "name the class of images by a model's label head", PIXELS, "scripts/image_classify.py"
     ),
+    "caption": Command(
+        "guided_mt.commands.caption",
+        "write captions of images by a model's caption head",
+        PIXELS,
+        "scripts/image_caption.py",
+    ),
     "nll": Command(
         "guided_mt.commands.nll", "bits per dimension of images under a model", PIXELS, "scripts/image_nll.py"
     ),

@@ -39,6 +39,9 @@ run image_classify.py --model_path "$work/E" --data_dir builtin:digits-test --nu
 run image_classify.py --classifier_path "$work/classifier" --data_dir builtin:digits-test --num_samples 20 --draws 1
 run figure6.py --joint "$work/E" --data_dir builtin:digits --val_data_dir builtin:digits-test --out "$work/f6" --iterations 2 \
   --eval_interval 2 --seeds 0 --val_images 20 --global_batch_size 4
+run image_train.py --mt_task caption --mt_variant any --caption_template "digit {class}" --data_dir builtin:digits \
+  --log_dir "$work/caption" "${tiny[@]}" --total_steps 2
+run image_caption.py --model_path "$work/caption" --data_dir builtin:digits-test --num_samples 20 --draws 1
 both=(--mt_task masked,label --mt_variant any --mt_drop_prob 0.2 --data_dir builtin:digits --log_dir "$work/both" "${tiny[@]}")
 run image_train.py "${both[@]}" --total_steps 2 --mt_conflict_interval 1 --mt_encoder_refresh 2
 run image_sample.py --model_path "$work/both" --num_samples 2 --steps 3 --given label=3 --guidance_scale 2

@@ -88,11 +88,18 @@ def main(argv: Sequence[str]) -> None:
     )
     if arrays is not None:
         shown = [arrays[name][:GRID] for name in arrays if arrays[name].ndim == 4]
-        columns = min(8, len(shown[0]))
-        save_png(np.concatenate([make_grid(images, columns) for images in shown], axis=1), out.with_suffix(".png"))
+        columns, texts = min(8, len(shown[0])), texts_below(arrays, len(shown[0]))
+        grids = [make_grid(images, columns, texts=texts) for images in shown]
+        save_png(np.concatenate(grids, axis=1), out.with_suffix(".png"))
         print(f"{out}: {', '.join(f'{name} {array.dtype} {list(array.shape)}' for name, array in arrays.items())}")
         print(f"{out.with_suffix('.png')}: the first {min(GRID, len(arrays['arr_0']))}")
     processes.close()
+
+
+def texts_below(arrays: Mapping[str, np.ndarray], count: int) -> list[str] | None:
+    """What is written under the first `count` images: their captions; None where there are none."""
+    found = [array[:count] for array in arrays.values() if array.dtype.kind == "U"]
+    return [" / ".join(texts) for texts in zip(*found, strict=True)] if found else None
 
 
 def beside(arrays: Mapping[str, np.ndarray], more: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:

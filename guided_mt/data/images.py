@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
@@ -27,10 +28,15 @@ def to_nhwc(x: Tensor) -> np.ndarray:
     return to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def make_grid(images: np.ndarray, columns: int, gap: int = 2, least: int = 64) -> np.ndarray:
-    """uint8 [N, H, W, 3] row by row into one picture; images under `least` pixels are enlarged by a whole factor."""
+def make_grid(
+    images: np.ndarray, columns: int, gap: int = 2, least: int = 64, texts: Sequence[str] | None = None
+) -> np.ndarray:
+    """uint8 [N, H, W, 3] row by row into one picture; images under `least` pixels are enlarged by a whole factor. texts [N]: what
+    is written under each image."""
     factor = max(1, least // images.shape[1])
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    if texts is not None:
+        images = np.concatenate([images, written(texts, images.shape[2])], axis=1)
     count, height, width, channels = images.shape
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
@@ -39,6 +45,32 @@ def make_grid(images: np.ndarray, columns: int, gap: int = 2, least: int = 64) -
         top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def written(texts: Sequence[str], width: int, most: int = 4) -> np.ndarray:
+    """Texts in Pillow's own font, black on white, in lines of at most `width` pixels, `most` of them: uint8 [N, h, width, 3], all
+    as high as the highest."""
+    font = ImageFont.load_default()
+    lines = [_in_lines(text, width, font)[:most] for text in texts]
+    height = 12 * max(1, *map(len, lines))
+    strips = np.empty((len(texts), height, width, 3), dtype=np.uint8)
+    for strip, own in zip(strips, lines, strict=True):  # a few dozen at most
+        picture = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(picture).multiline_text((1, 0), "\n".join(own), fill="black", font=font, spacing=2)
+        strip[...] = np.asarray(picture)
+    return strips
+
+
+def _in_lines(text: str, width: int, font: Any) -> list[str]:
+    """A text's words in lines that are `width` pixels wide, if no word is wider. What the font can't write is a question mark."""
+    lines: list[str] = []
+    for word in text.encode("latin-1", "replace").decode("latin-1").split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width - 2:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:

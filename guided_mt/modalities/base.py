@@ -123,6 +123,10 @@ class Modality:
         """As `load`, of other images than those of training, which may hold such data as well."""
         return None
 
+    def has(self, loaded: Tensor) -> Tensor | None:
+        """Which rows of what `load_of` gave [B, ...] hold data, bool [B]; None: all."""
+        return None
+
     def from_batch(self, images: Images, streams: SampleStreams) -> Tensor:
         """x of a training batch, drawn on the device; anything finite for an image that has none."""
         raise NotImplementedError

@@ -75,7 +75,7 @@ class Task:
     run goes on. units(config): the size of its vectors where the network keeps units of them (`heads.VectorUnits`), else 0.
     captions(config, images): those of the images, for a modality that is trained on them, which become `ImageSource.captions`.
     fit(config, images): fills in what flags leave open and only the training images say; a network that is built without them
-    has other defaults.
+    has other defaults. data_options: those that say where captions are, beside --data_dir.
     """
 
     options: type
@@ -91,6 +91,7 @@ class Task:
     units: Callable[[RowConfig], int] = lambda config: 0
     captions: Callable[[RowConfig, ImageSource], Sequence[Sequence[str]]] | None = None
     fit: Callable[[RowConfig, ImageSource], None] | None = None
+    data_options: tuple[str, ...] = ()
 
 
 def mask_patch(given: int, image_size: int) -> int:
@@ -149,6 +150,7 @@ def _caption_row(modality: Callable[[RowConfig], Modality]) -> Task:
         file_options=("caption_file",),
         captions=captions.captions,
         fit=captions.fit,
+        data_options=captions.DATA_OPTIONS,
     )
 
 

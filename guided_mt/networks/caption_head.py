@@ -97,12 +97,12 @@ class CaptionHead(nn.Module):
 
         return self._by_rows(of_rows, said, ids)
 
-    def expected(self, said: Tensor, tokens: Tensor, end: int) -> Tensor:
+    def expected(self, said: Tensor, tokens: Tensor, end: int, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The mean of a caption's embedded tokens, [B, L, D], under what the head said [B, L, width]; tokens [V, D] are those
         embeddings.
 
         Position i holds a token of p_i unless the caption has ended before, which leaves `end` there; it has not with
-        probability prod_{j < i} (1 - p_j(end)).
+        probability prod_{j < i} (1 - p_j(end)). known: (ids [B, L], bool [B, L]: positions whose token is known to be that one).
         """
 
         def of_rows(rows: Tensor) -> Tensor:
@@ -110,6 +110,10 @@ class CaptionHead(nn.Module):
             return torch.cat([p @ tokens.to(p.dtype), p[:, end : end + 1]], dim=-1)
 
         found = self._by_rows(of_rows, said)
+        if known is not None:
+            ids, fixed = known
+            sure = torch.cat([tokens[ids].float(), (ids == end).float()[..., None]], dim=-1)
+            found = torch.where(fixed[..., None], sure, found)
         going_on = 1 - found[..., -1:]
         reached = torch.cat([torch.ones_like(going_on[:, :1]), going_on[:, :-1].cumprod(dim=1)], dim=1)
         return reached * found[..., :-1] + (1 - reached) * tokens[end].to(found.dtype)
@@ -124,11 +128,11 @@ class CaptionHead(nn.Module):
         p, ids = self._by_rows(of_rows, said).unbind(-1)
         return ids.long(), p.float()
 
-    def drawn(self, said: Tensor, uniforms: Tensor) -> Tensor:
-        """A token of each position, int64 [B, L], by numbers in [0, 1), [B, L]."""
+    def drawn(self, said: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+        """A token of each position, int64 [B, L], by numbers in [0, 1), [B, L]; of probabilities ~ p^(1 / temperature)."""
 
         def of_rows(rows: Tensor, u: Tensor) -> Tensor:
-            p = self.logits(rows).softmax(dim=-1).cumsum(dim=-1)
+            p = (self.logits(rows) / temperature).softmax(dim=-1).cumsum(dim=-1)
             return (p < u[:, None]).sum(dim=-1).clamp(max=p.shape[1] - 1)
 
         return self._by_rows(of_rows, said, uniforms)

@@ -62,6 +62,7 @@ class StreamedData:
         self.random_crop, self.random_flip, self.num_workers = random_crop, random_flip, num_workers
         self.latents, self.max_pixels = latents, max_pixels
         self.ucg_rate = 0.0  # how many captions training sees as empty ones
+        self.captions: str | None = None  # where they are, see `captions.open_captions`
         self.class_names: list[str] | None = None  # those of a run that goes on; None: those of the data
         self._pixels: dict[str, ImageSource] = {}  # by split, those opened so far
 
@@ -152,6 +153,11 @@ class StreamedData:
         """Which item stands where; None: each once per epoch, all of them shuffled."""
         return None
 
+    def _add_captions(self, source: ImageSource, path: str) -> None:
+        """Give the source the captions that lie in `path`, if there are to be any."""
+        if self.captions is not None:
+            source.captions = open_captions(self.captions, path, source, "data.params.captions")
+
     def _open(self, split: str) -> ImageSource:
         if not self.latents:
             return self.pixel_source(split)
@@ -174,7 +180,8 @@ class PairData(StreamedData):
     latents: a folder that `encode` wrote for these splits; training then reads latents and not images.
     computed: {side: edges, blurred or grey}, further sides that are made of the photo (`computed.FILTERS`).
     labels: where an item's class comes from: "prefix" (its file's name before the first "_"), "folder" (the one it lies in) or
-    None (no classes); validation has the ids of training, and -1 where training has not that class.
+    None (no classes); validation has the ids of training, and -1 where training has not that class. captions: a table of the
+    items' captions, by the names of their files, see `captions.open_captions`; None: they have none.
     """
 
     def __init__(
@@ -196,6 +203,7 @@ class PairData(StreamedData):
         computed: Mapping[str, str] | None = None,
         labels: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        captions: str | None = None,
     ):
         super().__init__(image_size, batch_size, limit, random_crop, random_flip, num_workers, latents, max_pixels)
         check_choice("data.params.layout", layout, ("auto", *LAYOUTS))
@@ -206,6 +214,7 @@ class PairData(StreamedData):
         check_filters(self.computed)
         self.path, self.layout, self.split, self.val_split = path, layout, split, val_split
         self.direction, self.classes, self.sides, self.labels = direction, classes, sides, labels
+        self.captions = captions
 
     @property
     @override
@@ -219,6 +228,7 @@ class PairData(StreamedData):
             whole = split == self.split and self.limit is None
             training = pairs if whole else self._pairs(self.split, None)
             self._set_classes(source, [training.name(k) for k in range(len(training))])
+        self._add_captions(source, self.path)
         return source
 
     def _pairs(self, split: str, limit: int | None) -> PairSource:
@@ -245,6 +255,7 @@ class PairData(StreamedData):
                 source.labels = None
             else:
                 self._set_classes(source, LatentCache(Path(self.latents or "") / self.split).names)
+            self._add_captions(source, self.path)
         return source
 
     def _check_cache(self, cache: LatentCache) -> None:
@@ -325,20 +336,15 @@ class ImageData(StreamedData):
             others = {side: open_source(path, max_pixels=self.max_pixels) for side, path in paired.items()}
             source = Sides(source, others, self.side)
         source = source if self.limit is None else Subset(source, np.arange(min(self.limit, len(source))))
-        return self._captioned(source, split)
-
-    def _captioned(self, source: ImageSource, split: str) -> ImageSource:
-        """The source with its captions."""
-        if self.captions is not None:
-            source.captions = open_captions(
-                self.captions, (self.val_path or "") if split == "val" else self.path, source, "data.params.captions"
-            )
+        self._add_captions(source, paths[split])
         return source
 
     @override
     def _open(self, split: str) -> ImageSource:
-        source = super()._open(split)
-        return self._captioned(source, split) if isinstance(source, LatentCache) else source
+        source, path = super()._open(split), (self.val_path or "") if split == "val" else self.path
+        if isinstance(source, LatentCache):
+            self._add_captions(source, path)
+        return source
 
     @cached_property
     def _images(self) -> ImageSource:

@@ -179,6 +179,9 @@ def _own_options(entry: Mapping[str, Any], row: str, where: str) -> dict[str, An
     if task.is_side and any(found[key] for key in task.file_options):
         key = next(key for key in task.file_options if found[key])
         raise UserError(f"{where}.{key}: sides come with the data here (data.params.paired); leave it out")
+    for key in task.data_options:
+        if found[key]:
+            raise UserError(f"{where}.{key}: captions come with the data here (data.params.captions); leave it out")
     if "num_classes" in task.run_options and "num_classes" not in found:
         raise UserError(f"{where}: has no num_classes, the number of the data's classes")
     return dict(found)

@@ -235,6 +235,8 @@ class LatentTraining(TrainedModule):
             stored = modality.load_of(source, indices)
             if stored is not None:
                 batch.loaded[name] = stored.to(self.device)
+                if (held := modality.has(batch.loaded[name])) is not None:
+                    batch.present[name] = held
             elif modality.loads:
                 batch.loaded[name] = modality.prior(self.model.shape, streams)
                 batch.present[name] = torch.zeros_like(batch.positions, dtype=torch.bool)

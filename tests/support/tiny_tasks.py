@@ -19,13 +19,17 @@ COUNT, VAL_COUNT = 9, 4  # training items, in either kind of data; validation it
 
 
 def write_data(folder: Path) -> Path:
-    """`folder` with streets (photos and maps of three drives), images of three classes, their negatives by the same names, and
-    a vector for each item."""
+    """`folder` with streets (photos and maps of three drives), images of three classes, their negatives by the same names, a
+    vector for each item, and captions of both."""
     write_labelled_pairs(folder / "streets", COUNT, VAL_COUNT, drives=DRIVES)
     for file in write_images(folder / "images", COUNT // 3).rglob("*.png"):
         negative = folder / "negatives" / file.relative_to(folder / "images")
         negative.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(255 - np.asarray(Image.open(file))).save(negative)
+    for place in ("streets", "images"):
+        files = sorted((folder / place).rglob("*.*g"))  # of maps too, which no item is called by
+        rows = [f"{file.relative_to(folder / place)},a picture of {file.stem}" for file in files]
+        (folder / place / "captions.csv").write_text("\n".join(["file,caption", *rows]))
     vectors = np.random.default_rng(0).normal(size=(COUNT, 5)).astype(np.float32)
     np.savez(folder / "vectors.npz", representation=vectors)
     return folder
@@ -64,7 +68,8 @@ def write_tasks(file: Path, folder: Path, run: Path, settings: dict[str, Any] | 
     else:
         sides = {row: str(folder / "negatives") for row in rows if row in TASKS and TASKS[row].is_side}
         config.data.params |= {"paired": sides} if sides else {}
-    config.data.params |= {"image_size": SIZE}
+    captions = {"captions": "captions.csv"} if any("caption" in str(row) for row in rows) else {}
+    config.data.params |= {"image_size": SIZE, **captions}
     config.run |= settings or {}
     file.write_text(OmegaConf.to_yaml(config))
     return file

@@ -41,7 +41,7 @@ class ImageSource:
     present: Mapping[str, np.ndarray] = MappingProxyType({})  # {side: bool [N], which items have it}; all: left out
     encoded: EncodedVectors | None = None  # vectors that were made of the items beforehand
     captions: Sequence[Sequence[str]] | None = None  # [N], the texts that describe each item; None: there are none
-    streams_captions: bool = False  # whether texts come with the items as they are read, and not beforehand
+    streams_captions: bool = False  # whether further texts come with the items as they are read, and not beforehand
 
     def __len__(self) -> int:
         raise NotImplementedError

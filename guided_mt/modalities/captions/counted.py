@@ -38,7 +38,7 @@ _counted: weakref.WeakKeyDictionary[ImageSource, dict[str, Counted]] = weakref.W
 def count_captions(source: ImageSource, kind: str) -> Counted:
     """Read all captions of a source, once. Raises UserError where there are none."""
     if source.captions is None:
-        raise UserError(f"{source.path}: has no captions, which a caption modality is trained on")
+        raise UserError(f"{source.path}: has no captions; say where they are (--caption_file, data.params.captions)")
     known = _counted.setdefault(source, {})
     if kind not in known:
         known[kind] = _count(source, kind)

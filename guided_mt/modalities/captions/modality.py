@@ -40,7 +40,6 @@ class CaptionModality(Modality):
     """
 
     has_spread = True
-    reads_captions = True
 
     def __init__(self, name: str, kind: str, length: int, width: int):
         super().__init__(name)
@@ -90,12 +89,9 @@ class CaptionModality(Modality):
     @override
     def prepare(self, images: ImageSource) -> None:
         """Raises UserError where none of the images has a caption."""
-        if images.captions is None and images.streams_captions:  # read as they come: some may be missing
-            self.partly = True
-            return
         found = say_what_is_cut(images, self.kind, self.length)
         self.source, self.counted = images, found.words
-        self.partly |= found.missing > 0
+        self.partly |= found.missing > 0 or images.streams_captions
 
     @override
     def load(self, indices: np.ndarray) -> Tensor | None:
@@ -104,8 +100,7 @@ class CaptionModality(Modality):
 
     @override
     def load_of(self, source: ImageSource, indices: np.ndarray) -> Tensor | None:
-        texts = captions_of(source, indices)
-        return None if texts is None else self.load_texts(texts)
+        return self.load_texts(captions_of(source, indices) or [""] * len(indices))
 
     @override
     def load_texts(self, captions: Sequence[str]) -> Tensor | None:
@@ -132,7 +127,11 @@ class CaptionModality(Modality):
     def present(self, images: Images) -> Tensor | None:
         if self.name in images.present:
             return images.present[self.name]
-        return images.loaded[self.name][:, 0] >= 0 if self.partly else None
+        return self.has(images.loaded[self.name]) if self.partly else None
+
+    @override
+    def has(self, loaded: Tensor) -> Tensor | None:
+        return loaded[:, 0] >= 0
 
     # ------------------------------------------------------------ the law of a caption
 
@@ -143,11 +142,13 @@ class CaptionModality(Modality):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return super().encode(x)
+        return self.encode_partly(x) if x.is_floating_point() else super().encode(x)
+
+    @torch.no_grad()
+    def encode_partly(self, x: Tensor, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """E of an estimate x [B, L, width], some of whose tokens are `known` as `CaptionHead.expected` has them."""
         tokens = cast(CaptionTokens, cast(MultiTask, self.network).context_in[self.name])
-        with torch.no_grad():
-            return super().encode(self.head.expected(x, tokens.weight, self.end))
+        return super().encode(self.head.expected(x, tokens.weight, self.end, known))
 
     @override
     def estimate(self, prediction: Tensor) -> Tensor:
@@ -228,12 +229,6 @@ class RandomCaption(CaptionModality):
     @override
     def prepare(self, images: ImageSource) -> None:
         """Every image has one. Raises UserError where there are none to draw from."""
-        if self.source is not None:
-            return
-        if images.captions is None:
-            raise UserError(
-                f"{images.path}: '{self.name}' draws from all captions, and these are not at hand beforehand; take local data"
-            )
         super().prepare(images)
         self.partly = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from ..tokens import CaptionTokens
 from .counted import count_captions
 from .modality import CaptionModality, RandomCaption
 from .vocabulary import VOCABULARIES, VocabularyKind
+
+log = logging.getLogger("guided_mt")
 
 
 @dataclass
@@ -101,6 +104,9 @@ def fit(config: RowConfig, images: ImageSource) -> None:
 def captions(config: RowConfig, source: ImageSource) -> Sequence[Sequence[str]]:
     """Those of the images of --data_dir, where the options say. Raises UserError where there are none."""
     if config.caption_template:
+        log.warning(
+            "the captions are made of the classes: they say what the label says, so nothing passes between the two"
+        )
         return OfLabels(config.caption_template, source, config.flag("caption_template"))
     flag = config.flag("caption_file")
     if config.caption_file:

@@ -34,8 +34,10 @@ class Vocabulary(Protocol):
 
 
 def words_of(text: str) -> list[str]:
-    """The words and signs of a text, in small letters, each of at most WORD_BYTES bytes."""
+    """The words and signs of a text, in small letters, each of at most WORD_BYTES bytes; [] where there are only signs."""
     found = _WORD.findall(unicodedata.normalize("NFC", text).lower())
+    if not any(word[0].isalnum() for word in found):
+        return []
     return [word.encode()[:WORD_BYTES].decode("utf-8", "ignore") for word in found]
 
 

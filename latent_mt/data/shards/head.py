@@ -22,6 +22,8 @@ HEAD = 64  # samples
 class HeadSource(ImageSource):
     """The first 64 samples of the shards. Raises UserError where the shards can't be reached."""
 
+    streams_captions = True
+
     def __init__(self, path: str, shards: Sequence[str], rule: SampleRule, *, max_pixels: int, missing: str):
         self.path, self.labels, self.class_names, self.max_pixels = path, None, [], max_pixels
         self.count = len(shards)
