@@ -34,6 +34,7 @@ from ..modalities.settings import (
     weights_names,
 )
 from ..modalities.tokens import rescaled
+from ..modalities.weighting.settings import WeightingConfig
 from ..networks.backbone import Backbone
 from ..networks.heads import HeadVariance
 from ..networks.model import BACKBONES, MTModel
@@ -45,7 +46,13 @@ from ..runs.loop_config import TrainConfig
 
 def model_sections() -> tuple[type, ...]:
     """What a checkpoint has to carry so that the same network, process and modalities can be built again."""
-    return (ModelConfig, DiffusionConfig, MTConfig, *dict.fromkeys(task.options for task in TASKS.values()))
+    return (
+        ModelConfig,
+        DiffusionConfig,
+        MTConfig,
+        WeightingConfig,
+        *dict.fromkeys(task.options for task in TASKS.values()),
+    )
 
 
 def run_sections() -> tuple[type, ...]:
@@ -75,6 +82,7 @@ def saved_config(weights: Path) -> dict[str, Any]:
         "predict_v": False,
         "timestep_weights": "uniform",
         "trained_timesteps": "",
+        **dataclasses.asdict(WeightingConfig()),
     }
     saved = {**later, **saved} if saved else {}
     if "mt_loss_weight" in saved:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .layers import FastLayout
 
 
@@ -30,6 +31,14 @@ class Backbone(FastLayout):
     num_classes: int | None
     feature_channels: int
     middle_channels: int
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The module that returns the middle features, on which the tasks' gradients are compared. Raises UserError without one."""
+        raise UserError(
+            f"--mt_task_weighting: {type(self).__name__} does not say which module makes its middle features (Backbone.trunk); "
+            "take fixed or uncertainty"
+        )
 
     def features(
         self,

@@ -136,6 +136,11 @@ class UNetModel(UNetEncoder, Backbone):
         with torch.autocast(features.last.device.type, enabled=False):
             return self.out(features.last)
 
+    @property
+    @override
+    def trunk(self) -> nn.Module:
+        return self.middle_block
+
     def make_output(self, channels: int) -> nn.Module:
         """ADM's output block (norm, SiLU, zero convolution) to so many channels."""
         return make_output_block(self.feature_channels, self.input_channels, channels)
