@@ -27,6 +27,7 @@ from ..modalities.settings import (
     encoding_norm,
     loss_weights,
     roles_of,
+    routing_of,
     row_config,
     row_of,
     task_names,
@@ -83,6 +84,7 @@ def saved_config(weights: Path) -> dict[str, Any]:
         "timestep_weights": "uniform",
         "trained_timesteps": "",
         **dataclasses.asdict(WeightingConfig()),
+        **{key: value for key, value in dataclasses.asdict(MTConfig()).items() if key.startswith("mt_routing")},
     }
     saved = {**later, **saved} if saved else {}
     if "mt_loss_weight" in saved:
@@ -216,7 +218,14 @@ def multi_task_options(config: Config, process: GaussianDiffusion, space: Space)
         "roles": roles_of(config).told,
         "variant": variant_of(config) if rows else "U",
         "num_timesteps": process.num_timesteps,
+        "routing": routing_of(config, _last_told(process)),
     }
+
+
+def _last_told(process: GaussianDiffusion) -> float:
+    """What the network is told at the last of all timesteps."""
+    steps = process.original_num_steps
+    return (steps - 1) * (1000.0 / steps if process.rescale_timesteps else 1.0)
 
 
 def _head(

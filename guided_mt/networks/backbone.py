@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .layers import FastLayout
+from .routing import Route
 
 
 class Features(NamedTuple):
@@ -31,6 +32,7 @@ class Backbone(FastLayout):
     num_classes: int | None
     feature_channels: int
     middle_channels: int
+    routes = False  # whether `features` takes a `route`
 
     @property
     def trunk(self) -> nn.Module:
@@ -48,11 +50,13 @@ class Backbone(FastLayout):
         context: Tensor | None = None,
         condition: Tensor | None = None,
         context_mask: Tensor | None = None,
+        route: Route | None = None,
     ) -> Features:
         """What the output and the heads are made of. x [B, in_channels, H, W], timesteps [B] (may be fractional).
 
         y [B]: classes, -1 for none; context [B, L, context_dim], context_mask bool [B, L]: False leaves a token out;
-        condition [B, condition_channels, H, W]. Raises UserError for inputs that this network can't take.
+        condition [B, condition_channels, H, W]; route: where the windows lie that its blocks compute on, given where it `routes`.
+        Raises UserError for inputs that this network can't take.
         """
         raise NotImplementedError
 

@@ -63,6 +63,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "mt_task_weighting": "uncertainty",
         "schedule_sampler": "stratified",
     },
+    "routed": {"mt_task": "masked,label", "mt_variant": "any", "mt_routing": "dtr"},
 }
 for name, package in {"pcgrad": "torchjd", "nash": "ecos"}.items():
     if find_spec(package):  # of the extra 'tasks'

@@ -51,6 +51,7 @@ ROWS = {
         "mt_task_weighting": "uncertainty",
         "schedule_sampler": "stratified",
     },
+    "routed": {"mt_task": "label", "mt_variant": "U", "mt_routing": "dtr"},
     "roles": {"mt_task": "paired", "mt_variant": "any", "mt_swap_prob": 0.5},
 }
 

@@ -34,6 +34,7 @@ SETTINGS = {
         "mt_task_weighting": "uncertainty",
         "schedule_sampler": "stratified",
     },
+    "routed": {"mt_task": "label", "num_classes": 10, "mt_routing": "dtr"},
     "a table of encodings": {"mt_task": "label", "num_classes": 10, "mt_encoder_refresh": 100},
     "conditions left out": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10, "mt_drop_prob": 0.2},
     "parts, dropout": {"mt_task": "masked", "mt_variant": "X", "microbatch": 6, "dropout": 0.1},
