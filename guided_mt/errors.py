@@ -79,6 +79,9 @@ EXTRAS = {
     "transformers": "text",
     "webdataset": "shards",
     "braceexpand": "shards",
+    "torchjd": "tasks",
+    "cvxpy": "tasks",
+    "ecos": "tasks",
 }
 OWN = ("guided_mt", "latent_mt", "evaluations", "reproduce", "mt_diffusion")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..runs.checkpoint import adm_state_dict, find_weights, read_weights
+from ..runs.checkpoint import adm_state_dict, find_weights, read_config, read_weights
 from ..runs.config import option, parse
 from ..runs.weights import refuse_foreign, refuse_not_finite
 from .console import keep_inputs, run
@@ -39,6 +39,12 @@ def main(argv: Sequence[str]) -> None:
         )
     keep_inputs(config, config.out)
     weights = find_weights(config.model_path, config.ema)
+    routing = (read_config(weights) or {}).get("mt_routing", "none")
+    if routing != "none":
+        raise UserError(
+            f"{weights}: was trained with --mt_routing {routing}, which guided-diffusion's code does not have: it would draw "
+            "something else"
+        )
     state = read_weights(weights, averaged=config.ema != "none")
     refuse_foreign(state, weights, "pixel", "classifier", known=True)
     exported = adm_state_dict(state)

@@ -27,6 +27,7 @@ from ..generation.build import (
     run_sections,
     trained_process,
 )
+from ..modalities.weighting.settings import check_weighting
 from ..runs import distributed
 from ..runs.config import Config, parse
 from ..runs.loop_config import TrainConfig
@@ -72,6 +73,7 @@ def validate(config: Config) -> None:
     check_tasks(config)
     complete(config)
     check_run(config)
+    check_weighting(config)
 
 
 def run_folder(config: Config) -> Path:

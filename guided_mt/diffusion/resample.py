@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+STRATA = 5  # intervals of the timesteps, unless a run says which
+
 
 class UniformSampler(nn.Module):
     """Every timestep alike, weight 1."""
@@ -15,8 +17,8 @@ class UniformSampler(nn.Module):
         super().__init__()
         self.num_timesteps = num_timesteps
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u [B] in [0, 1) -> timesteps [B] and weights [B]."""
+    def forward(self, u: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """u [B] in [0, 1) -> timesteps [B] and weights [B]. positions: int64 [B], of the samples in the run."""
         return (u * self.num_timesteps).long().clamp_(max=self.num_timesteps - 1), torch.ones_like(u)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
@@ -48,7 +50,7 @@ class LossSecondMomentResampler(UniformSampler):
         warm = (self.counts >= self.history).all()
         return torch.where(warm, learned, torch.full_like(learned, 1.0 / self.num_timesteps))
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, u: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """u [B] in [0, 1) -> (t int64 [B], loss weights [B]), with t drawn in proportion to `weights`."""
         p = self.weights()
         t = torch.searchsorted(p.double().cumsum(0), u.double() * p.double().sum()).clamp_(max=self.num_timesteps - 1)
@@ -79,11 +81,48 @@ class LossSecondMomentResampler(UniformSampler):
         self.counts.add_(repeats)
 
 
-SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+class StratifiedSampler(UniformSampler):
+    """Each of k intervals of the timesteps as often as the others (Go et al. 2023, ANT): sample number n of the run is of interval
+    n mod k, and uniform in it. The weight k |interval| / T of a sample keeps the mean over all timesteps.
+
+    Samples follow each other in a batch, so a batch of any multiple of k has all intervals alike often, on any number of processes.
+    """
+
+    sizes: Tensor  # [k], timesteps of each interval
+    starts: Tensor  # [k], the first of each
+
+    def __init__(self, num_timesteps: int, interval_of: Tensor | None = None):
+        super().__init__(num_timesteps)
+        if interval_of is None:
+            interval_of = torch.arange(num_timesteps) * min(STRATA, num_timesteps) // num_timesteps
+        sizes = interval_of.bincount()
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)
+
+    def forward(self, u: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """u [B] in [0, 1) -> (t int64 [B], loss weights [B]). Without positions, those of a run's first samples."""
+        positions = torch.arange(len(u), device=u.device) if positions is None else positions
+        mine = positions % len(self.sizes)
+        size = self.sizes[mine]
+        within = torch.minimum((u * size).long(), size - 1)
+        return self.starts[mine] + within, (len(self.sizes) * size / self.num_timesteps).to(u.dtype)
 
 
-def create_named_schedule_sampler(name: str, num_timesteps: int) -> UniformSampler:
-    """ADM's `--schedule_sampler`. Raises ValueError for a name that is not in SCHEDULE_SAMPLERS."""
+SCHEDULE_SAMPLERS: dict[str, type[UniformSampler]] = {
+    "uniform": UniformSampler,
+    "loss-second-moment": LossSecondMomentResampler,
+    "stratified": StratifiedSampler,
+}
+
+
+def create_named_schedule_sampler(name: str, num_timesteps: int, interval_of: Tensor | None = None) -> UniformSampler:
+    """ADM's `--schedule_sampler`. interval_of: int64 [T], for a sampler that draws by intervals, see `intervals`.
+
+    Raises ValueError for a name that is not in SCHEDULE_SAMPLERS.
+    """
     if name not in SCHEDULE_SAMPLERS:
         raise ValueError(f"schedule_sampler: unknown '{name}'; choose from {', '.join(SCHEDULE_SAMPLERS)}")
-    return SCHEDULE_SAMPLERS[name](num_timesteps)
+    row = SCHEDULE_SAMPLERS[name]
+    if issubclass(row, StratifiedSampler):
+        return row(num_timesteps, interval_of)
+    return row(num_timesteps)

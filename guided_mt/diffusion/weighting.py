@@ -1,6 +1,7 @@
-"""Timestep weights: factors on the image's squared error, by timestep and by what the network predicts.
+"""Timestep weights: factors on a squared error, by timestep and by what is predicted.
 
-They have nothing to do with the aggregation weights w_t of the modalities, and leave the modalities' own losses alone.
+`--timestep_weights` weighs the image's term by them, `--mt_timestep_weights` those of the modalities, each by itself. They have
+nothing to do with the aggregation weights w_t.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ def _min_snr(snr: np.ndarray) -> np.ndarray:
     return np.minimum(snr, MIN_SNR_GAMMA) / snr
 
 
+LEARNED = "learned"
+
 # Each row: the factor on the squared error of eps, as a function of SNR_t. None: 1, whatever is predicted.
 TIMESTEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
     "uniform": None,
     "p2": _p2,
     "min-snr": _min_snr,
+    LEARNED: None,  # training divides the term by a function of t that it learns (EDM2): see modalities.weighting.over_time
 }
 
 

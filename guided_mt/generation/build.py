@@ -27,6 +27,7 @@ from ..modalities.settings import (
     encoding_norm,
     loss_weights,
     roles_of,
+    routing_of,
     row_config,
     row_of,
     task_names,
@@ -34,6 +35,7 @@ from ..modalities.settings import (
     weights_names,
 )
 from ..modalities.tokens import rescaled
+from ..modalities.weighting.settings import WeightingConfig
 from ..networks.backbone import Backbone
 from ..networks.heads import HeadVariance
 from ..networks.model import BACKBONES, MTModel
@@ -45,7 +47,13 @@ from ..runs.loop_config import TrainConfig
 
 def model_sections() -> tuple[type, ...]:
     """What a checkpoint has to carry so that the same network, process and modalities can be built again."""
-    return (ModelConfig, DiffusionConfig, MTConfig, *dict.fromkeys(task.options for task in TASKS.values()))
+    return (
+        ModelConfig,
+        DiffusionConfig,
+        MTConfig,
+        WeightingConfig,
+        *dict.fromkeys(task.options for task in TASKS.values()),
+    )
 
 
 def run_sections() -> tuple[type, ...]:
@@ -75,6 +83,8 @@ def saved_config(weights: Path) -> dict[str, Any]:
         "predict_v": False,
         "timestep_weights": "uniform",
         "trained_timesteps": "",
+        **dataclasses.asdict(WeightingConfig()),
+        **{key: value for key, value in dataclasses.asdict(MTConfig()).items() if key.startswith("mt_routing")},
     }
     saved = {**later, **saved} if saved else {}
     if "mt_loss_weight" in saved:
@@ -226,7 +236,14 @@ def multi_task_options(config: Config, process: GaussianDiffusion, space: Space)
         "roles": roles_of(config).told,
         "variant": variant_of(config) if rows else "U",
         "num_timesteps": process.num_timesteps,
+        "routing": routing_of(config, _last_told(process)),
     }
+
+
+def _last_told(process: GaussianDiffusion) -> float:
+    """What the network is told at the last of all timesteps."""
+    steps = process.original_num_steps
+    return (steps - 1) * (1000.0 / steps if process.rescale_timesteps else 1.0)
 
 
 def _head(

@@ -11,7 +11,7 @@ _COLUMNS = (
     *("grad_norm", "lr", "skipped_steps", "log2_loss_scale", "images_per_second"),
 )
 _TAKEN = {
-    "a column of progress.csv": rf"{'|'.join(_COLUMNS)}|(rms|spread|val|cos|grad_norm|grad_cos)_.+|.+_q[0-3]",
+    "a column of progress.csv": rf"{'|'.join(_COLUMNS)}|(rms|spread|val|cos|grad_norm|grad_cos|task_weight)_.+|.+_q[0-3]",
     "an array of a sample file": r"arr_\d+|.+_(probabilities|draw)",
     "a word of --mt_task": "none",
 }

@@ -9,6 +9,7 @@ from functools import lru_cache
 from ..diffusion.aggregation import WEIGHTS
 from ..errors import UserError, nearest
 from ..networks.model import BACKBONES, VARIANTS
+from ..networks.routing import ROUTINGS, Routing
 from ..runs.config import Config, option
 from .names import check_name
 from .registry import TASKS, Task
@@ -56,6 +57,11 @@ class MTConfig:
         1, "steps between encoding all classes anew; 1: exact, with the weights of each step", least=1, free=True
     )
     mt_context_dim: int = option(-1, "width of the tokens of labels and vectors; -1: 4 num_channels", least=1)
+    mt_routing: str = option(
+        "none", "dtr: each residual block computes on a window of its channels, by timestep and by modality", ROUTINGS
+    )
+    mt_routing_alpha: float = option(4.0, "dtr: windows begin at (t / (T - 1))^alpha of their range", least=0)
+    mt_routing_beta: float = option(0.8, "dtr: a window's share of the channels; 1: all of them", least=0.1, most=1)
     mt_conflict_interval: int = option(
         0,
         "steps between measuring the tasks' gradients on the backbone, and their cosines; 0: never",
@@ -127,6 +133,13 @@ def variant_of(config: Config) -> str:
     if config.mt_variant != "auto":
         return config.mt_variant
     return "X" if all(row_of(config, name).tokens is None for name in task_names(config)) else "U"
+
+
+def routing_of(config: Config, last: float) -> Routing | None:
+    """`--mt_routing` of a network that is told the timestep `last` at t = T - 1; None: it has none."""
+    make = ROUTINGS[config.mt_routing]
+    encoded = tuple(name for name in task_names(config) if row_of(config, name).tokens is not None)
+    return None if make is None else make(config.mt_routing_alpha, config.mt_routing_beta, last, encoded)
 
 
 def roles_of(config: Config) -> Roles:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .layers import FastLayout
+from .routing import Route
 
 
 class Features(NamedTuple):
@@ -30,6 +32,15 @@ class Backbone(FastLayout):
     num_classes: int | None
     feature_channels: int
     middle_channels: int
+    routes = False  # whether `features` takes a `route`
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The module that returns the middle features, on which the tasks' gradients are compared. Raises UserError without one."""
+        raise UserError(
+            f"--mt_task_weighting: {type(self).__name__} does not say which module makes its middle features (Backbone.trunk); "
+            "take fixed or uncertainty"
+        )
 
     def features(
         self,
@@ -39,11 +50,13 @@ class Backbone(FastLayout):
         context: Tensor | None = None,
         condition: Tensor | None = None,
         context_mask: Tensor | None = None,
+        route: Route | None = None,
     ) -> Features:
         """What the output and the heads are made of. x [B, in_channels, H, W], timesteps [B] (may be fractional).
 
         y [B]: classes, -1 for none; context [B, L, context_dim], context_mask bool [B, L]: False leaves a token out;
-        condition [B, condition_channels, H, W]. Raises UserError for inputs that this network can't take.
+        condition [B, condition_channels, H, W]; route: where the windows lie that its blocks compute on, given where it `routes`.
+        Raises UserError for inputs that this network can't take.
         """
         raise NotImplementedError
 

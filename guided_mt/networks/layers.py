@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from ..errors import UserError
+from .routing import Route
 
 NORM_GROUPS = 32
 Network = TypeVar("Network", bound="FastLayout")
@@ -98,15 +100,26 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class Block(nn.Module):
-    """A part that runs `compute(x, emb, context)`, with activations recomputed in backward if `use_checkpoint`."""
+    """A part that runs `compute(x, emb, context)`, with activations recomputed in backward if `use_checkpoint`.
+
+    residual: whether it adds to `bypass(x)`, so that it can be routed.
+    """
 
     use_checkpoint = False
+    residual = False
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, route: Route | None = None) -> Tensor:
         """x [B, C, H, W], emb [B, E] and the tokens of the context -> [B, C', H', W'].
 
-        With `use_checkpoint` it is computed once more in the backward pass.
+        With `use_checkpoint` it is computed once more in the backward pass. route: a residual block computes on the channels of its
+        window m alone, block(x m) + bypass(x (1 - m)).
         """
+        if route is None or not self.residual:
+            return self._computed(x, emb, context)
+        inside = x * route.mask(x.shape[1]).to(x.dtype)
+        return self._computed(inside, emb, context) + self.bypass(x - inside)
+
+    def _computed(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self.compute, x, emb, context, use_reentrant=False)
         return self.compute(x, emb, context)
@@ -114,6 +127,10 @@ class Block(nn.Module):
     def compute(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         """What the block does to x [B, C, H, W]; `forward` decides whether it is recomputed."""
         raise NotImplementedError
+
+    def bypass(self, x: Tensor) -> Tensor:
+        """What a residual block adds to, a linear map of x [B, C, H, W] without a bias."""
+        return x
 
 
 class Upsample(Block):
@@ -149,6 +166,8 @@ RESAMPLE: dict[str, Callable[[], nn.Module]] = {
 
 class ResBlock(Block):
     """ADM's residual block (same names): [B, channels, H, W] -> [B, out_channels, H', W'], H' by `resample`."""
+
+    residual = True
 
     def __init__(
         self,
@@ -188,6 +207,12 @@ class ResBlock(Block):
             h = layer(h)
         return self.skip_connection(self.resample(x)) + h
 
+    @override
+    def bypass(self, x: Tensor) -> Tensor:
+        skip = self.skip_connection
+        resampled = self.resample(x)
+        return F.conv2d(resampled, skip.weight) if isinstance(skip, nn.Conv2d) else resampled
+
 
 def split_heads(projected: Tensor, parts: int, num_heads: int, new_order: bool) -> tuple[Tensor, ...]:
     """[B, L, parts * heads * d] -> `parts` tensors [B, heads, L, d].
@@ -212,6 +237,7 @@ class AttentionBlock(Block):
     """
 
     encoder_kv: nn.Conv1d  # only where there is a context
+    residual = True
 
     def __init__(
         self,
@@ -262,9 +288,9 @@ class BlockSequence(nn.Sequential):
     """Blocks one after the other (ADM's `TimestepEmbedSequential`)."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, context: Context | None = None
+        self, x: Tensor, emb: Tensor, context: Context | None = None, route: Route | None = None
     ) -> Tensor:
-        """x [B, C, H, W] through every block in turn, each with the same emb [B, E] and context."""
+        """x [B, C, H, W] through every block in turn, each with the same emb [B, E], context and route."""
         for block in self:
-            x = block(x, emb, context)
+            x = block(x, emb, context, route)
         return x

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.network import ModelOutput
+from ..errors import UserError
 from .backbone import Backbone
 from .heads import HeadInputs, HeadVariance, VectorUnits
 from .layers import Context
+from .routing import Routing
 
 VARIANTS = ("U", "X", "any")
 
@@ -29,7 +31,8 @@ class MultiTask(Backbone):
     width]}. lacking: names of image inputs that some samples have no data of. tracked: names under which the squared errors of
     heads are tracked over num_timesteps (see `track`). units: {name: D} of modalities whose vectors have `VectorUnits`.
     conditioned: whether the caller brings tokens of its own as `context`. roles: the classes say which image is z_0, so that
-    they are told of `unconditional` samples too. The rest are the backbone's keywords.
+    they are told of `unconditional` samples too. routing: which channels the blocks compute on. The rest are the backbone's
+    keywords.
 
     variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
     frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
@@ -53,6 +56,7 @@ class MultiTask(Backbone):
         context_dim: int | None = None,
         conditioned: bool = False,
         roles: bool = False,
+        routing: Routing | None = None,
         **backbone: Any,
     ):
         if variant not in VARIANTS:
@@ -64,6 +68,9 @@ class MultiTask(Backbone):
         told = list(images) if variant == "any" else [name for name in images if name in lacking]
         backbone["condition_channels"] = sum(inputs.values()) + len(told)
         super().__init__(**backbone, context_dim=context_dim if token_inputs or conditioned else None)
+        if routing is not None and not self.routes:
+            raise UserError(f"--mt_routing: {type(self).__name__} has no channels that can be routed; take none")
+        self.routing = routing
         self.variant, self.image_inputs, self.indicated, self.num_timesteps = variant, inputs, told, num_timesteps
         self.lacking, self.roles = [name for name in images if name in lacking], roles
         self.heads = nn.ModuleDict({name: make(self) for name, make in heads.items()})
@@ -138,7 +145,8 @@ class MultiTask(Backbone):
         if y is not None and unconditional is not None and not self.roles:
             y = torch.full_like(y, -1) if unconditional is True else torch.where(unconditional, -1, y)
         tokens, mask = shown or (None, None)
-        features = self.features(z_t, timesteps, y, tokens, condition, mask)
+        route: Any = {} if self.routing is None else {"route": self.routing.of_timesteps(timesteps)}
+        features = self.features(z_t, timesteps, y, tokens, condition, mask, **route)
         output = self.output(features)
         seen = HeadInputs(features.last, features.middle, z_t, timesteps, output)
         return ModelOutput(output, {name: head(seen) for name, head in self.heads.items()})
@@ -153,8 +161,9 @@ class MultiTask(Backbone):
         classes = None if self.num_classes is None else torch.full((len(x),), -1, device=x.device)
         shown = self._context(len(x), _State({name: x}))
         tokens = None if shown is None else shown.tokens
+        route: Any = {} if self.routing is None else {"route": self.routing.of_task(name, x)}
         with _NoDropout(self):
-            features = self.features(zeros, zeros.new_zeros(len(x)), classes, tokens, condition)
+            features = self.features(zeros, zeros.new_zeros(len(x)), classes, tokens, condition, **route)
             return self.output(features)[:, : self.in_channels]
 
     def _condition(self, z_t: Tensor, state: _State) -> Tensor:

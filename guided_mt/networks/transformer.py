@@ -95,6 +95,8 @@ class SpatialTransformer(Block):
     linear: the projections are linear layers on [B, HW, C], else 1x1 convolutions; the same map, another shape of weights.
     """
 
+    residual = True
+
     def __init__(
         self,
         channels: int,

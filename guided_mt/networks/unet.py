@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from .backbone import Backbone, Features
 from .layers import AttentionBlock, Block, BlockSequence, Context, make_output_block
+from .routing import Route
 from .unet_encoder import BlockFactory, SpatialTransformerOptions, UNetEncoder
 
 
@@ -26,6 +27,8 @@ class UNetModel(UNetEncoder, Backbone):
     condition_channels: channels of an image-like condition, concatenated to x as it were (see `condition_in`).
     precision: "fp32", "bf16" or "fp16" inside `features`; group norm, output block and output are float32 always.
     """
+
+    routes = True
 
     def __init__(
         self,
@@ -109,15 +112,16 @@ class UNetModel(UNetEncoder, Backbone):
         context: Tensor | None = None,
         condition: Tensor | None = None,
         context_mask: Tensor | None = None,
+        route: Route | None = None,
     ) -> Features:
         self.check_inputs(x, timesteps, y, context, condition)
         emb = self.embed(timesteps, y)
         seen = None if context is None else Context(context, context_mask)
         with self.autocast(x):
-            *skips, middle = self.encode(x, emb, seen, condition)
+            *skips, middle = self.encode(x, emb, seen, condition, route)
             h = middle
             for block in self.output_blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb, seen)
+                h = block(torch.cat([h, skips.pop()], dim=1), emb, seen, route)
         return Features(last=h.to(x.dtype), middle=middle.to(x.dtype))
 
     def forward(
@@ -135,6 +139,11 @@ class UNetModel(UNetEncoder, Backbone):
         """ADM's output block on the features, outside autocast: [B, out_channels, H, W]."""
         with torch.autocast(features.last.device.type, enabled=False):
             return self.out(features.last)
+
+    @property
+    @override
+    def trunk(self) -> nn.Module:
+        return self.middle_block
 
     def make_output(self, channels: int) -> nn.Module:
         """ADM's output block (norm, SiLU, zero convolution) to so many channels."""

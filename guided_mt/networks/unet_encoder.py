@@ -24,6 +24,7 @@ from .layers import (
     timestep_embedding,
     zero_module,
 )
+from .routing import Route
 from .transformer import SpatialTransformer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -204,13 +205,20 @@ class UNetEncoder(FastLayout):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         return emb if y is None else emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
 
-    def encode(self, x: Tensor, emb: Tensor, context: Context | None, condition: Tensor | None) -> list[Tensor]:
+    def encode(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Context | None,
+        condition: Tensor | None,
+        route: Route | None = None,
+    ) -> list[Tensor]:
         """The outputs of every input block, then of the middle block."""
         h = self.input_blocks[0][0](x)  # type: ignore[index]  # a sequence of one
         if condition is not None:
             h = h + self.condition_in(condition)
         outputs = [h]
         for block in self.input_blocks[1:]:
-            outputs.append(block(outputs[-1], emb, context))
-        outputs.append(self.middle_block(outputs[-1], emb, context))
+            outputs.append(block(outputs[-1], emb, context, route))
+        outputs.append(self.middle_block(outputs[-1], emb, context, route))
         return outputs

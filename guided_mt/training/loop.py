@@ -75,7 +75,9 @@ class Loop:
         self.model: FastLayout = build(config).to(self.device)
         self.model.to_fast_layout()
         self.diffusion = diffusion
-        self.schedule_sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
+        self.schedule_sampler = create_named_schedule_sampler(
+            config.schedule_sampler, diffusion.num_timesteps, self.interval_of()
+        )
         self.schedule_sampler.to(self.device)
         self.optimizer = Optimizer(
             self.model.parameters(),
@@ -83,6 +85,7 @@ class Loop:
             grad_clip=config.grad_clip,
             fp16=any(getattr(part, "precision", "") == "fp16" for part in self.model.modules()),  # head E has its own
             scale_growth=config.fp16_scale_growth,
+            beside=self.parameters_beside(),
         )
         self.scalars = tuple(scalars)
         self.averages = Averages(names, diffusion.num_timesteps, processes, ("grad_norm", *self.scalars))
@@ -117,6 +120,14 @@ class Loop:
     def trained(self) -> nn.Module:
         """What each step calls, and `--compile` compiles, with `model` inside."""
         return self.model
+
+    def parameters_beside(self) -> list[dict[str, Any]]:
+        """What is trained with the model and is no part of it, as groups of `Optimizer`; in no average and no weights file."""
+        return []
+
+    def interval_of(self) -> Tensor | None:
+        """The interval of each timestep, int64 [T], for a stratified schedule sampler; None: its own."""
+        return None
 
     def learn(self, record: Record) -> None:
         """More to learn from the record of this process's samples, on all processes alike."""

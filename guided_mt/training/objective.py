@@ -1,4 +1,4 @@
-"""Algorithm 2: ADM's loss in the moving frame plus lambda times one term per modality (eq. 6)."""
+"""Algorithm 2: ADM's loss in the moving frame plus lambda times one term per modality (eq. 6), weighed as the run says."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from ..diffusion.process import GaussianDiffusion
 from ..diffusion.random import SampleStreams
 from ..modalities import Images, Modality, Roles
 from ..modalities.tokens import rms
+from ..modalities.weighting.over_tasks import sum_of
+from ..modalities.weighting.over_time import IMAGE
+from ..modalities.weighting.settings import Weighting
 
 
 @dataclass
 class Losses:
-    """All [B]. `loss` is what is minimised: `denoising` (ADM's loss) plus the weighted terms of the modalities.
+    """All [B]. `loss` is what is minimised: the sum of `objectives`, as the run weighs the tasks. objectives {task: values}:
+    `denoising`, ADM's loss, and lambda times each modality's term, with their weights over time.
 
     terms {name: values}: its parts, unweighted. encoding_rms {name: values}: the sizes of the encodings in the frame. taught
     {name: values}: 1 where a modality's term is part of the loss, not for samples that were trained unconditionally
@@ -27,13 +31,18 @@ class Losses:
     """
 
     loss: Tensor
-    denoising: Tensor
+    objectives: dict[str, Tensor]
     terms: dict[str, Tensor]
     encoding_rms: dict[str, Tensor]
     taught: dict[str, Tensor]
     predicted: dict[str, Tensor]
     figures: dict[str, Tensor]
     role: Tensor
+
+    @property
+    def denoising(self) -> Tensor:
+        """The image's objective [B]."""
+        return self.objectives[IMAGE]
 
 
 def multi_task_losses(
@@ -52,6 +61,7 @@ def multi_task_losses(
     model_kwargs: Mapping[str, Any] | None = None,
     roles: Roles | None = None,
     role: Tensor | None = None,
+    weighting: Weighting | None = None,
 ) -> Losses:
     """images of B samples, t [B], noise [B, C, H, W]; streams: the samples' own random numbers, for masks, drops and choices.
 
@@ -60,7 +70,8 @@ def multi_task_losses(
     isn't given and has no loss, and the model is told by `absent`. loss_weight: lambda, or one per modality.
     drop_prob: the share of samples trained unconditionally: no frame, nothing given, no modality loss (docs/method.md,
     section 10.6). The model is told which by `unconditional`, and in form any what is given by `given`, as `MTModel.forward` takes
-    them. role [B]: which of the sides of `roles` is z_0; the model is told as its class. None: the image is.
+    them. role [B]: which of the sides of `roles` is z_0; the model is told as its class. None: the image is. weighting: of the
+    terms over time, and of the tasks; None: none but lambda.
     """
     dropped = streams.uniform() < drop_prob  # (B,)
     data = {name: modality.from_batch(images, streams) for name, modality in modalities.items()}
@@ -96,12 +107,16 @@ def multi_task_losses(
         kwargs["unconditional"] = True if drop_prob >= 1 else dropped
     terms = diffusion.training_losses(model, x_start, t, kwargs, noise, in_frame)
     predictions = terms.pop("predictions", {})
-    loss = denoising = terms.pop("loss")
+    over_time = None if weighting is None else weighting.over_time
+    objectives = {IMAGE: terms["loss"] if over_time is None else over_time.image(terms, t)}
+    del terms["loss"]
     taught = {name: mask.to(x_start.dtype) for name, mask in learned.items()}
     for name, modality in modalities.items():
         terms[name] = modality.loss(predictions[name], data[name])
         weight = loss_weight[name] if isinstance(loss_weight, Mapping) else loss_weight
-        loss = loss + weight * taught[name] * terms[name]
+        term = terms[name] if over_time is None else over_time.modality(name, terms[name], t)
+        objectives[name] = weight * taught[name] * term
+    loss = sum_of(objectives) if weighting is None else weighting.over_tasks(objectives, taught, t)
     predicted = {name: taught[name] * ~given[name] if name in given else taught[name] for name in modalities}
     sizes = {name: rms(e) for name, e in encodings.items()}
     figures = {}
@@ -109,7 +124,7 @@ def multi_task_losses(
         with torch.no_grad():
             figures[column] = modalities[name].figure(figure, predictions[name], data[name])
         predicted[column] = predicted[name]
-    return Losses(loss, denoising, terms, sizes, taught, predicted, figures, role)
+    return Losses(loss, objectives, terms, sizes, taught, predicted, figures, role)
 
 
 def figures_of(modalities: Mapping[str, Modality]) -> dict[str, tuple[str, str]]:

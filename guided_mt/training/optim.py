@@ -18,6 +18,7 @@ INITIAL_LOG2_SCALE = 20.0  # ADM's INITIAL_LOG_LOSS_SCALE
 class Optimizer:
     """Fused AdamW. A step whose gradient is not finite changes nothing but the counts of `skipped`.
 
+    beside: further groups of parameters, with a `weight_decay` of their own, and `own_lr`, a learning rate of their own, or None.
     fp16: scale the loss by 2^s; s grows by `scale_growth` per good step, falls by 1 per bad one (ADM), and never below 0.
     """
 
@@ -29,9 +30,11 @@ class Optimizer:
         grad_clip: float = 0.0,
         fp16: bool = False,
         scale_growth: float = 1e-3,
+        beside: Sequence[dict[str, Any]] = (),
     ):
-        self.parameters = list(parameters)
-        self.adamw = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+        groups = [{"params": list(parameters)}, *beside]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
         self.grad_clip, self.fp16, self.scale_growth = grad_clip, fp16, scale_growth
         device = self.parameters[0].device
         self.log2_scale = torch.tensor(INITIAL_LOG2_SCALE if fp16 else 0.0, device=device)
@@ -48,7 +51,7 @@ class Optimizer:
         scale = torch.exp2(self.log2_scale) if self.fp16 else None
         norm, bad = guard_step(self.adamw, grads, self.grad_clip, scale)
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr if group.get("own_lr") is None else group["own_lr"]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self.skipped.count(bad, scale)

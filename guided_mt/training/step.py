@@ -16,6 +16,7 @@ from ..diffusion.resample import UniformSampler
 from ..generation.batches import split_sides
 from ..modalities import Images, Modality
 from ..modalities.settings import loss_weights, roles_of
+from ..modalities.weighting.settings import Weighting
 from ..networks.multi_task import MultiTask
 from ..runs.config import Config
 from .objective import Losses, figures_of, multi_task_losses
@@ -62,7 +63,7 @@ def draw(
     flip = streams.uniform() < 0.5
     if random_flip:
         x_start = torch.where(flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
-    return streams, x_start, *schedule_sampler(streams.uniform())
+    return streams, x_start, *schedule_sampler(streams.uniform(), positions)
 
 
 class Step(nn.Module):
@@ -74,7 +75,8 @@ class Step(nn.Module):
     Dynamo, which sees it at work, cuts the graphs at its buckets, so that sending and computing overlap.
 
     terms: the names of the loss's parts to record. sizes: `rms_NAME` of the modalities whose encodings' sizes are recorded.
-    side_names: of the sides that each item of the images holds.
+    side_names: of the sides that each item of the images holds. weighting: of the terms; it stands inside, so that what it learns
+    is compiled and averaged over processes with the network.
     """
 
     def __init__(
@@ -88,9 +90,10 @@ class Step(nn.Module):
         terms: Sequence[str],
         sizes: Sequence[str],
         side_names: tuple[str, ...] = (),
+        weighting: Weighting | None = None,
     ):
         super().__init__()
-        self.model, self.schedule_sampler = model, schedule_sampler
+        self.model, self.schedule_sampler, self.weighting = model, schedule_sampler, weighting
         self.diffusion, self.modalities = diffusion, dict(modalities)
         self.seed, self.random_flip, self.class_cond = config.seed, config.random_flip, config.class_cond
         self.drop_prob, self.given_prob = config.mt_drop_prob, config.mt_given_prob
@@ -131,6 +134,7 @@ class Step(nn.Module):
             model_kwargs={"y": part.labels} if self.class_cond else None,
             roles=self.roles,
             role=self.roles.draw(streams) if self.roles.slots else None,
+            weighting=self.weighting,
         )
         return losses, t, weights
 

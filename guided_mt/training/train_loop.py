@@ -33,7 +33,9 @@ from ..generation.build import (
 from ..generation.generate import Generator
 from ..modalities import Images, Modality
 from ..modalities.registry import TASKS
-from ..modalities.settings import MTConfig, absent_names, loss_weights, roles_of, variant_of
+from ..modalities.settings import MTConfig, absent_names, roles_of, variant_of
+from ..modalities.weighting.on_gradients import gramian_of, outputs_of
+from ..modalities.weighting.settings import Weighting, intervals_of
 from ..networks.model import MTModel
 from ..runs import checkpoint
 from ..runs.config import Config, SampleConfig
@@ -65,7 +67,8 @@ class TrainLoop(Loop):
         find_absent(config, self.modalities, processes)
         self.roles = roles_of(config)
         self.shown: dict[str, Modality] = {}  # the previews' modalities
-        self.loss_weight = loss_weights(config)
+        diffusion = trained_process(config)
+        self.weighting = Weighting(config, diffusion).to(processes.device)
         terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
         self.terms = [*terms, *self.modalities]
         self.timeless = [f"rms_{name}" for name in self.modalities if variant_of(config) != "X"]
@@ -77,11 +80,12 @@ class TrainLoop(Loop):
             source,
             folder,
             build=self.make_model,
-            diffusion=trained_process(config),
+            diffusion=diffusion,
             names=["loss", *self.terms, *self.timeless, *figures_of(self.modalities)],
             scalars=[
                 *(f"spread_{name}" for name in self.spread),
                 *(conflict_names(tasks) if config.mt_conflict_interval else ()),
+                *self.weighting.columns(),
             ],
             dropout=config.dropout,
             compiling=config.compile,
@@ -107,8 +111,17 @@ class TrainLoop(Loop):
             terms=self.terms,
             sizes=self.timeless,
             side_names=tuple(self.source.side_names),
+            weighting=self.weighting,
         )
         return self.forward_step
+
+    @override
+    def parameters_beside(self) -> list[dict[str, Any]]:
+        return self.weighting.parameter_groups()
+
+    @override
+    def interval_of(self) -> Tensor:
+        return intervals_of(self.config, self.diffusion)
 
     def _measure_units(self) -> None:
         """On the first images of the run, which each process sees all of, where nothing was loaded that knows them."""
@@ -150,7 +163,11 @@ class TrainLoop(Loop):
     def fixed_settings(self) -> dict[str, Any]:
         free: tuple[str, ...] = ("compile", "timestep_respacing", "use_checkpoint", "precision", "use_fp16")
         # What is only measured may change, and a file may have moved, as the images may.
-        free += ("mt_conflict_interval", *(flag for task in TASKS.values() for flag in task.file_options))
+        free += (
+            "mt_conflict_interval",
+            "mt_task_weighting_interval",
+            *(flag for task in TASKS.values() for flag in task.file_options),
+        )
         return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
 
     @override
@@ -168,6 +185,8 @@ class TrainLoop(Loop):
         interval = self.config.mt_conflict_interval
         if interval and self.step % interval == 0:
             self.measure_conflict(batch)
+        if self.step % self.config.mt_task_weighting_interval == 0:
+            self.measure_tasks(batch)
         super().run_step(batch)
 
     @override
@@ -182,17 +201,34 @@ class TrainLoop(Loop):
         if self.spread and self.step % self.config.log_interval == 0:
             measured = {f"spread_{name}": self.modalities[name].encoding_spread(self.device) for name in self.spread}
             self.averages.add_scalars(measured)
+        factors = self.weighting.over_tasks.factors()
+        if factors is not None and self.step % self.config.log_interval == 0:
+            self.averages.add_scalars(dict(zip(self.weighting.columns(), factors, strict=True)))
 
     def measure_conflict(self, batch: Batch) -> None:
         """Norms of the tasks' gradients on the shared backbone and the cosines between them, on this step's first images."""
         self.seed_dropout()
         # The step itself, not its wrapper: nothing is to be accumulated or sent along the way.
         losses, _, weights = self.forward_step.losses(Part.of(batch, slice(0, self.microbatch)))
-        objectives = {"denoising": (losses.denoising * weights).mean()}
-        for name in self.modalities:
-            objectives[name] = (self.loss_weight[name] * losses.taught[name] * losses.terms[name] * weights).mean()
+        objectives = {task: (values * weights).mean() for task, values in losses.objectives.items()}
         shared = [p for name, p in self.model.named_parameters() if not checkpoint.is_own(name)]
         self.averages.add_scalars(task_conflict(objectives, shared, self.processes, self.optimizer.scale))
+
+    def measure_tasks(self, batch: Batch) -> None:
+        """The tasks' weights of the coming steps where they rest on gradients, those of the batch on the middle features."""
+        weighting = self.weighting.on_gradients
+        if weighting is None:
+            return
+        self.seed_dropout()
+        count = len(batch.images)
+        gramian = torch.zeros(len(weighting.tasks), len(weighting.tasks), device=self.device)
+        for start in range(0, count, self.microbatch):
+            part = slice(start, min(start + self.microbatch, count))
+            with outputs_of(self.model.trunk) as features:
+                losses, _, weights = self.forward_step.losses(Part.of(batch, part))
+            objectives = {task: (losses.objectives[task] * weights).sum() / count for task in weighting.tasks}
+            gramian += gramian_of(objectives, features[-1], self.optimizer.scale)
+        weighting.measure(self.processes.mean(gramian), seed=self.seed + self.step)
 
     @override
     def learn(self, record: Record) -> None:
@@ -202,13 +238,16 @@ class TrainLoop(Loop):
 
     @override
     def extra_state(self) -> dict[str, Any]:
-        return {"modalities": {name: modality.state_dict() for name, modality in self.modalities.items()}}
+        state: dict[str, Any] = {"modalities": {name: m.state_dict() for name, m in self.modalities.items()}}
+        learned = self.weighting.state_dict()
+        return {**state, "weighting": learned} if learned else state
 
     @override
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         saved = state["modalities"] if "modalities" in state else {name: {} for name in self.modalities}  # version 0.1
         for name, modality in self.modalities.items():
             modality.load_state_dict({key: x.to(self.device) for key, x in saved[name].items()})
+        self.weighting.load_state_dict(state.get("weighting", {}))
 
     # ------------------------------------------------------------ now and then
 

@@ -4,6 +4,7 @@ processes, is the run; a sample is the same in every batch and on every number o
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,20 @@ ROWS: dict[str, dict[str, Any]] = {
     "all, U": {"mt_task": ",".join(TASKS), "mt_variant": "U", "mt_swap_prob": 0.5},
     "all, X": {"mt_task": ",".join(TASKS), "mt_variant": "X", "mt_drop_prob": 0},
     "head E": {"mt_task": "label", "mt_variant": "U", **E_HEAD},
+    "weights that are learned": {
+        "mt_task": "masked,label",
+        "mt_variant": "any",
+        "timestep_weights": "learned",
+        "mt_timestep_weights": "masked=learned,label=min-snr",
+        "mt_task_weighting": "uncertainty",
+        "schedule_sampler": "stratified",
+    },
+    "routed": {"mt_task": "masked,label", "mt_variant": "any", "mt_routing": "dtr"},
 }
+for name, package in {"pcgrad": "torchjd", "nash": "ecos"}.items():
+    if find_spec(package):  # of the extra 'tasks'
+        weighting = {"mt_task_weighting": name, "mt_task_weighting_interval": 2}
+        ROWS[name] = {"mt_task": "masked,label", "mt_variant": "U", **weighting}
 COUNT = 7  # samples
 ODD = 3  # samples per pass: three passes, so that one of two processes has fewer
 

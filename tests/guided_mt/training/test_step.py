@@ -16,6 +16,7 @@ from guided_mt.diffusion.random import stream_words
 from guided_mt.diffusion.resample import create_named_schedule_sampler
 from guided_mt.errors import UserError
 from guided_mt.generation.build import bind, build_modalities, build_model, run_sections, trained_process
+from guided_mt.modalities.weighting.settings import Weighting
 from guided_mt.runs.compiling import CUDA_GRAPHS
 from guided_mt.runs.config import parse
 from guided_mt.runs.distributed import Processes
@@ -42,6 +43,15 @@ ROWS = {
     "any, two modalities": {"mt_task": "masked,label", "mt_variant": "any", "mt_drop_prob": 0.2, "mt_absent": "label"},
     "U, label M, dropout": {"mt_task": "label", "mt_variant": "U", "dropout": 0.1},
     "U, label E": {"mt_task": "label", "mt_variant": "U", "mt_label_head": "E", "classifier_width": 64},
+    "weights that are learned": {
+        "mt_task": "label",
+        "mt_variant": "U",
+        "timestep_weights": "learned",
+        "mt_timestep_weights": "min-snr",
+        "mt_task_weighting": "uncertainty",
+        "schedule_sampler": "stratified",
+    },
+    "routed": {"mt_task": "label", "mt_variant": "U", "mt_routing": "dtr"},
     "roles": {"mt_task": "paired", "mt_variant": "any", "mt_swap_prob": 0.5},
 }
 
@@ -69,6 +79,7 @@ def make_step(**values) -> Step:
         terms=["mse", *modalities],
         sizes=[f"rms_{name}" for name in modalities if model.variant != "X"],
         side_names=("image", "paired") if "paired" in values["mt_task"] else (),
+        weighting=Weighting(config, diffusion),
     )
     return step.train()
 

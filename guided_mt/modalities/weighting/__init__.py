@@ -1,0 +1,1 @@
+"""What the terms of the loss weigh: over the timesteps, and against each other."""
