@@ -20,15 +20,13 @@ from pathlib import Path
 from threading import Event, Lock
 
 import numpy as np
-import torch
 
 from evaluations.tables.seeds import Measured, markdown_table, write_seeds_csv
 from guided_mt.commands.console import run, split_flags, with_saved_config
 from guided_mt.data import load_images, open_source
-from guided_mt.data.dataset import LoadedImages
 from guided_mt.data.images import make_grid, save_png, to_nhwc
 from guided_mt.errors import UserError
-from guided_mt.generation.build import run_sections
+from guided_mt.generation.build import open_images, run_sections
 from guided_mt.generation.feature_classifier import FeatureClassifier
 from guided_mt.generation.generate import Generator
 from guided_mt.generation.noisy_classifier import load_classifier
@@ -71,6 +69,13 @@ class TransferConfig:
     device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
 
 
+@dataclass
+class HeldOutConfig:
+    """What a trained model is measured on"""
+
+    data_dir: str = option("", "the held-out images")
+
+
 def main(argv: Sequence[str]) -> None:
     """Train what isn't trained, measure, and write table and picture. Raises UserError."""
     own, passed_on = split_flags(argv, [field.name for field in fields(TransferConfig)])
@@ -100,7 +105,7 @@ class Experiment:
         self.out, self.device = Path(config.out), choose_device(config.device)
         self.failed, self.measuring, self.printing = Event(), Lock(), Lock()
         self._judge: FeatureClassifier | None = None
-        self._truth: tuple[LoadedImages, np.ndarray | None] | None = None
+        self._truth: np.ndarray | None = None
 
     def main(self) -> None:
         """Everything. Raises UserError."""
@@ -188,28 +193,26 @@ class Experiment:
         file = self.file(folder)
         if file.exists():
             return json.loads(file.read_text())
-        words = ["--model_path", str(folder), "--device", str(self.device)]
-        generator = Generator.load(with_saved_config(words, (SampleConfig,), ""), self.device)
-        loaded, features = self.truth(generator)
+        words = ["--model_path", str(folder), "--device", str(self.device), "--data_dir", self.config.val_data_dir]
+        generator = Generator.load(with_saved_config(words, (SampleConfig, HeldOutConfig), ""), self.device)
+        source = open_images(generator.config, generator.known_classes)
+        for modality in generator.modalities.values():
+            modality.prepare(source)
+        loaded = load_images(source, generator.config.image_size)
         found = held_out.losses(generator, loaded) | held_out.abilities(generator, loaded)
-        if features is not None and self._judge is not None:
-            drawn = self.drawn(generator, folder)
-            ours = self._judge.classify(drawn).features
-            found |= distances(features, ours)
+        if self._judge is not None:
+            ours = self._judge.classify(self.drawn(generator, folder)).features
+            found |= distances(self.truth(generator.config.image_size), ours)
         found |= conflicts(folder / "progress.csv")
         file.write_text(json.dumps(found, indent=1))
         return found
 
-    def truth(self, generator: Generator) -> tuple[LoadedImages, np.ndarray | None]:
-        """The held-out images and their features."""
-        source = open_source(self.config.val_data_dir, class_names=generator.known_classes)
-        for modality in generator.modalities.values():
-            modality.prepare(source)
+    def truth(self, size: int) -> np.ndarray:
+        """The features [N, D] of the training images."""
         if self._truth is None:
-            loaded = load_images(source, generator.config.image_size)
-            train = load_images(open_source(self.config.data_dir), generator.config.image_size)
-            seen = None if self._judge is None else self._judge.classify(_last(train.images)).features
-            self._truth = loaded, seen
+            assert self._judge is not None
+            images = load_images(open_source(self.config.data_dir), size).images
+            self._truth = self._judge.classify(images.permute(0, 2, 3, 1).numpy()).features
         return self._truth
 
     def drawn(self, generator: Generator, folder: Path) -> np.ndarray:
@@ -234,11 +237,6 @@ class Experiment:
             code = run_child(typed, stdout=file, stderr=subprocess.STDOUT, env=environment())
         if code:
             raise UserError(f"mt-diffusion {name} ended with exit code {code}; {log} says why")
-
-
-def _last(images: torch.Tensor) -> np.ndarray:
-    """uint8 [N, 3, H, W] -> [N, H, W, 3]."""
-    return images.permute(0, 2, 3, 1).numpy()
 
 
 def console() -> None:
