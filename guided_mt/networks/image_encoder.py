@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .clip import build_clip, clip_config, open_clip, tokenize
+from .clip import build_clip, clip_config, open_clip, tokenize, what_is_cut
 
 UNTRAINED = "untrained"  # in the place of weights: random ones, the same at each call
 _SEED = 0
@@ -149,7 +149,9 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """The vectors [B, D] of B texts."""
-        ids, _ = tokenize(texts)
+        ids, cut = tokenize(texts)
+        if line := what_is_cut(texts, cut):
+            log.warning("%s", line)
         return self.clip.encode_text(ids, normalize=True)
 
 

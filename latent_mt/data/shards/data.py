@@ -32,7 +32,8 @@ class ShardData(StreamedData):
 
     path: shards ("data/{00000..00099}.tar"), a folder of them, or a list of both. val_path: the same, for validation.
     captions: where a sample's captions are, "txt" for KEY.txt, any other name for a field of KEY.json (a text, or a list of texts);
-    of a sample with several, training draws one each time. ucg_rate: how many captions training replaces by the empty one.
+    None: they have none. Of a sample with several, training draws one each time. ucg_rate: how many captions training replaces by
+    the empty one.
     filters: {name of filters.FILTERS: bound}; fields: {quantity: names of its field in KEY.json}, see filters.FIELDS.
     window: from so many local shards at a time samples are drawn. Remote ones (an address, or pipe:COMMAND) are read as streams:
     lanes: how many at a time, over all processes; shuffle: so many samples of a lane are drawn in random order.
@@ -50,7 +51,7 @@ class ShardData(StreamedData):
         random_crop: bool = False,
         random_flip: bool = False,
         num_workers: int = 2,
-        captions: str | Sequence[str] = ("txt",),
+        captions: str | Sequence[str] | None = ("txt",),
         ucg_rate: float = 0.0,
         filters: Mapping[str, Any] | None = None,
         fields: Mapping[str, Any] | None = None,
@@ -65,7 +66,8 @@ class ShardData(StreamedData):
         for key, value in (("window", window), ("lanes", lanes), ("shuffle", shuffle)):
             if value < 1:
                 raise UserError(f"data.params.{key} {value}: must be at least 1")
-        names = [captions] if isinstance(captions, str) else list(captions)
+        listed = isinstance(captions, Sequence) and not isinstance(captions, str)
+        names: list[Any] = list(captions or ()) if listed else [] if captions is None else [captions]
         if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"data.params.captions {captions!r}: write txt, or names of fields of the .json")
         self.rule = caption_rule(names, Filters(filters, fields))

@@ -78,11 +78,13 @@ class LanePlan:
 
     def _in_order(self, lane: int, skipped: int) -> Iterator[RemoteSample]:
         """A lane's samples as they stand in its shards. Shards whose counts are known are skipped unread."""
-        counts, empty = Counts(self.rule), 0
+        counts, distinct = Counts(self.rule), len(set(self.shards))
+        empty, said = set[str](), set[str]()  # shards that gave nothing since one gave something; that a warning named
         for shard in self.shards_of(lane):
             known = counts.get(shard)
             if known and skipped >= known:
                 skipped -= known
+                empty.clear()
                 continue
             found = 0
             try:
@@ -95,13 +97,18 @@ class LanePlan:
             except ShardError as error:
                 if self.missing == "stop":
                     raise UserError(f"{error}; data.params.missing_shards=skip leaves such shards out") from None
-                logger.warning("%s; what is left of it is left out", error)
+                if shard not in said:
+                    logger.warning("%s; what is left of it is left out", error)
+                said.add(shard)
             else:
                 counts.put(shard, found)
-            empty = 0 if found else empty + 1
-            if empty >= len(self.shards):
+            if found:
+                empty.clear()
+            else:
+                empty.add(shard)
+            if len(empty) == distinct:
                 raise UserError(
-                    f"{shard}: none of the {len(self.shards)} shards has a sample that passes data.params.filters"
+                    f"{shard}: none of the {distinct} shards has a sample that passes data.params.filters, or can be read"
                 )
 
 
@@ -199,7 +206,7 @@ class LaneStream:
         if plan.lanes % world_size:
             raise UserError(
                 f"data.params.lanes: {plan.lanes} lanes share out a batch of {plan.global_batch}, and don't divide by "
-                f"{world_size} processes; take a multiple of these that divides the batch"
+                f"{world_size} processes; take a multiple of these that divides the batch, such as {plan.global_batch}"
             )
         own = plan.lanes // world_size
         lanes = list(range(rank * own, (rank + 1) * own))

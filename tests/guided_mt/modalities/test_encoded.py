@@ -165,7 +165,12 @@ BAD = [
     ({"clip_weights": ""}, r"--clip_weights is missing: a file, .* or 'untrained'"),
     ({"clip_arch": "gone.json"}, r"--clip_arch gone.json: can't be read as JSON \(No such file"),
     ({"clip_arch": "ViT-H-41"}, r"'ViT-H-41' is none of open_clip's \(did you mean ViT-H-1"),
-    ({"clip_weights": "gone.pt"}, r"CLIP weights 'gone.pt' of a mapping are unknown"),
+    ({"clip_weights": "gone.pt"}, r"CLIP weights gone.pt: no such file; name one, or weights that open_clip lists"),
+    ({"clip_weights": "untraind"}, r"CLIP weights 'untraind' of a mapping are unknown"),
+    (
+        {"clip_arch": '{"embed_dim": "wide", "vision_cfg": {}, "text_cfg": {}}'},
+        r"has a whole number as embed_dim and mappings as vision_cfg and text_cfg",
+    ),
     ({"representation_size": 5}, r"--representation_size 5: this CLIP's vectors have 24 numbers"),
     (
         {"representation_token": "vector"},
