@@ -136,7 +136,11 @@ GOLDEN = "dbcaaa-bad-d"
         ("t.jsonl", "[1]\n", r"t\.jsonl: line 1 is no JSON object"),
         ("t.csv", "file,caption\nx,a caf\udce9\n", r"t\.csv: line 2 is no UTF-8; save the table in that encoding"),
         ("t.csv", "file,caption\nx,a cat, asleep\n", r"t\.csv: line 2 has more columns than .* a comma between double"),
-        ("t.csv", f"file,caption\nx,{'y' * 140_000}\n", r"t\.csv: line 2 can't be read \(field larger"),
+        (
+            "t.csv",
+            f"file,caption\nx,{'y' * 140_000}\n",
+            r"t\.csv: can't be read behind line 1 \(field larger .*left open",
+        ),
         (["txt"], None, r"data\.params\.captions \['txt'\]: name one place, txt or a table"),
     ],
 )

@@ -201,7 +201,7 @@ def test_shards_without_captions_where_text_is_the_condition(tmp_path):
 
 
 def test_names_with_points_are_no_samples_and_that_is_said(tmp_path, caplog):
-    """The key ends at the first point, so that KEY.seg.png is none of the sample KEY; where KEY has no image, it counts as without."""
+    """The key ends at the first point: KEY.seg.png is none of the sample KEY, which without an image counts as one without."""
     caplog.set_level(logging.INFO)
 
     def files(shard: int, sample: int) -> dict[str, bytes]:
