@@ -21,6 +21,7 @@ from guided_mt.errors import UserError
 from guided_mt.generation.build import build_modalities, build_model, model_sections
 from guided_mt.modalities import Images
 from guided_mt.modalities.encoded import EncodedVector
+from guided_mt.modalities.vector import read_vectors
 from guided_mt.networks.image_encoder import ImageEncoder
 from guided_mt.runs.config import parse
 from guided_mt.training.units import measure_units
@@ -158,6 +159,29 @@ def test_an_image_gives_its_representation(run, clip, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"--given representation=.*broken.png: can't be read"):
         draw(f"representation={tmp_path / 'broken.png'}")
+
+
+def test_options_that_say_nothing_with_a_source_are_named(clip, tmp_path, caplog):
+    from guided_mt.generation.build import complete
+
+    np.save(tmp_path / "v.npy", np.ones((3, 5), np.float32))
+    for values, expected in (
+        ({"representation_file": "x.npz"}, "--representation_file is not used: representation_source is clip-image"),
+        (
+            {"representation_source": "file", "representation_file": tmp_path / "v.npy", "clip_arch": ""},
+            "--clip_weights is not used: representation_source is file",
+        ),
+    ):
+        chosen = {k: v for k, v in settings(clip, image_size=8, **values).items() if k != "ema_rate"}
+        complete(parse(words(**chosen), model_sections(), description=""))
+        assert expected in caplog.text
+    assert "clip_arch is not used" not in caplog.text
+
+
+def test_numbers_that_float32_does_not_hold(tmp_path):
+    np.save(tmp_path / "v.npy", np.array([[1.0, 2.0], [1.0, 1e300]]))
+    with pytest.raises(UserError, match=r"v\.npy: has values that are not finite, first in row 1"):
+        read_vectors(str(tmp_path / "v.npy"), "v", 2, f"--given v={tmp_path / 'v.npy'}")
 
 
 BAD = [
