@@ -159,7 +159,7 @@ def test_entries_too_many_and_parts_that_are_missing(published, tmp_path):
     load(tmp_path / "more.ckpt", tmp_path / "ignoring.yaml")
     for prefix, part in (("first_stage_model.", "first stage"), ("cond_stage_model.", "conditioning stage")):
         torch.save({k: v for k, v in state.items() if not k.startswith(prefix)}, tmp_path / "less.ckpt")
-        assert f"less.ckpt: {part}: the file holds nothing of it; take a whole" in complaint(
+        assert f"less.ckpt: {part}: the file holds nothing of it; take a checkpoint with" in complaint(
             load, tmp_path / "less.ckpt"
         )
 
