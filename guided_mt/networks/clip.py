@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, how_to_install, nearest, reason
@@ -163,12 +164,16 @@ def tokenize(texts: Sequence[str], padding: int = 0) -> tuple[Tensor, list[int]]
 
     padding: the id behind a text's end: 0 in open_clip's models, END in OpenAI's as transformers has them.
     """
-    tokenizer = _tokenizer()
-    ids, cut = tokenizer(list(texts), LENGTH), []
+    encode, cut = (
+        _tokenizer().encode,
+        [],
+    )  # the slow part, which open_clip's own call would do without telling the length
+    ids = torch.full((len(texts), LENGTH), padding)
     for row, text in zip(ids, texts, strict=True):
-        length = len(tokenizer.encode(text)) + 2
-        row[length:] = padding
-        cut.append(max(0, length - LENGTH))
+        words = encode(text)
+        cut.append(max(0, len(words) + 2 - LENGTH))
+        words = [START, *words[: LENGTH - 2], END]
+        row[: len(words)] = torch.tensor(words)
     return ids, cut
 
 

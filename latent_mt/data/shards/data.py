@@ -21,7 +21,7 @@ from ..layouts import check_choice
 from .filters import Filters
 from .head import HEAD, HeadSource
 from .index import caption_rule
-from .lanes import LaneOptions, LanePlan, LaneStream, lanes_of
+from .lanes import InParts, LaneOptions, LanePlan, LaneStream, lanes_of
 from .order import WindowOrder
 from .paths import is_remote, shards_of
 from .source import MISSING, ShardSource
@@ -74,6 +74,7 @@ class ShardData(StreamedData):
         self.ucg_rate = checked_rate(ucg_rate)
         self.paths = {"train": path} | ({"val": val_path} if val_path else {})
         self.window, self.lanes, self.shuffle, self.missing_shards = window, lanes, shuffle, missing_shards
+        self.global_batch = 0  # of the training's stream, once there is one
 
     @property
     @override
@@ -115,7 +116,8 @@ class ShardData(StreamedData):
         source = self.source
         if isinstance(source, HeadSource):
             filters = (self.rule.filters.bounds, self.rule.filters.quantities)
-            parts: tuple[Any, ...] = (shards_of(self.paths["train"]), self.lanes, self.shuffle, filters)
+            shards = shards_of(self.paths["train"])
+            parts: tuple[Any, ...] = (shards, self.lanes, self.shuffle, filters, self.global_batch)
         elif isinstance(source, ShardSource):
             parts = ([os.path.basename(shard) for shard in source.shards], source.counts.tolist(), self.window)
         else:
@@ -126,7 +128,20 @@ class ShardData(StreamedData):
     def _batches(self, seed: int, world_size: int, rank: int, start: int, last: int | None) -> BatchStream:
         if not isinstance(self.source, HeadSource):
             return super()._batches(seed, world_size, rank, start, last)
-        batch = self.batch_size * world_size
+        self.global_batch = self.batch_size * world_size
+        return self._lanes(seed, self.global_batch, (rank, world_size), (start, last))
+
+    @override
+    def stream_of_all(self, *, seed: int, world_size: int, batches: int) -> BatchStream:
+        if not isinstance(self.source, HeadSource):
+            return super().stream_of_all(seed=seed, world_size=world_size, batches=batches)
+        steps = -(-batches // world_size)
+        whole = self._lanes(seed, self.batch_size * world_size, (0, 1), (0, steps))
+        return InParts(whole, self.batch_size, batches)
+
+    def _lanes(self, seed: int, batch: int, process: tuple[int, int], steps: tuple[int, int | None]) -> LaneStream:
+        """Remote shards by a plan for batches of `batch` over all processes. process: (rank, how many); steps: (first, behind the
+        last)."""
         plan = LanePlan(
             shards_of(self.paths["train"]),
             self.rule,
@@ -139,10 +154,10 @@ class ShardData(StreamedData):
         return LaneStream(
             plan,
             LaneOptions(self.image_size, self.random_crop, self.ucg_rate, self.max_pixels),
-            rank=rank,
-            world_size=world_size,
-            start_step=start,
-            total_steps=last,
+            rank=process[0],
+            world_size=process[1],
+            start_step=steps[0],
+            total_steps=steps[1],
             num_workers=self.num_workers,
         )
 

@@ -216,7 +216,7 @@ class LaneStream:
         self._seen, self._broken = 0, set[str]()
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = start_loader(self._dataset, None, self.workers, torch.cuda.is_available())
+        self._iterator = start_loader(self._dataset, None, self.workers)
         try:
             while parts := list(itertools.islice(self._iterator, max(1, self.workers))):
                 yield self._batch(parts)
@@ -227,7 +227,7 @@ class LaneStream:
         for part in parts:
             if "refused" in part:
                 raise UserError(part["refused"])
-        images, positions = (torch.cat([part[name] for part in parts]) for name in ("images", "positions"))
+        images, positions = (_together([part[name] for part in parts]) for name in ("images", "positions"))
         self._seen += len(images)
         for name, why in (broken for part in parts for broken in part["broken"]):
             if name in self._broken:
@@ -252,6 +252,44 @@ class LaneStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class InParts:
+    """A stream of remote samples in batches of `size`, `count` of them."""
+
+    def __init__(self, stream: LaneStream, size: int, count: int):
+        self.stream, self.size, self.count = stream, size, count
+
+    def __iter__(self) -> Iterator[Batch]:
+        parts = (
+            Batch(
+                batch.images[k : k + self.size],
+                None,
+                batch.positions[k : k + self.size],
+                batch.indices[k : k + self.size],
+                captions=(batch.captions or [])[k : k + self.size],
+            )
+            for batch in self.stream
+            for k in range(0, len(batch.images), self.size)
+        )
+        yield from itertools.islice(parts, self.count)
+
+    def close(self) -> None:
+        """Close the stream."""
+        self.stream.close()
+
+    def __enter__(self) -> InParts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The parts as one tensor, in pinned memory where a GPU reads it: of other memory a copy would wait for the device."""
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    out = torch.empty(shape, dtype=parts[0].dtype, pin_memory=torch.cuda.is_available())
+    return torch.cat(parts, out=out)
 
 
 def lanes_of(wanted: int, global_batch: int) -> int:

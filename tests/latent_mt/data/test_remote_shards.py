@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from test_shards import ALL, COUNTS, opened, seen
-from tiny_shards import files_of, png, write_shards
+from tiny_shards import files_of, png, sample_of, write_shards
 
 from guided_mt.errors import UserError
 from latent_mt.data import ShardData
@@ -65,6 +65,36 @@ def test_what_is_seen_does_not_depend_on_processes_workers_or_interruptions(tmp_
     monkeypatch.setenv("MT_DIFFUSION_LISTINGS", "off")
     assert seen(data, range(9, 14), world=3) == {p: whole[p] for p in range(54, 84)}
     assert len(read) - with_counts > with_counts
+
+
+def test_one_process_sees_beforehand_what_all_will_see(tmp_path):
+    """What is measured before the first step is measured on the samples of the first steps, however many processes there are."""
+    data = remote(tmp_path, lanes=8).open()
+    whole = seen(data, range(4), batch=8)
+    for world in (1, 2, 4):
+        data.batch_size = 8 // world
+        with data.stream_of_all(seed=3, world_size=world, batches=3 * world) as stream:
+            parts = list(stream)
+        assert [len(part.images) for part in parts] == [8 // world] * (3 * world)
+        found = {
+            position: (*sample_of(image), caption)
+            for part in parts
+            for position, image, caption in zip(
+                part.positions.tolist(), part.images.numpy(), part.captions, strict=True
+            )
+        }
+        assert found == {position: whole[position] for position in range(24)}
+
+
+def test_a_run_on_other_batches_is_told_that_the_order_is_a_new_one(tmp_path):
+    marks = []
+    for batch, world in ((8, 1), (4, 2), (4, 1)):
+        data = remote(tmp_path).open()
+        data.batch_size = batch
+        data.stream(seed=0, world_size=world, rank=0)
+        data.stream_of_all(seed=0, world_size=world, batches=1)
+        marks.append(data.fingerprint)
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_a_lane_gives_all_samples_of_its_shards(tmp_path):
