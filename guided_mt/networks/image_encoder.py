@@ -22,6 +22,7 @@ from .clip import build_clip, clip_config, open_clip, tokenize, what_is_cut
 
 UNTRAINED = "untrained"  # in the place of weights: random ones, the same at each call
 _SEED = 0
+TEXTS = 256  # that are encoded at once
 log = logging.getLogger("guided_mt")
 
 
@@ -152,7 +153,7 @@ class TextEncoder:
         ids, cut = tokenize(texts)
         if line := what_is_cut(texts, cut):
             log.warning("%s", line)
-        return self.clip.encode_text(ids, normalize=True)
+        return torch.cat([self.clip.encode_text(part, normalize=True) for part in ids.split(TEXTS)])
 
 
 def check_width(encoder: ImageEncoder, size: int, where: str) -> None:

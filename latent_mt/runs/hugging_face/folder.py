@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,6 +28,7 @@ from . import scheduler, text_encoder, unet, vae
 from .values import number, swapped, whole
 
 CLASS = "StableDiffusionPipeline"
+log = logging.getLogger("latent_mt")
 UNET, FIRST_STAGE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.autoencoder.AutoencoderKL"
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 # Each part's weights, the first that is there: diffusers' names, then transformers'.
@@ -71,6 +74,8 @@ def configuration(index: Path) -> dict[str, Any]:
             )
     where = {part: str(folder / part / "config.json") for part in PREFIXES}
     network = unet.to_ldm(configs["unet"], where["unet"])
+    stage = text_encoder.to_stage(configs["text_encoder"], where["text_encoder"])
+    _compare_padding(folder / "tokenizer" / "special_tokens_map.json", stage["target"])
     params = {
         **scheduler.to_ldm(_json(schedule_file), str(schedule_file)),
         "first_stage_key": "jpg",
@@ -83,9 +88,20 @@ def configuration(index: Path) -> dict[str, Any]:
         "use_ema": False,
         "unet_config": {"target": UNET, "params": network},
         "first_stage_config": {"target": FIRST_STAGE, "params": vae.to_ldm(configs["vae"], where["vae"])},
-        "cond_stage_config": text_encoder.to_stage(configs["text_encoder"], where["text_encoder"]),
+        "cond_stage_config": stage,
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+@functools.cache  # said once
+def _compare_padding(file: Path, target: str) -> None:
+    """Say where a folder's tokenizer fills texts up with another token than the stage does; a folder may lack the file."""
+    told = text_encoder.padding_of(_json(file)) if file.is_file() else None
+    if told not in (None, text_encoder.PADDING[target]):
+        log.warning(
+            "%s: texts are filled up with token %d there, and with %d here, as a %s has it: images will differ from diffusers'",
+            *(file, told, text_encoder.PADDING[target], target.rpartition(".")[2]),
+        )
 
 
 def read_state(index: Path) -> dict[str, Tensor]:
@@ -170,7 +186,7 @@ def write_pipeline(folder: Path, model: Any, config: Mapping[str, Any]) -> list[
     Raises UserError for what the layout has no place for, and where the folder can't be written.
     """
     params = config["model"]["params"]
-    parts = _parts(model, params)
+    folder, parts = folder.absolute(), _parts(model, params)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name another --out, or move it")
     temporary = folder.with_name(f".tmp_{folder.name}")

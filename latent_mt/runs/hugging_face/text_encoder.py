@@ -107,7 +107,7 @@ def to_transformers(stage: Any, target: str) -> dict[str, Any]:
             "intermediate_size": int(stage.width * text.get("mlp_ratio", 4.0)),
             "num_attention_heads": text["heads"],
             "num_hidden_layers": len(blocks) - (stage.layer == "penultimate"),
-            "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+            "hidden_act": "quick_gelu" if type(blocks[0].mlp.gelu).__name__ == "QuickGELU" else "gelu",
             "projection_dim": config["embed_dim"],
         }
     own = {
@@ -118,6 +118,14 @@ def to_transformers(stage: Any, target: str) -> dict[str, Any]:
     }
     ids = {"bos_token_id": END - 1, "eos_token_id": END, "pad_token_id": PADDING[target]}
     return {"layer_norm_eps": 1e-5, **found, **own, **ids, "dtype": "float32"}
+
+
+def padding_of(special_tokens: Mapping[str, Any]) -> int | None:
+    """The id behind a text's end by a tokenizer's special_tokens_map.json: of version 1 END, of version 2 0, the word "!"; None
+    where that doesn't say."""
+    token = special_tokens.get("pad_token")
+    word = token.get("content") if isinstance(token, Mapping) else token
+    return {"<|endoftext|>": END, "!": 0}.get(str(word))
 
 
 def to_stage(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from guided_mt.runs.checkpoint import find_weights
 from guided_mt.runs.weights import find_state
 from latent_mt.commands import export_diffusers, export_ldm
 from latent_mt.commands.loading import load_model, read_saved
-from latent_mt.conditioners.clip import FrozenCLIPEmbedder
+from latent_mt.conditioners.clip import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from latent_mt.runs.hugging_face import configuration, read_state, text_encoder, unet, vae
 from latent_mt.runs.ldm_checkpoint import read_ldm
 from mt_diffusion.show.recognised import describe
@@ -314,6 +314,29 @@ def test_a_folder_without_its_index_and_entries_that_are_missing(exported, tmp_p
     assert "conditioning stage: another architecture: it lacks 1 of the model's" in said
     (copy / "model_index.json").unlink()
     assert "is a folder of diffusers' without its model_index.json" in complaint(find_weights, copy)
+
+
+def test_the_activation_is_that_of_the_weights():
+    """OpenAI's weights of open_clip have another one than the architecture's name says."""
+    for version, wanted in (("openai", "quick_gelu"), ("laion2b_e16", "gelu"), (None, "gelu")):
+        with torch.device("meta"):
+            stage = FrozenOpenCLIPEmbedder("ViT-B-32", version, layer="penultimate")
+        assert text_encoder.to_transformers(stage, text_encoder.OPEN_CLIP)["hidden_act"] == wanted
+
+
+def test_a_tokenizer_that_fills_texts_up_with_another_token(exported, tmp_path, caplog):
+    model, _, folder = exported
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    configuration(find_weights(tmp_path / "copy"))
+    assert not caplog.text
+    own = "<|endoftext|>" if isinstance(model.cond_stage_model, FrozenCLIPEmbedder) else "!"
+    other = {"<|endoftext|>": "!", "!": "<|endoftext|>"}[own]
+    for name, token in (("again", {"content": own}), ("other", {"content": other}), ("word", other), ("none", None)):
+        shutil.copytree(tmp_path / "copy", tmp_path / name)
+        (tmp_path / name / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
+        for _ in range(2):
+            configuration(find_weights(tmp_path / name))
+    assert caplog.text.count("texts are filled up with token") == 2 and "again" not in caplog.text
 
 
 def test_show_says_what_a_folder_is(exported):
