@@ -75,6 +75,7 @@ class Size:
 
 
 TINY = Size("tiny", 8, 32, 1, "1,1", "4", 16, head_channels=32)
+COMPARED = Size("compared", 16, 64, 1, "1,2", "8", 16)  # with the CPU in float64: every layer's kernel, and quick there
 SMALL = Size("small", 32, 64, 1, "1,2,2", "16,8", 32)
 CIFAR = Size("CIFAR", 32, 128, 3, "1,2,2,2", "16,8", 128)  # that of the presets
 TWIN = Size("twin", 32, 64, 2, "1,2,2,2", "16,8", 128)  # what learns something on CIFAR-10 in half a minute

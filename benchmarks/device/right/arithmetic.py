@@ -60,6 +60,7 @@ FP32 = Precision("fp32", "fp32", FLOAT32)
 TF32 = Precision("TF32", "fp32", 2.0**-10, tf32=True)
 BF16 = Precision("bf16", "bf16", 2.0**-8)
 FP16 = Precision("fp16", "fp16", 2.0**-11)
+PRECISIONS_OF_FLAGS = {precision.flag: precision for precision in (FP32, BF16, FP16)}  # TF32 has no flag of its own
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from guided_mt.training.train_loop import TrainLoop
 
-from ..forms import FORMS, SMALL, TINY, batches, make_loop
+from ..forms import COMPARED, FORMS, TINY, batches, make_loop
 from ..runner import Stage, within
 from .arithmetic import FLOAT32, as_double, distance, float64, joined, precisions
 
@@ -26,7 +26,7 @@ def run(stage: Stage) -> None:
 
 def compare(form: str, stage: Stage) -> dict[str, Any]:
     """The relative errors of the loss of each sample, of its terms, and of the gradient."""
-    size = TINY if stage.tiny else SMALL.with_batch(8)
+    size = TINY if stage.tiny else COMPARED.with_batch(8)
     cpu = make_loop(form, size, torch.device("cpu"), stage.folder)
     batch = batches(cpu, 1)[0]
     loop = make_loop(form, size, stage.device, stage.folder) if stage.device.type == "cuda" else cpu

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from guided_mt.generation.build import build_model
 from guided_mt.networks.classifier import EncoderUNetModel
 
-from ..forms import SMALL, TINY, Size, fill, settings
+from ..forms import COMPARED, TINY, Size, fill, settings
 from ..runner import Stage, within
 from .arithmetic import FP32, MAX_TIMESTEP, as_double, distance, joined, precisions
 
@@ -124,7 +124,7 @@ def _autoencoder(kind: str, size: Size) -> Network:
 
 
 def run(stage: Stage) -> None:
-    size = TINY if stage.tiny else SMALL
+    size = TINY if stage.tiny else COMPARED
     for network in networks(size):
         stage.check(f"network: {network.name}", lambda network=network: compare(network, stage.device), 3.0)
     form_x = next(network for network in networks(size) if network.name.startswith("form X"))
