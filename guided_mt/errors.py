@@ -51,6 +51,10 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "cannot identify image file" in first:  # whose end is the address of a buffer
+        return "it is no image of a known format"
+    if "Weights only load failed" in first:
+        return "it holds objects other than tensors, which are never loaded"
     if first.startswith("Object arrays") or "Python objects" in first:
         return "it holds pickled objects, which are never loaded"
     return "it is another kind of file" if "allow_pickle" in first else first  # numpy, of whatever it doesn't know

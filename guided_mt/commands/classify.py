@@ -223,6 +223,10 @@ def check_head(config: Config, weights: Path) -> str:
     trained with the label as input."""
     path, other = config.model_path, "or give a classifier by --classifier_path"
     label = next((name for name in task_names(config) if row_of(config, name).needs_labels), "")
+    if not label and zero_shot.says_vectors(config):
+        raise UserError(
+            f"{path}: has no label head, but one that says CLIP's vectors; write the classes by --texts 'a cat;a dog'"
+        )
     if not label:
         raise UserError(
             f"{path}: was trained with --mt_task {config.mt_task}, so it has no label head; train with label, {other}"

@@ -116,6 +116,8 @@ def open_captions(where: str, path: str, source: ImageSource, flag: str) -> Capt
     item has a caption.
     """
     names = [source.name(k) for k in range(len(source))]
+    if not isinstance(where, str):  # what a YAML file gives
+        raise UserError(f"data.params.captions {where!r}: name one place, {BESIDE} or a table")
     if where == BESIDE:
         captions = _beside(path, names, flag)
     elif Path(where).suffix.lower() in TABLES:
@@ -141,8 +143,12 @@ class _TextFiles:
 
 def lines_of(content: bytes) -> tuple[str, ...]:
     """The lines of a text that are not empty."""
-    lines = content.decode("utf-8", "replace").lstrip("\ufeff").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(line.strip() for line in decoded(content).splitlines() if line.strip())
+
+
+def decoded(content: bytes) -> str:
+    """A text in UTF-8, without the mark that some editors put before it; bytes that are none become question marks."""
+    return content.decode("utf-8", "replace").removeprefix("\ufeff")
 
 
 def texts_of(value: Any) -> tuple[str, ...]:
@@ -230,12 +236,16 @@ def _files(path: str, suffix: str, flag: str) -> FileSource:
 
 def _rows(content: bytes, suffix: str, called: str) -> Iterable[tuple[str, tuple[str, ...]]]:
     """(file, captions) of each row. Raises UserError for a table without these columns, or a row that is none."""
-    text = content.decode("utf-8", "replace").lstrip("\ufeff")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{called}: line {line} is no UTF-8; save the table in that encoding") from None
     rows: Iterable[Mapping[str, Any]]
     if suffix in _LINES:
         rows = _json_lines(text, called)
     else:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[suffix])
+        rows = _table_rows(text, _DELIMITERS[suffix], called)
     for number, row in enumerate(rows, 1):
         values = {str(key).lower(): value for key, value in row.items()}
         file = next((values[key] for key in FILE_COLUMNS if key in values), None)
@@ -246,6 +256,23 @@ def _rows(content: bytes, suffix: str, called: str) -> Iterable[tuple[str, tuple
                 f"{called}: row {number} has none of the columns {', '.join(lacking)}; it has {', '.join(values) or 'none'}"
             )
         yield file, texts_of(values[caption])
+
+
+def _table_rows(text: str, delimiter: str, called: str) -> Iterable[Mapping[str, Any]]:
+    """Raises UserError for a row of more columns than the first, in which a text was cut at a comma of its own."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in reader:
+            if any(word.strip() for word in row.pop(None, ())):  # type: ignore[call-overload]
+                raise UserError(
+                    f"{called}: line {reader.line_num} has more columns than the first one; put texts that hold "
+                    f"{'a comma' if delimiter == ',' else 'a tab'} between double quotes"
+                )
+            yield row
+    except csv.Error as error:
+        raise UserError(
+            f"{called}: can't be read behind line {reader.line_num} ({error}); is a double quote left open there?"
+        ) from None
 
 
 def _json_lines(text: str, called: str) -> Iterable[Mapping[str, Any]]:

@@ -22,12 +22,11 @@ from .sources import IMAGE_SUFFIXES, FileSource, ImageSource
 from .sources.archives import TarSource, ZipSource
 from .sources.arrays import open_builtin, open_npz
 from .sources.folders import CloudFolderSource, FolderSource
-from .sources.formats import MAX_PIXELS
+from .sources.formats import MAX_PIXELS, refuse_compressed
 from .sources.joined import Joined
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _COMMA_BEFORE_SCHEME = re.compile(r",(?=[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _open_one(text: str, class_names: Sequence[str] | None, suffixes: tuple[str,
             return source
     if not os.path.exists(place):
         raise UserError(f"{text}: no such file or folder{_suggest(local)}")
-    _refuse_compressed(place)
+    refuse_compressed(place)
     if place.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"{place}: is one image; give the folder that holds it")
     raise UserError(f"{place}: not a folder, .tar, .zip or .npz")
@@ -131,19 +130,8 @@ SOURCES: dict[str, SourceKind] = {  # asked from the last to the first
 
 def _inner(text: str, file: Path) -> str:
     """The folder inside `file` that `text` names, "." for all of it. Raises UserError where the file is compressed."""
-    _refuse_compressed(file)
+    refuse_compressed(file)
     return Path(text).expanduser().relative_to(file).as_posix()
-
-
-def _refuse_compressed(file: Path) -> None:
-    try:
-        with file.open("rb") as handle:
-            magic = handle.read(8)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    for start, tool in _COMPRESSED.items():
-        if magic.startswith(start):
-            raise UserError(f"{file}: is compressed, so single images cannot be read; unpack it once with `{tool}`")
 
 
 def _suggest(missing: Path) -> str:

@@ -100,7 +100,7 @@ def _take_up(folder: Path, signature: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(signature, default=str))
     if file.exists() and any(folder.glob("*.npz")):
         old = json.loads(file.read_text())
-        different = [f"{key} was {old[key]}" for key in wanted if key in old and old[key] != wanted[key]]
+        different = [f"{key} was {str(old[key])[:60]}" for key in wanted if key in old and old[key] != wanted[key]]
         if different:
             raise UserError(
                 f"{folder}: holds part of a run with other settings ({', '.join(different)}); "

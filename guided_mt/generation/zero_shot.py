@@ -7,15 +7,15 @@ vector is what the diffusion model's head says at little noise, and again what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.text_file import read_lines
 from ..diffusion.random import SampleStreams
-from ..errors import UserError, reason
+from ..errors import UserError
 from ..modalities.encoded import EncodedVector
 from ..modalities.representation import SOURCES
 from ..modalities.settings import loss_weights, row_config, row_of, task_names
@@ -55,13 +55,8 @@ def read_texts(text: str, template: str) -> tuple[list[str], list[str]]:
     if ";" in text:
         names = text.split(";")
     else:
-        try:
-            names = Path(text).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--texts {text}: can't be read ({reason(error)}); name a file with a class in each line, write 'a cat;a dog', "
-                f"or {OF_THE_DATA}"
-            ) from None
+        way_out = f"name a file with a class in each line, write 'a cat;a dog', or {OF_THE_DATA}"
+        names = read_lines(text, f"--texts {text}", way_out)
     names = [name.strip() for name in names if name.strip()]
     return names, texts_of(names, template)
 
@@ -79,7 +74,7 @@ def texts_of(names: Sequence[str], template: str) -> list[str]:
 def encoder_head(config: Config, path: str) -> str:
     """The modality whose head says an encoder's vector. Raises UserError for a model without one, or with one that learned
     nothing."""
-    name = next((n for n in task_names(config) if row_of(config, n).units(row_config(config, n))), "")
+    name = says_vectors(config)
     if not name:
         raise UserError(
             f"{path}: was trained with --mt_task {config.mt_task}, so no head says a vector that texts can be compared with; "
@@ -92,6 +87,11 @@ def encoder_head(config: Config, path: str) -> str:
     if loss_weights(config)[name] == 0 or config.mt_drop_prob == 1:
         raise UserError(f"{path}: the head of '{name}' learned nothing (--mt_loss_weight 0 or --mt_drop_prob 1)")
     return name
+
+
+def says_vectors(config: Config) -> str:
+    """The first modality that is an encoder's vector; '' where there is none."""
+    return next((n for n in task_names(config) if row_of(config, n).units(row_config(config, n))), "")
 
 
 def encode_texts(config: Config, name: str, texts: Sequence[str], device: torch.device) -> TextClasses:

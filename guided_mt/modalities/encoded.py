@@ -30,8 +30,8 @@ class EncodedVector(Gaussian):
     over its entries (`heads.VectorUnits`). Gaussian head, encoded by the network from one token.
 
     make: builds the encoder, when it is first needed. described: {source, arch, weights}, what a cache of vectors must say of
-    itself to be used in its place. normalised: take the vectors at unit length. The encoder is moved to the images' device,
-    with the network's arithmetic.
+    itself to be used in its place. normalised: take the vectors at unit length. at_hand: whether the weights are a file of this
+    machine, with which a cache can be compared. The encoder is moved to the images' device, with the network's arithmetic.
     """
 
     figures = ("cos",)
@@ -46,10 +46,11 @@ class EncodedVector(Gaussian):
         normalised: bool = False,
         variance: Tensor | None = None,
         where: str = "",
+        at_hand: bool = False,
     ):
         super().__init__(name, variance)
         self.size, self.make, self.described, self.normalised = size, make, dict(described), normalised
-        self.where = where or name
+        self.where, self.at_hand = where or name, at_hand
         self.encoder_of_images: ImageEncoder | None = None
         self.network: MultiTask | None = None
         self.source: ImageSource | None = None  # of training, where it holds vectors
@@ -73,20 +74,23 @@ class EncodedVector(Gaussian):
         if self.encoder_of_images is None:
             encoder = self.make()
             check_width(encoder, self.size, self.where)
-            self._take_digest(encoder.digest)
+            self._take_digest(encoder.digest, f"{self.where}: this encoder's weights", "name those")
             self.encoder_of_images = encoder
         precision = "fp32" if self.network is None else str(self.network.precision)
         return self.encoder_of_images.to(device, PRECISIONS[precision])
 
-    def _take_digest(self, digest: bytes) -> None:
-        """Raises UserError where the model's units were measured with another encoder."""
-        known = b"" if self.network is None else self.units.digest
-        if known and digest != known:
+    def _take_digest(self, digest: bytes, what: str, way_out: str) -> None:
+        """Raises UserError where the model's units were measured with another encoder. what, way_out: for its message."""
+        if self._known and digest != self._known:
             raise UserError(
-                f"{self.where}: this encoder's weights ({digest.hex()[:12]}) are not those that the model was trained with "
-                f"({known.hex()[:12]}); name those"
+                f"{what} ({digest.hex()[:12]}) are not those that the model was trained with ({self._known.hex()[:12]}); {way_out}"
             )
         self.digest = digest
+
+    @property
+    def _known(self) -> bytes:
+        """The digest of the encoder that the model's units were measured with; b"" before."""
+        return b"" if self.network is None else self.units.digest
 
     @override
     def before_step(self, step: int, processes: Processes) -> None:
@@ -108,15 +112,23 @@ class EncodedVector(Gaussian):
             )
         other = [key for key, value in self.described.items() if found.described.get(key) != value]
         if other:
+            values = [str(described.get(other[0])) for described in (found.described, self.described)]
+            there, here = (value if len(value) < 80 else "a mapping" for value in values)
             raise UserError(
-                f"{images.path}: its representations are of another encoder: {other[0]} {found.described.get(other[0])} there, "
-                f"{self.described[other[0]]} here; encode the data again"
+                f"{images.path}: its representations are of another encoder: {other[0]} {there} there, "
+                f"{here if here != there else 'another'} here; encode the data again"
             )
         if found.described["size"] != self.size:
             raise UserError(
                 f"{images.path}: has representations of {found.described['size']} numbers, this model takes {self.size}"
             )
-        self._take_digest(bytes.fromhex(found.described["digest"]))
+        digest = bytes.fromhex(found.described["digest"])
+        self._take_digest(digest, f"{images.path}: the weights of its representations", "encode the data again")
+        if self.at_hand and not self._known and self.make().digest != digest:
+            raise UserError(
+                f"{images.path}: its representations were made with other weights of the same name as those of {self.where}; "
+                "encode the data again, or name the weights that it was made with"
+            )
         self.source = self.source or images
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from ..networks.clip import clip_config
 from ..networks.heads import ACTIVATIONS, PooledMLPHead
 from ..networks.image_encoder import UNTRAINED, ImageEncoder, TextEncoder
 from ..runs.config import option
+from ..runs.processes.launcher import rank_of_launcher
 from .base import Modality
 from .encoded import EncodedVector
 from .row_config import RowConfig
@@ -25,6 +27,7 @@ from .tokens import VectorAsToken, VectorTokens
 from .vector import VectorModality, read_vectors
 
 TOKENS = ("linear", "vector")
+log = logging.getLogger("guided_mt")
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class Source:
     """A way to come by vectors. complete(config): fills in what the flags leave open, the vectors' size above all;
     modality(config, variance): as in `registry.Task`. encoder(config): the frozen encoder, None where vectors come from
     elsewhere; described(config): the options that say which encoder it is, by their name in a cache of its vectors.
-    texts(config): what makes vectors of texts that the images' are compared with, if anything does."""
+    texts(config): what makes vectors of texts that the images' are compared with, if anything does. unused: options that say
+    nothing with this row."""
 
     complete: Callable[[Any], None]
     modality: Callable[[Any, Tensor | None], Modality]
     encoder: Callable[[Any], ImageEncoder] | None = None
     described: Callable[[Any], dict[str, str]] = lambda config: {}
     texts: Callable[[Any], TextEncoder] | None = None
+    unused: tuple[str, ...] = ()
 
 
 def _from_file(config: RowConfig, variance: Tensor | None) -> Modality:
@@ -66,6 +71,7 @@ def _from_encoder(config: RowConfig, variance: Tensor | None) -> Modality:
         normalised=config.representation_normalised,
         variance=variance,
         where=config.flag("clip_weights"),
+        at_hand=Path(config.clip_weights).is_file(),
     )
 
 
@@ -131,8 +137,10 @@ def _clip_described(config: Any) -> dict[str, str]:
 
 
 SOURCES: dict[str, Source] = {
-    "file": Source(_size_of_file, _from_file),
-    "clip-image": Source(_complete_clip, _from_encoder, _clip_of, _clip_described, _clip_texts),
+    "file": Source(_size_of_file, _from_file, unused=("clip_arch", "clip_weights", "representation_normalised")),
+    "clip-image": Source(
+        _complete_clip, _from_encoder, _clip_of, _clip_described, _clip_texts, unused=("representation_file",)
+    ),
 }
 
 
@@ -170,8 +178,20 @@ def representation(config: RowConfig, variance: Tensor | None) -> Modality:
 
 
 def complete(config: RowConfig) -> None:
-    """Fill in what the flags leave open. Raises UserError for a file that can't be read, and where something is missing."""
-    SOURCES[config.representation_source].complete(config)
+    """Fill in what the flags leave open, and say which say nothing. Raises UserError for a file that can't be read, and where
+    something is missing."""
+    row = SOURCES[config.representation_source]
+    row.complete(config)
+    for key in row.unused:
+        if getattr(config, key) != getattr(RepresentationConfig, key):
+            _say(f"{config.flag(key)} is not used: representation_source is {config.representation_source}")
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """A warning, once, and of one process."""
+    if rank_of_launcher() == 0:
+        log.warning("%s", line)
 
 
 def head(config: RowConfig, backbone: Backbone) -> nn.Module:

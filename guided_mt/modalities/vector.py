@@ -100,7 +100,8 @@ def read_vectors(file: str, name: str, size: int | None, where: str, absent: boo
         raise UserError(f"{where}: vectors must be floats [N, D], not {found.dtype} {list(found.shape)}")
     if size is not None and found.shape[1] != size:
         raise UserError(f"{where}: has vectors of {found.shape[1]} numbers, this model takes {size}")
-    bad = ~np.isfinite(found).all(axis=1)
+    with np.errstate(over="ignore"):  # larger numbers than float32 holds are infinite
+        bad = ~np.isfinite(found.astype(np.float32, copy=False)).all(axis=1)
     missing = np.isnan(found).all(axis=1)
     if absent and not missing.all():
         bad &= ~missing

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, how_to_install, nearest, reason
@@ -52,6 +53,11 @@ def clip_config(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise UserError(
             f"a CLIP architecture is a name or a mapping with {', '.join(PARTS)}; it lacks {', '.join(missing)}"
+        )
+    size, *towers = (arch[part] for part in PARTS)
+    if not isinstance(size, int) or size < 1 or not all(isinstance(tower, Mapping) for tower in towers):
+        raise UserError(
+            f"a CLIP architecture has a whole number as {PARTS[0]} and mappings as {' and '.join(PARTS[1:])}"
         )
     return dict(arch)
 
@@ -114,6 +120,8 @@ def clip_state(arch: str | Mapping[str, Any], version: str) -> dict[str, Tensor]
     file = version
     if not Path(version).is_file():
         listed = library.list_pretrained_tags_by_model(arch) if isinstance(arch, str) else []
+        if Path(version).suffix or Path(version).is_absolute():  # the name of a file, not of weights
+            raise UserError(f"CLIP weights {version}: no such file; name one, or weights that open_clip lists")
         if version not in listed:
             known = f"; open_clip lists {', '.join(listed)}" if listed else "; of a mapping only a file can be loaded"
             raise UserError(
@@ -129,7 +137,9 @@ def clip_state(arch: str | Mapping[str, Any], version: str) -> dict[str, Tensor]
     try:
         return dict(load_state_dict(str(file), weights_only=True))
     except Exception as error:  # pickle, zip and safetensors raise many kinds
-        raise UserError(f"{file}: can't be read as weights of open_clip ({reason(error)[:120]})") from None
+        raise UserError(
+            f"{file}: can't be read as weights of open_clip ({reason(error)[:120]}); copy it again, or take another file"
+        ) from None
 
 
 def load_clip(clip: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -155,12 +165,16 @@ def tokenize(texts: Sequence[str], padding: int = 0) -> tuple[Tensor, list[int]]
 
     padding: the id behind a text's end: 0 in open_clip's models, END in OpenAI's as transformers has them.
     """
-    tokenizer = _tokenizer()
-    ids, cut = tokenizer(list(texts), LENGTH), []
+    encode, cut = (
+        _tokenizer().encode,
+        [],
+    )  # the slow part, which open_clip's own call would do without telling the length
+    ids = torch.full((len(texts), LENGTH), padding)
     for row, text in zip(ids, texts, strict=True):
-        length = len(tokenizer.encode(text)) + 2
-        row[length:] = padding
-        cut.append(max(0, length - LENGTH))
+        words = encode(text)
+        cut.append(max(0, len(words) + 2 - LENGTH))
+        words = [START, *words[: LENGTH - 2], END]
+        row[: len(words)] = torch.tensor(words)
     return ids, cut
 
 
@@ -172,6 +186,15 @@ def encode(text: str) -> list[int]:
 def decode(ids: Sequence[int]) -> str:
     """What tokens spell."""
     return str(_tokenizer().decode(ids)).strip()
+
+
+def what_is_cut(texts: Sequence[str], cut: Sequence[int]) -> str:
+    """What to say of texts that lost tokens, by `tokenize`'s second value; '' where none did."""
+    longest = max(range(len(cut)), key=cut.__getitem__, default=0)
+    if not cut or not cut[longest]:
+        return ""
+    start = " ".join(texts[longest].split())[:40]
+    return f"a text is cut to the {LENGTH} tokens that CLIP reads: '{start}...' loses its last {cut[longest]}; others are cut alike"
 
 
 @functools.cache

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .clip import build_clip, clip_config, open_clip, tokenize
+from .clip import build_clip, clip_config, open_clip, tokenize, what_is_cut
 
 UNTRAINED = "untrained"  # in the place of weights: random ones, the same at each call
 _SEED = 0
+TEXTS = 256  # that are encoded at once
 log = logging.getLogger("guided_mt")
 
 
@@ -149,8 +150,10 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """The vectors [B, D] of B texts."""
-        ids, _ = tokenize(texts)
-        return self.clip.encode_text(ids, normalize=True)
+        ids, cut = tokenize(texts)
+        if line := what_is_cut(texts, cut):
+            log.warning("%s", line)
+        return torch.cat([self.clip.encode_text(part, normalize=True) for part in ids.split(TEXTS)])
 
 
 def check_width(encoder: ImageEncoder, size: int, where: str) -> None:

@@ -142,6 +142,8 @@ def find_weights(path: str | Path, ema: str = "", flag: str = "--model_path") ->
         return path / PIPELINE
     if not (path / "model.safetensors").exists():
         found = checkpoints(path) or (checkpoints(path.parent) if path.name == "checkpoints" else [])
+        if not found and (path / "unet" / "config.json").is_file():
+            raise UserError(f"{path}: is a folder of diffusers' without its {PIPELINE}; copy that file, too")
         if not found:
             raise UserError(f"{path}: holds no complete checkpoint (checkpoints/step_*/model.safetensors)")
         path = found[-1]

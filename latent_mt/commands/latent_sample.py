@@ -39,6 +39,7 @@ from guided_mt.runs import checkpoint, distributed
 from guided_mt.runs.compiling import COMPILE
 from guided_mt.runs.config import Config, option, parse
 from guided_mt.runs.distributed import Processes
+from guided_mt.runs.processes.launcher import rank_of_launcher
 
 from ..model.conditions import Prompts, TextConfig, check_prompts, conditions_of, latent_size, read_prompts
 from ..model.generate import ROUTES, LatentGenerator, LatentSampleConfig
@@ -131,17 +132,18 @@ def main(argv: Sequence[str]) -> None:
 
 def read_words(text: str) -> Given:
     """Raises UserError for a name that is given twice."""
-    names: list[str] = []
-    values: dict[str, str] = {}
+    names, values = [], {}  # type: list[str], dict[str, str]
+    words: list[str] = []  # all of them
     for part in re.split(r",(?=[\w-]+=)", text) if text else []:
         name, equals, value = part.partition("=")
         # Behind a value a comma belongs to it; names alone stand before.
         *alone, name = name.split(",") if equals else [*part.split(","), ""]
-        names += [word.strip() for word in alone if word.strip()]
+        alone = [word.strip() for word in alone if word.strip()]
+        names, words = [*names, *alone], [*words, *alone, *([name] if equals else [])]
         if equals:
             values[name] = value
-    for name in (*names, *values):
-        if (*names, *values).count(name) > 1:
+    for name in words:
+        if words.count(name) > 1:
             raise UserError(f"--given {text}: names {name} twice")
     return Given(tuple(names), values)
 
@@ -182,6 +184,8 @@ def known_values(given: Given, generator: LatentGenerator, count: int) -> dict[s
         read = generator.modality_of(name).read(text, generator.config.image_size, generator.classes)
         if 1 < len(read) < count:
             raise UserError(f"--given {name}={text}: holds {len(read)} for {count} samples; lower --num_samples")
+        if len(read) > count and rank_of_launcher() == 0:
+            print(f"# --given {name}={text}: the first {count} of {len(read)} are taken; --num_samples says how many")
         found[name] = read
     return found
 
@@ -245,14 +249,15 @@ def of_data(
             own = [seeds[i] for i in batch]
             known = {**taken(generator, given, loaded, batch, own), **entered(generator, read, batch)}
             drawer = generator.under(conditions_of(generator.latent, config, prompts, batch, own))
+            texts = {} if prompts is None else prompts.arrays(batch)
             if route == "read":
                 z = drawer.read(target, source, known[source], own, config.timesteps, config.draws)
-                return {"arr_0": to_nhwc(generator.latent.decode(z))}
+                return {"arr_0": to_nhwc(generator.latent.decode(z)), **texts}
             made = drawer.made_from(
                 known, own, config[LatentSampleConfig], config.timestep_respacing, config.target, absent
             )
             arrays = shown(generator, made, given)
-            return {"arr_0": arrays.pop(target), **arrays}
+            return {"arr_0": arrays.pop(target), **arrays, **texts}
 
         settings = {**signature, **hashes, "route": route, "images": content_hash(loaded.images.numpy())}
         arrays = run_sharded(
@@ -377,11 +382,7 @@ def of_values(
             absent,
         )
         arrays = shown(generator, made, given)
-        return {
-            "arr_0": arrays.pop(first),
-            **arrays,
-            **({"prompt": np.array([prompts.of(k) for k in batch])} if prompts else {}),
-        }
+        return {"arr_0": arrays.pop(first), **arrays, **({} if prompts is None else prompts.arrays(batch))}
 
     kind = "pairs" if len(sides) == 2 and not given.values else "samples"
     file = out / f"{kind}{f'_of_{given.title}' if given.values else ''}_{count}.npz"

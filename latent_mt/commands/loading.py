@@ -55,7 +55,8 @@ def load_model(
     model = instantiate({"target": saved["model"]["target"], "params": params}, "model")
     if not isinstance(model, LatentMTDiffusion):
         raise UserError(f"{weights}: is no latent diffusion model but {saved['model']['target']}")
-    found = load_ldm(model, weights, ema=averaged)
+    own = weights.parent.name.startswith("step_")  # a run's, which was begun from a file with these keys
+    found = load_ldm(model, weights, () if own else params.get("ignore_keys") or (), ema=averaged)
     lacking = model.network.state_dict().keys() - found.model.keys() - (found.ema or {}).keys()
     if lacking:
         raise UserError(

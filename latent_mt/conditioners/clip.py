@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from guided_mt.errors import UserError, how_to_install, nearest, reason
-from guided_mt.networks.clip import END, LENGTH, build_clip, clip_config, clip_state, load_clip, tokenize
+from guided_mt.networks.clip import END, LENGTH, build_clip, clip_config, clip_state, load_clip, tokenize, what_is_cut
 from guided_mt.runs.processes.launcher import rank_of_launcher
 
 from .base import Stage, check_ids
@@ -55,16 +55,10 @@ class TextTower(Stage):
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token ids [B, 77] of texts; what is too long is cut, which is said once."""
         ids, cut = tokenize(texts, self.padding)
-        longest = max(range(len(cut)), key=cut.__getitem__, default=0)
-        if cut and cut[longest] and not self._cut_said and rank_of_launcher() == 0:
+        line = what_is_cut(texts, cut)
+        if line and not self._cut_said and rank_of_launcher() == 0:
             self._cut_said = True
-            start = " ".join(texts[longest].split())[:40]
-            log.warning(
-                "a text is cut to the %d tokens that CLIP reads: '%s...' loses its last %d; others are cut alike",
-                LENGTH,
-                start,
-                cut[longest],
-            )
+            log.warning("%s", line)
         return ids
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:

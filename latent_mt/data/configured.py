@@ -126,6 +126,11 @@ class StreamedData:
         last = None if total_steps is None else total_steps * accumulate
         return self._batches(seed, world_size, rank, start_step * accumulate, last)
 
+    def stream_of_all(self, *, seed: int, world_size: int, batches: int) -> BatchStream:
+        """The first `batches` batches that training on so many processes sees, of all of them in turn, on this one. Raises
+        UserError as `stream` does."""
+        return self._batches(seed, 1, 0, 0, batches)
+
     def _batches(self, seed: int, world_size: int, rank: int, start: int, last: int | None) -> BatchStream:
         """Batches number start, ..., last - 1 of this process; see `stream`."""
         needed = self.batch_size * world_size

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from guided_mt.data.text_file import read_lines
 from guided_mt.diffusion.random import SampleStreams, Stream
-from guided_mt.errors import UserError, reason
+from guided_mt.errors import UserError
 from guided_mt.runs.config import Config, option
 from guided_mt.runs.processes.launcher import rank_of_launcher
 
@@ -46,6 +47,10 @@ class Prompts:
         """The text of a sample by its index."""
         return self.texts[sample % len(self.texts)]
 
+    def arrays(self, samples: Sequence[int]) -> dict[str, np.ndarray]:
+        """{"prompt": the texts [B] of samples}, for the .npz that holds them."""
+        return {"prompt": np.array([self.of(sample) for sample in samples])}
+
 
 def read_prompts(config: Config) -> Prompts | None:
     """Those of the flags of TextConfig; None without any. Raises UserError for a bad file and for flags that say nothing."""
@@ -57,11 +62,7 @@ def read_prompts(config: Config) -> Prompts | None:
         return None
     texts = [config.prompt]
     if config.prompt_file:
-        try:
-            lines = Path(config.prompt_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file {config.prompt_file}: can't be read ({reason(error)})") from None
-        texts = [line.strip() for line in lines if line.strip()]
+        texts = read_lines(config.prompt_file, f"--prompt_file {config.prompt_file}")
         if not texts:
             raise UserError(f"--prompt_file {config.prompt_file}: holds no line with a prompt")
     if config.negative_prompt and config.guidance_scale == 1:

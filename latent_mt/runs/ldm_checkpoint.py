@@ -362,6 +362,8 @@ def leave_out(stage: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def _load_part(module: nn.Module, state: Mapping[str, Tensor], where: str, key: str, new: bool = False) -> None:
+    if not state and module.state_dict():
+        raise UserError(f"{where}: the file holds nothing of it; take a checkpoint with all parts")
     what = checkpoint.difference(state, module.state_dict(), optional=checkpoint.is_own if new else None)
     if what:
         raise UserError(f"{where}: another architecture: {what}; compare model.params.{key}")

@@ -174,8 +174,7 @@ class LatentTraining(TrainedModule):
     def _first_images(self, data: Any, steps: int) -> Iterator[Images]:
         """The images of the run's first steps, those of all processes, as training sees them."""
         batches = steps * self.run.images_per_step // data.batch_size  # of one process, which sees them all
-        stream = data.stream(seed=self.run.seed, rank=0, world_size=1, start_step=0, total_steps=batches, accumulate=1)
-        with stream:
+        with data.stream_of_all(seed=self.run.seed, world_size=self.processes.world_size, batches=batches) as stream:
             for batch in stream:
                 self._load_beside(batch)
                 batch = batch.to(self.device)

@@ -6,11 +6,13 @@ The data are pictures with captions: train/, test/ and captions.csv, 64 pixels a
 two small CLIPs on the training pictures. One is the model's text stage and the source of its representations. The other, of
 another seed, is the judge: what it says of a picture nothing was trained towards. Then each seed trains both models of
 stable_diffusion_2_clip_small for equally many steps, with and without the representation, and draws the held-out captions.
-What is finished is left as it is. Writes OUT/table.md, OUT/seeds.csv and OUT/samples.png.
+What is finished is left as it is, so that more seeds or steps go on from there. Writes OUT/table.md, OUT/seeds.csv and
+OUT/samples.png.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from guided_mt.commands.console import run
 from guided_mt.data import load_images, open_source
 from guided_mt.data.captions import open_captions
 from guided_mt.data.images import make_grid, save_png
-from guided_mt.errors import UserError
+from guided_mt.errors import UserError, reason
 from guided_mt.runs.config import Config, option, parse
 
 from ..children import run_child
@@ -42,6 +44,7 @@ KINDS: dict[str, list[str]] = {
     "image alone": ["model.params.mt_tasks=null", "model.params.mt_variant=U"],
     "image and representation": [],
 }
+FIXED = ("data_dir", "first_steps", "clip_steps", "guidance_scale")  # settings that all of a folder is made with
 COLUMNS = [
     Column("fd", "Frechet distance", 4),
     Column("kid", "KID x 1000", 2),
@@ -114,6 +117,7 @@ class Experiment:
     def prepare(self) -> None:
         """First stage, CLIPs and stored latents. Raises UserError."""
         self.out.mkdir(parents=True, exist_ok=True)
+        self._same_settings()
         self.prompts.write_text("\n".join(self.test.captions) + "\n", encoding="utf-8")
         data = f"data.params.path={self.config.data_dir}/train"
         first, steps = self.out / "first_stage", self.config.first_steps
@@ -128,6 +132,20 @@ class Experiment:
             words = ["--config", CONFIG, "--out", self.out / "latents", "--representation", "clip-image"]
             self._run("encode", *words, data, *self._parts())
         self.teacher, self.judge = TinyCLIP(self.clip(TEACHER)), TinyCLIP(self.clip(JUDGE))
+
+    def _same_settings(self) -> None:
+        """Raises UserError where what lies in the folder was made with other settings than these: it would be taken for theirs."""
+        file, own = self.out / "settings.json", {name: getattr(self.config, name) for name in FIXED}
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else own
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: can't be read ({reason(error)}); take another --out") from None
+        for name, value in own.items():
+            if saved.get(name, value) != value:
+                raise UserError(
+                    f"{self.out}: was begun with --{name} {saved[name]}, not {value}; repeat that, or take another --out"
+                )
+        file.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
 
     def clip(self, seed: int) -> Path:
         """The weights of a small CLIP."""
@@ -157,6 +175,10 @@ class Experiment:
             words = ["--config", CONFIG, f"data.params.path={self.config.data_dir}/train", *self._parts()]
             words += [f"data.params.latents={self.out / 'latents'}", f"run.log_dir={run}", f"run.seed={seed}"]
             self._run("latent-train", *words, f"run.total_steps={steps}", *KINDS[kind])
+            if not (run / "checkpoints" / f"step_{steps:08d}").is_dir():
+                raise UserError(
+                    f"{run}: was trained for more than --steps {steps} already; take more, or another --out"
+                )
         count = self.config.draws * len(self.test.captions)
         out = run / "samples" / f"captions_{steps}"
         file = out / f"samples_{count}.npz"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,10 @@ def train_clip(pictures: Tensor, captions: Sequence[str], steps: int, seed: int,
         if step % 100 == 0 or step == steps:
             log.info("small CLIP, seed %d, step %d/%d: loss %.3f", seed, step, steps, loss.detach().item())
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in clip.state_dict().items()}, out)
     out.with_suffix(".json").write_text(json.dumps(ARCH))
+    unfinished = out.with_name(f".tmp_{out.name}")
+    save_file({key: value.contiguous() for key, value in clip.state_dict().items()}, unfinished)
+    os.replace(unfinished, out)  # a file of this name is whole, whenever the run was killed
 
 
 def grouped(clip: nn.Module) -> list[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from guided_mt.errors import UserError
+from guided_mt.runs.config import parse
 from reproduce.joint_clip import experiment, main, scores, tiny_clip
 from reproduce.seeds import training_seeds
 
@@ -53,6 +54,22 @@ def test_all_stages(data, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(experiment, "run_child", lambda *words, **options: pytest.fail("all is there already"))
     main(words)
+    for flag, value in (("clip_steps", 3), ("guidance_scale", 1), ("first_steps", 2)):
+        with pytest.raises(
+            UserError, match=rf"was begun with --{flag} [0-9.]+, not [0-9.]+; repeat that, or take another"
+        ):
+            main([*words, f"--{flag}", str(value)])
+
+
+def test_a_model_that_was_trained_for_longer(data, tmp_path, monkeypatch):
+    """Its newest weights would be taken for those of fewer steps."""
+    config = parse(
+        ["--data_dir", str(data), "--out", str(tmp_path), "--steps", "1"], (experiment.EmojiConfig,), description=""
+    )
+    model = experiment.Experiment(config, *(experiment.Split.of(str(data), name) for name in ("train", "test")))
+    monkeypatch.setattr(model, "_run", lambda *words: None)
+    with pytest.raises(UserError, match=r"image_alone_0: was trained for more than --steps 1 already; take more"):
+        model.drawn("image alone", 0)
 
 
 def test_a_stage_that_fails(data, tmp_path, monkeypatch):

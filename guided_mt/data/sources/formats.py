@@ -7,9 +7,12 @@ import io
 import logging
 import threading
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ...errors import UserError
 
 logger = logging.getLogger("guided_mt.data")
 
@@ -27,6 +30,7 @@ _QUIET_SUFFIXES = (
 )
 _QUIET_NAMES = ("readme", "license", "licence", "copying", "makefile", "thumbs.db")
 _SHOWN = 3  # names in a message
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 MAX_PIXELS = 178_956_970  # of a photo, unless more are allowed: where Pillow by itself refuses one
 
 
@@ -91,3 +95,15 @@ def without_pillows_limit() -> Iterator[None]:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def refuse_compressed(file: Path) -> None:
+    """Raises UserError for a compressed archive, whose files can't be read by their place, and for a file that can't be read."""
+    try:
+        with file.open("rb") as handle:
+            magic = handle.read(8)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    for start, tool in _COMPRESSED.items():
+        if magic.startswith(start):
+            raise UserError(f"{file}: is compressed, so single images cannot be read; unpack it once with `{tool}`")

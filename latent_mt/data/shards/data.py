@@ -21,7 +21,7 @@ from ..layouts import check_choice
 from .filters import Filters
 from .head import HEAD, HeadSource
 from .index import caption_rule
-from .lanes import LaneOptions, LanePlan, LaneStream, lanes_of
+from .lanes import InParts, LaneOptions, LanePlan, LaneStream, lanes_of
 from .order import WindowOrder
 from .paths import is_remote, shards_of
 from .source import MISSING, ShardSource
@@ -32,7 +32,8 @@ class ShardData(StreamedData):
 
     path: shards ("data/{00000..00099}.tar"), a folder of them, or a list of both. val_path: the same, for validation.
     captions: where a sample's captions are, "txt" for KEY.txt, any other name for a field of KEY.json (a text, or a list of texts);
-    of a sample with several, training draws one each time. ucg_rate: how many captions training replaces by the empty one.
+    None: they have none. Of a sample with several, training draws one each time. ucg_rate: how many captions training replaces by
+    the empty one.
     filters: {name of filters.FILTERS: bound}; fields: {quantity: names of its field in KEY.json}, see filters.FIELDS.
     window: from so many local shards at a time samples are drawn. Remote ones (an address, or pipe:COMMAND) are read as streams:
     lanes: how many at a time, over all processes; shuffle: so many samples of a lane are drawn in random order.
@@ -50,7 +51,7 @@ class ShardData(StreamedData):
         random_crop: bool = False,
         random_flip: bool = False,
         num_workers: int = 2,
-        captions: str | Sequence[str] = ("txt",),
+        captions: str | Sequence[str] | None = ("txt",),
         ucg_rate: float = 0.0,
         filters: Mapping[str, Any] | None = None,
         fields: Mapping[str, Any] | None = None,
@@ -65,13 +66,15 @@ class ShardData(StreamedData):
         for key, value in (("window", window), ("lanes", lanes), ("shuffle", shuffle)):
             if value < 1:
                 raise UserError(f"data.params.{key} {value}: must be at least 1")
-        names = [captions] if isinstance(captions, str) else list(captions)
+        listed = isinstance(captions, Sequence) and not isinstance(captions, str)
+        names: list[Any] = list(captions or ()) if listed else [] if captions is None else [captions]
         if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"data.params.captions {captions!r}: write txt, or names of fields of the .json")
         self.rule = caption_rule(names, Filters(filters, fields))
         self.ucg_rate = checked_rate(ucg_rate)
         self.paths = {"train": path} | ({"val": val_path} if val_path else {})
         self.window, self.lanes, self.shuffle, self.missing_shards = window, lanes, shuffle, missing_shards
+        self.global_batch = 0  # of the training's stream, once there is one
 
     @property
     @override
@@ -113,7 +116,8 @@ class ShardData(StreamedData):
         source = self.source
         if isinstance(source, HeadSource):
             filters = (self.rule.filters.bounds, self.rule.filters.quantities)
-            parts: tuple[Any, ...] = (shards_of(self.paths["train"]), self.lanes, self.shuffle, filters)
+            shards = shards_of(self.paths["train"])
+            parts: tuple[Any, ...] = (shards, self.lanes, self.shuffle, filters, self.global_batch)
         elif isinstance(source, ShardSource):
             parts = ([os.path.basename(shard) for shard in source.shards], source.counts.tolist(), self.window)
         else:
@@ -124,7 +128,20 @@ class ShardData(StreamedData):
     def _batches(self, seed: int, world_size: int, rank: int, start: int, last: int | None) -> BatchStream:
         if not isinstance(self.source, HeadSource):
             return super()._batches(seed, world_size, rank, start, last)
-        batch = self.batch_size * world_size
+        self.global_batch = self.batch_size * world_size
+        return self._lanes(seed, self.global_batch, (rank, world_size), (start, last))
+
+    @override
+    def stream_of_all(self, *, seed: int, world_size: int, batches: int) -> BatchStream:
+        if not isinstance(self.source, HeadSource):
+            return super().stream_of_all(seed=seed, world_size=world_size, batches=batches)
+        steps = -(-batches // world_size)
+        whole = self._lanes(seed, self.batch_size * world_size, (0, 1), (0, steps))
+        return InParts(whole, self.batch_size, batches)
+
+    def _lanes(self, seed: int, batch: int, process: tuple[int, int], steps: tuple[int, int | None]) -> LaneStream:
+        """Remote shards by a plan for batches of `batch` over all processes. process: (rank, how many); steps: (first, behind the
+        last)."""
         plan = LanePlan(
             shards_of(self.paths["train"]),
             self.rule,
@@ -137,10 +154,10 @@ class ShardData(StreamedData):
         return LaneStream(
             plan,
             LaneOptions(self.image_size, self.random_crop, self.ucg_rate, self.max_pixels),
-            rank=rank,
-            world_size=world_size,
-            start_step=start,
-            total_steps=last,
+            rank=process[0],
+            world_size=process[1],
+            start_step=steps[0],
+            total_steps=steps[1],
             num_workers=self.num_workers,
         )
 

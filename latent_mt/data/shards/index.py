@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from guided_mt.data.captions import texts_of
+from guided_mt.data.captions import decoded, texts_of
 from guided_mt.data.sources.base import ProcessFile
 from guided_mt.data.sources.cache import Keeping, listed
+from guided_mt.data.sources.formats import refuse_compressed
 from guided_mt.data.sources.listing import Listing
 from guided_mt.data.sources.names import Names, smallest
 from guided_mt.data.sources.tar import list_tar
@@ -49,7 +50,7 @@ class SampleRule:
         """The captions of a sample with these contents of its .txt and its .json."""
         found: list[str] = []
         for name in self.captions:
-            found += texts_of((text or b"").decode("utf-8", "replace") if name == TEXT else described.get(name))
+            found += texts_of(decoded(text or b"") if name == TEXT else described.get(name))
         return tuple(found)
 
 
@@ -97,12 +98,13 @@ def _maker(rule: SampleRule) -> Callable[[Path], Listing]:
     def make(file: Path) -> Listing:
         return _make(file, rule)
 
-    make.__name__ = f"shard index of {rule.captions} {rule.filters.quantities}"
+    make.__name__ = f"shard index 2 of {rule.captions} {rule.filters.quantities}"
     return make
 
 
 def _make(file: Path, rule: SampleRule) -> Listing:
     """Names are keys; columns: offset and size of each part, how many captions, and the quantities as bits of float32."""
+    refuse_compressed(file)
     listing = list_tar(file)
     rows = _rows(listing)
     keys = list(rows)
@@ -127,11 +129,14 @@ def _make(file: Path, rule: SampleRule) -> Listing:
 
 
 def _rows(listing: Listing) -> dict[str, list[int]]:
-    """{key: rows of its image, text and json, -1 for none}, in the order of the keys."""
+    """{key: rows of its image, text and json, -1 for none}, in the order of the keys. An image of another name, such as
+    KEY.v2.jpg, is none of the sample, but where KEY has no other it counts as a sample without one."""
     rows: dict[str, list[int]] = {}
     best: dict[str, int] = {}
     for row, name in enumerate(listing.names):
         key, suffix = key_of(name)
+        if "." in suffix and suffix.rpartition(".")[2] in IMAGES:
+            rows.setdefault(key, [-1, -1, -1])
         if suffix in (TEXT, JSON):
             rows.setdefault(key, [-1, -1, -1])[1 if suffix == TEXT else 2] = row
         elif suffix in IMAGES:

@@ -78,11 +78,13 @@ class LanePlan:
 
     def _in_order(self, lane: int, skipped: int) -> Iterator[RemoteSample]:
         """A lane's samples as they stand in its shards. Shards whose counts are known are skipped unread."""
-        counts, empty = Counts(self.rule), 0
+        counts, distinct = Counts(self.rule), len(set(self.shards))
+        empty, said = set[str](), set[str]()  # shards that gave nothing since one gave something; that a warning named
         for shard in self.shards_of(lane):
             known = counts.get(shard)
             if known and skipped >= known:
                 skipped -= known
+                empty.clear()
                 continue
             found = 0
             try:
@@ -95,13 +97,18 @@ class LanePlan:
             except ShardError as error:
                 if self.missing == "stop":
                     raise UserError(f"{error}; data.params.missing_shards=skip leaves such shards out") from None
-                logger.warning("%s; what is left of it is left out", error)
+                if shard not in said:
+                    logger.warning("%s; what is left of it is left out", error)
+                said.add(shard)
             else:
                 counts.put(shard, found)
-            empty = 0 if found else empty + 1
-            if empty >= len(self.shards):
+            if found:
+                empty.clear()
+            else:
+                empty.add(shard)
+            if len(empty) == distinct:
                 raise UserError(
-                    f"{shard}: none of the {len(self.shards)} shards has a sample that passes data.params.filters"
+                    f"{shard}: none of the {distinct} shards has a sample that passes data.params.filters, or can be read"
                 )
 
 
@@ -199,7 +206,7 @@ class LaneStream:
         if plan.lanes % world_size:
             raise UserError(
                 f"data.params.lanes: {plan.lanes} lanes share out a batch of {plan.global_batch}, and don't divide by "
-                f"{world_size} processes; take a multiple of these that divides the batch"
+                f"{world_size} processes; take a multiple of these that divides the batch, such as {plan.global_batch}"
             )
         own = plan.lanes // world_size
         lanes = list(range(rank * own, (rank + 1) * own))
@@ -209,7 +216,7 @@ class LaneStream:
         self._seen, self._broken = 0, set[str]()
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = start_loader(self._dataset, None, self.workers, torch.cuda.is_available())
+        self._iterator = start_loader(self._dataset, None, self.workers)
         try:
             while parts := list(itertools.islice(self._iterator, max(1, self.workers))):
                 yield self._batch(parts)
@@ -220,7 +227,7 @@ class LaneStream:
         for part in parts:
             if "refused" in part:
                 raise UserError(part["refused"])
-        images, positions = (torch.cat([part[name] for part in parts]) for name in ("images", "positions"))
+        images, positions = (_together([part[name] for part in parts]) for name in ("images", "positions"))
         self._seen += len(images)
         for name, why in (broken for part in parts for broken in part["broken"]):
             if name in self._broken:
@@ -245,6 +252,44 @@ class LaneStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class InParts:
+    """A stream of remote samples in batches of `size`, `count` of them."""
+
+    def __init__(self, stream: LaneStream, size: int, count: int):
+        self.stream, self.size, self.count = stream, size, count
+
+    def __iter__(self) -> Iterator[Batch]:
+        parts = (
+            Batch(
+                batch.images[k : k + self.size],
+                None,
+                batch.positions[k : k + self.size],
+                batch.indices[k : k + self.size],
+                captions=(batch.captions or [])[k : k + self.size],
+            )
+            for batch in self.stream
+            for k in range(0, len(batch.images), self.size)
+        )
+        yield from itertools.islice(parts, self.count)
+
+    def close(self) -> None:
+        """Close the stream."""
+        self.stream.close()
+
+    def __enter__(self) -> InParts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The parts as one tensor, in pinned memory where a GPU reads it: of other memory a copy would wait for the device."""
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    out = torch.empty(shape, dtype=parts[0].dtype, pin_memory=torch.cuda.is_available())
+    return torch.cat(parts, out=out)
 
 
 def lanes_of(wanted: int, global_batch: int) -> int:

@@ -21,7 +21,7 @@ def shards_of(path: str | Sequence[str]) -> list[str]:
 
     Raises UserError where there are none, one is named twice, or local and remote ones are mixed.
     """
-    words = [path] if isinstance(path, str) else list(path)
+    words = [path] if isinstance(path, str) else list(path) if isinstance(path, Sequence) else []
     if not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise UserError(
             f"data.params.path {path!r}: name shards (data/{{00000..00099}}.tar), a folder of them, or a list"
@@ -62,6 +62,8 @@ def _expanded(word: str) -> list[str]:
             raise UserError(f"data.params.path {word}: {error}") from None
         if found != [word]:
             return [shard if is_remote(shard) else str(Path(shard).expanduser()) for shard in found]
+    if not is_remote(word) and any(sign in place.name for sign in "*?["):
+        raise UserError(f"{word}: write numbered shards as {{00000..00099}}.tar, or name their folder")
     if not is_remote(word) and place.suffix.lower() != ".tar":
         beside = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
         raise UserError(f"{word}: no such folder, and no .tar{nearest(place.name, beside)}")

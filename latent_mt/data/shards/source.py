@@ -208,13 +208,16 @@ def _say_left_out(path: str, indices: Sequence[ShardIndex], rule: SampleRule) ->
         f"{sum(index.left_out[name] for index in indices)} by {name} {rule.filters.bounds[name]:g}"
         for name in rule.filters.bounds
     ]
-    reasons += [f"{without} have no image"] if without else []
+    reasons += (
+        [f"{without} have no image KEY.jpg, KEY.png or KEY.webp, where KEY is without a point"] if without else []
+    )
     if not kept:
-        why = (
-            f" ({', '.join(reasons)}); a sample whose .{JSON} lacks the field is left out too, see data.params.fields"
-            if reasons
-            else ""
-        )
+        field = f"; a sample whose .{JSON} lacks the field is left out too, see data.params.fields"
+        why = f" ({', '.join(reasons)}){field if rule.filters.bounds else ''}"
+        if not total + without:
+            raise UserError(
+                f"{path}: no samples in {len(indices)} shard(s): they hold no files KEY.jpg, KEY.png or KEY.webp"
+            )
         raise UserError(f"{path}: none of the {total + without} samples in {len(indices)} shard(s) is left{why}")
     if kept < total + without:
         logger.info(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-import threading
+import selectors
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -20,6 +21,7 @@ from guided_mt.errors import reason
 from .index import IMAGES, JSON, TEXT, SampleRule, described_by, key_of
 
 REACH_SECONDS = 60.0  # a store that gives nothing for so long at the start counts as unreachable
+STALL_SECONDS = 600.0  # and one that gives nothing for so long in the midst of a shard as gone
 _PROGRAMS = {"s3": ["aws", "s3", "cp", "--only-show-errors"]}  # of addresses that webdataset has no program for
 _END = 512  # zero bytes at the end of a .tar, at least
 
@@ -84,30 +86,34 @@ def _passes(rule: SampleRule, described: Any) -> bool:
 
 
 class _Watched:
-    """A stream that knows how it ended, and gives up where nothing comes at first."""
+    """A stream that knows how it ended, and that gives up where a command gives nothing for too long."""
 
     def __init__(self, stream: Any):
-        self.stream, self.tail, self.silent = stream, b"", False
+        self.stream, self.tail, self.silent = stream, b"", 0.0  # silent: seconds, where it gave up
 
     def read(self, size: int = -1) -> bytes:
-        """`size` bytes, or as many as there are."""
-        if self.tail:
-            content = self.stream.read(size)
-        else:
-            timer = threading.Timer(REACH_SECONDS, self._give_up)
-            timer.start()
-            try:
-                content = self.stream.read(size)
-            finally:
-                timer.cancel()
+        """`size` bytes, or as many as there are. Raises TimeoutError."""
+        pipe = getattr(self.stream, "stream", None)  # of a command; files answer at once
+        content = self.stream.read(size) if pipe is None else self._of_command(pipe.fileno(), size)
         self.tail = (self.tail + content)[-_END:]
         return content
 
-    def _give_up(self) -> None:
-        self.silent = True
-        process = getattr(self.stream, "proc", None)
-        if process is not None:
-            process.kill()
+    def _of_command(self, pipe: int, size: int) -> bytes:
+        """Waits for each piece, since a command that is killed may leave programs behind that keep the pipe open."""
+        pieces: list[bytes] = []
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while size:
+                seconds = STALL_SECONDS if self.tail or pieces else REACH_SECONDS
+                if not selector.select(seconds):
+                    self.silent = seconds
+                    raise TimeoutError
+                piece = os.read(pipe, 2**20 if size < 0 else size)
+                if not piece:
+                    break
+                pieces.append(piece)
+                size -= len(piece) if size > 0 else 0
+        return b"".join(pieces)
 
 
 @contextlib.contextmanager
@@ -126,18 +132,24 @@ def _opened(shard: str) -> Iterator[_Watched]:
         yield watched
         while watched.read(2**16):  # a command that is not read to its end would die of that
             pass
-        stream.close()
+        if ended := _close(stream):
+            raise ShardError(f"{shard}: {ended}")
         if len(watched.tail) < _END or watched.tail.strip(b"\0"):
             raise EOFError("it ends in the midst of a file" if watched.tail else "nothing came")
     except GeneratorExit:
-        _close(stream)
+        _close(stream, kill=True)
+        raise
+    except ShardError:
         raise
     except Exception as error:
-        status = _close(stream)
-        if stream is not None and watched.silent:
-            status = f"nothing came within {REACH_SECONDS:.0f} seconds"
+        silent = stream is not None and watched.silent
+        status = _close(stream, kill=bool(silent))
+        if silent:
+            status = f"nothing came within {silent:.0f} seconds"
         elif isinstance(error, FileNotFoundError) and error.filename:
             status = f"needs the program {error.filename}, which is not there"
+        elif stream is None:
+            status = f"can't be opened ({reason(error)})"
         raise ShardError(f"{shard}: {status or _why(error)}") from None
 
 
@@ -149,12 +161,18 @@ def _why(error: Exception) -> str:
     return f"not a whole tar archive ({first})"
 
 
-def _close(stream: Any) -> str:
-    """End a stream, whatever is left in it; returns what its command said of an error, '' where it said nothing."""
+def _close(stream: Any, kill: bool = False) -> str:
+    """End a stream, whatever is left in it; returns what its command said of an error, '' where it said nothing. kill: first end a
+    command that may not end by itself."""
+    process = getattr(stream, "proc", None)
+    if kill and process is not None:
+        process.kill()
     try:
         if stream is not None:
             stream.close()
     except Exception as error:
         found = re.search(r"exit (-?\d+)", str(error))
-        return f"its command ended with exit code {found[1]}" if found else reason(error)
+        program = process.args[0] if process is not None and isinstance(process.args, list) else ""
+        ended = f"its command ended with exit code {found[1]}" if found else reason(error)
+        return f"{ended} ({program})" if found and program else ended
     return ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,14 +25,24 @@ from guided_mt.runs.weights import read_weights
 
 from ..targets import instantiate
 from . import scheduler, text_encoder, unet, vae
-from .values import swapped
+from .values import number, swapped, whole
 
 CLASS = "StableDiffusionPipeline"
+log = logging.getLogger("latent_mt")
 UNET, FIRST_STAGE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.autoencoder.AutoencoderKL"
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 # Each part's weights, the first that is there: diffusers' names, then transformers'.
 _FILES = ("diffusion_pytorch_model", "model", "pytorch_model")
-_ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+_ENDINGS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".fp16.safetensors",
+    ".safetensors.index.fp16.json",
+    ".bin",
+    ".bin.index.json",
+    ".fp16.bin",
+    ".bin.index.fp16.json",
+)
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -49,8 +61,9 @@ def configuration(index: Path) -> dict[str, Any]:
     folder, pipeline = index.parent, _json(index)
     name = pipeline.get("_class_name")
     if name != CLASS:
+        what = f"a {name}" if name else "no pipeline, without a _class_name"
         raise UserError(
-            f"{index}: is a {name}; of diffusers' pipelines {CLASS} alone is read, which draws from text and no more"
+            f"{index}: is {what}; of diffusers' pipelines {CLASS} alone is read, which draws from text and no more"
         )
     configs = {part: _json(folder / part / "config.json") for part in PREFIXES}
     schedule_file = folder / "scheduler" / "scheduler_config.json"
@@ -61,21 +74,34 @@ def configuration(index: Path) -> dict[str, Any]:
             )
     where = {part: str(folder / part / "config.json") for part in PREFIXES}
     network = unet.to_ldm(configs["unet"], where["unet"])
+    stage = text_encoder.to_stage(configs["text_encoder"], where["text_encoder"])
+    _compare_padding(folder / "tokenizer" / "special_tokens_map.json", stage["target"])
     params = {
         **scheduler.to_ldm(_json(schedule_file), str(schedule_file)),
         "first_stage_key": "jpg",
         "cond_stage_key": "txt",
         "image_size": network["image_size"],
-        "channels": configs["vae"].get("latent_channels", 4),
+        "channels": whole(configs["vae"], "latent_channels", where["vae"], 4),
         "cond_stage_trainable": False,
         "conditioning_key": "crossattn",
-        "scale_factor": configs["vae"].get("scaling_factor", 0.18215),
+        "scale_factor": number(configs["vae"], "scaling_factor", where["vae"], 0.18215),
         "use_ema": False,
         "unet_config": {"target": UNET, "params": network},
         "first_stage_config": {"target": FIRST_STAGE, "params": vae.to_ldm(configs["vae"], where["vae"])},
-        "cond_stage_config": text_encoder.to_stage(configs["text_encoder"], where["text_encoder"]),
+        "cond_stage_config": stage,
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+@functools.cache  # said once
+def _compare_padding(file: Path, target: str) -> None:
+    """Say where a folder's tokenizer fills texts up with another token than the stage does; a folder may lack the file."""
+    told = text_encoder.padding_of(_json(file)) if file.is_file() else None
+    if told not in (None, text_encoder.PADDING[target]):
+        log.warning(
+            "%s: texts are filled up with token %d there, and with %d here, as a %s has it: images will differ from diffusers'",
+            *(file, told, text_encoder.PADDING[target], target.rpartition(".")[2]),
+        )
 
 
 def read_state(index: Path) -> dict[str, Tensor]:
@@ -133,12 +159,21 @@ def _weights(part: Path) -> dict[str, Tensor]:
     candidates = [part / f"{name}{ending}" for ending in _ENDINGS for name in _FILES]
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:
-        raise UserError(f"{part}: holds no weights ({_FILES[0]}.safetensors or {_FILES[1]}.safetensors)")
+        there = sorted(file.name for file in part.iterdir() if file.name != "config.json") if part.is_dir() else []
+        raise UserError(
+            f"{part}: holds no weights ({_FILES[0]}.safetensors or {_FILES[1]}.safetensors), but "
+            f"{', '.join(there[:5]) or 'nothing'}"
+        )
     if file.suffix != ".json":
         return read_weights(file)
+    shards = _json(file).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{file}: its weight_map doesn't name the file of each entry; copy it again")
     state: dict[str, Tensor] = {}
-    for shard in sorted(set(_json(file).get("weight_map", {}).values())):
-        state |= read_weights(part / Path(shard).name)
+    for shard in sorted({part / Path(shard).name for shard in shards.values()}):
+        if not shard.is_file():
+            raise UserError(f"{shard}: no such file, which {file.name} names; copy it, too")
+        state |= read_weights(shard)
     return state
 
 
@@ -151,7 +186,7 @@ def write_pipeline(folder: Path, model: Any, config: Mapping[str, Any]) -> list[
     Raises UserError for what the layout has no place for, and where the folder can't be written.
     """
     params = config["model"]["params"]
-    parts = _parts(model, params)
+    folder, parts = folder.absolute(), _parts(model, params)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name another --out, or move it")
     temporary = folder.with_name(f".tmp_{folder.name}")

@@ -9,6 +9,8 @@ import numpy as np
 
 from guided_mt.errors import UserError, nearest
 
+from .values import number, whole
+
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {
     "linear": "scaled_linear",
@@ -16,6 +18,7 @@ SCHEDULES = {
     "cosine": "squaredcos_cap_v2",
 }  # LDM's name: diffusers'
 CLASS = "DDIMScheduler"
+OTHER_PROCESSES = ("FlowMatch", "EDM", "CM", "KarrasVe", "Score")  # how the names of schedulers of these begin
 
 
 def to_diffusers(params: Mapping[str, Any], betas: np.ndarray) -> dict[str, Any]:
@@ -42,20 +45,30 @@ def to_diffusers(params: Mapping[str, Any], betas: np.ndarray) -> dict[str, Any]
 def to_ldm(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """LDM's keywords of `model.params`. Raises UserError for a schedule or prediction that LDM has no name for."""
     predictions, schedules = ({b: a for a, b in table.items()} for table in (PREDICTIONS, SCHEDULES))
+    name = str(config.get("_class_name", CLASS))
+    if name.startswith(OTHER_PROCESSES):
+        raise UserError(f"{where}: {name} is no scheduler of a diffusion by betas, which Stable Diffusion 1 and 2 are")
     prediction, schedule = config.get("prediction_type", "epsilon"), config.get("beta_schedule", "linear")
     for key, value, known in (("prediction_type", prediction, predictions), ("beta_schedule", schedule, schedules)):
         if value not in known:
             raise UserError(f"{where}: {key} '{value}' is none of {', '.join(known)}{nearest(str(value), known)}")
+    if (betas := config.get("trained_betas")) is not None and not _are_betas(betas):
+        raise UserError(f"{where}: trained_betas: a list of numbers between 0 and 1 is expected")
     found = {
-        "timesteps": config.get("num_train_timesteps", 1000),
+        "timesteps": whole(config, "num_train_timesteps", where, 1000) if betas is None else len(betas),
         "beta_schedule": schedules[schedule],
-        "linear_start": config.get("beta_start", 1e-4),
-        "linear_end": config.get("beta_end", 2e-2),
+        "linear_start": number(config, "beta_start", where, 1e-4),
+        "linear_end": number(config, "beta_end", where, 2e-2),
         "parameterization": predictions[prediction],
     }
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         found["given_betas"] = betas_of(found, config).tolist()
     return found
+
+
+def _are_betas(values: Any) -> bool:
+    numbers = isinstance(values, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values)
+    return bool(numbers and values) and all(0 < x <= 1 for x in values)
 
 
 def betas_of(named: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray:

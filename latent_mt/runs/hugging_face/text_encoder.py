@@ -16,7 +16,7 @@ from torch import Tensor
 from guided_mt.errors import UserError
 from guided_mt.networks.clip import clip_config
 
-from .values import needed, refuse_others
+from .values import refuse_others, whole
 
 CLASS = "CLIPTextModel"
 TARGETS = "ldm.modules.encoders.modules."
@@ -81,8 +81,9 @@ def state_to_stage(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor
             if block[2] in modules:
                 found[f"{start}{modules[block[2]]}.{block[3]}"] = value
             elif block[2] == "self_attn.q_proj":
-                parts = [plain[f"encoder.layers.{block[1]}.self_attn.{part}_proj.{block[3]}"] for part in "qkv"]
-                found[f"{start}attn.in_proj_{block[3]}"] = torch.cat(parts)
+                parts = [plain.get(f"encoder.layers.{block[1]}.self_attn.{part}_proj.{block[3]}") for part in "qkv"]
+                if all(part is not None for part in parts):  # else the model says which entry is missing
+                    found[f"{start}attn.in_proj_{block[3]}"] = torch.cat(parts)  # type: ignore[arg-type]
             elif block[2] not in ("self_attn.k_proj", "self_attn.v_proj"):
                 found[key] = value  # unknown: the model says so
         else:
@@ -106,7 +107,7 @@ def to_transformers(stage: Any, target: str) -> dict[str, Any]:
             "intermediate_size": int(stage.width * text.get("mlp_ratio", 4.0)),
             "num_attention_heads": text["heads"],
             "num_hidden_layers": len(blocks) - (stage.layer == "penultimate"),
-            "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+            "hidden_act": "quick_gelu" if type(blocks[0].mlp.gelu).__name__ == "QuickGELU" else "gelu",
             "projection_dim": config["embed_dim"],
         }
     own = {
@@ -119,10 +120,24 @@ def to_transformers(stage: Any, target: str) -> dict[str, Any]:
     return {"layer_norm_eps": 1e-5, **found, **own, **ids, "dtype": "float32"}
 
 
+def padding_of(special_tokens: Mapping[str, Any]) -> int | None:
+    """The id behind a text's end by a tokenizer's special_tokens_map.json: of version 1 END, of version 2 0, the word "!"; None
+    where that doesn't say."""
+    token = special_tokens.get("pad_token")
+    word = token.get("content") if isinstance(token, Mapping) else token
+    return {"<|endoftext|>": END, "!": 0}.get(str(word))
+
+
 def to_stage(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """LDM's `cond_stage_config` of a config.json: version 2's where the activation is GELU, version 1's where it is quick GELU."""
     refuse_others(config, _ONLY, where)
-    sizes = {key: needed(config, key, where) for key in _SD2}
+    if config.get("model_type", CLASS) not in (CLASS, "clip_text_model", "clip"):
+        raise UserError(
+            f"{where}: is a {config['model_type']}; Stable Diffusion 1 and 2 read texts by CLIP's text model"
+        )
+    sizes = {key: whole(config, key, where) for key in _SD2}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise UserError(f"{where}: hidden_size {sizes['hidden_size']} is no multiple of its num_attention_heads")
     act = config.get("hidden_act", "quick_gelu")
     if act == "quick_gelu":
         # Stable Diffusion 1's own is known by its name, and then also to its own code.
@@ -137,6 +152,10 @@ def to_stage(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "layers": sizes["num_hidden_layers"] + 1,
         "mlp_ratio": sizes["intermediate_size"] / sizes["hidden_size"],
     }
-    other = {"embed_dim": config.get("projection_dim", sizes["hidden_size"]), "vision_cfg": {}, "text_cfg": text}
+    other = {
+        "embed_dim": whole(config, "projection_dim", where, sizes["hidden_size"]),
+        "vision_cfg": {},
+        "text_cfg": text,
+    }
     params = {"arch": "ViT-H-14" if sizes == _SD2 else other, "version": None, "freeze": True, "layer": "penultimate"}
     return {"target": OPEN_CLIP, "params": params}

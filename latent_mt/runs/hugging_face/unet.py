@@ -12,7 +12,7 @@ from typing import Any
 
 from guided_mt.errors import UserError
 
-from .values import needed, refuse_others
+from .values import multiples, needed, refuse_others, whole, wholes
 
 CLASS = "UNet2DConditionModel"
 PLAIN, ATTENDING = "DownBlock2D", "CrossAttnDownBlock2D"
@@ -55,6 +55,14 @@ _ONLY: dict[str, Any] = {
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
+    "encoder_hid_dim_type": None,
+    "class_embeddings_concat": False,
+    "cross_attention_norm": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "reverse_transformer_layers_per_block": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
 }
 
 
@@ -148,51 +156,44 @@ def to_diffusers(params: Mapping[str, Any], size: int) -> dict[str, Any]:
 def to_ldm(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """LDM's `unet_config.params` of a config.json. Raises UserError for a U-Net that LDM's can't be."""
     refuse_others(config, _ONLY, where)
-    channels, down = list(needed(config, "block_out_channels", where)), list(needed(config, "down_block_types", where))
-    unknown = [name for name in down if name not in (PLAIN, ATTENDING)]
-    wanted = [name.replace("Down", "Up") for name in down[::-1]]
+    channels, down = wholes(config, "block_out_channels", where), list(needed(config, "down_block_types", where))
+    unknown = [str(name) for name in down if name not in (PLAIN, ATTENDING)]
+    wanted = [str(name).replace("Down", "Up") for name in down[::-1]]
     if unknown or list(config.get("up_block_types", wanted)) != wanted:
         raise UserError(
-            f"{where}: blocks {', '.join(unknown or config['up_block_types'])} are not Stable Diffusion's 1 and 2"
+            f"{where}: blocks {', '.join(unknown or map(str, config['up_block_types']))} are not Stable Diffusion's 1 and 2"
         )
-    mult = [c // channels[0] for c in channels]
-    if [m * channels[0] for m in mult] != channels:
-        raise UserError(f"{where}: block_out_channels {channels} are not multiples of the first")
-    single = {
-        key: needed(config, key, where)
-        for key in ("layers_per_block", "cross_attention_dim")
-        if not isinstance(config.get(key), int)
-    }
-    depth = config.get("transformer_layers_per_block", 1)
-    if single or not isinstance(depth, int):
-        key, value = next(iter(single.items()), ("transformer_layers_per_block", depth))
-        raise UserError(f"{where}: {key} {value} differs between levels; one number is supported")
+    if len(down) != len(channels):
+        raise UserError(f"{where}: {len(down)} down_block_types and {len(channels)} block_out_channels")
     return {
-        "image_size": config.get("sample_size", 64),
-        "in_channels": config.get("in_channels", 4),
-        "out_channels": config.get("out_channels", 4),
+        "image_size": whole(config, "sample_size", where, 64),
+        "in_channels": whole(config, "in_channels", where, 4),
+        "out_channels": whole(config, "out_channels", where, 4),
         "model_channels": channels[0],
         "attention_resolutions": [2**level for level, name in enumerate(down) if name == ATTENDING],
-        "num_res_blocks": config["layers_per_block"],
-        "channel_mult": mult,
+        "num_res_blocks": whole(config, "layers_per_block", where),
+        "channel_mult": multiples(channels, where),
         "dropout": config.get("dropout") or 0.0,
         **_heads(config, channels, where),
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection", False)),
-        "transformer_depth": depth,
-        "context_dim": config["cross_attention_dim"],
+        "transformer_depth": whole(config, "transformer_layers_per_block", where, 1),
+        "context_dim": whole(config, "cross_attention_dim", where),
         "legacy": False,
     }
 
 
 def _heads(config: Mapping[str, Any], channels: list[int], where: str) -> dict[str, int]:
     """{num_heads} or {num_head_channels}: LDM's are the same number of heads, or the same channels per head, on all levels."""
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    if isinstance(heads, int):
-        return {"num_heads": heads}
+    key = "num_attention_heads" if config.get("num_attention_heads") is not None else "attention_head_dim"
+    if not isinstance(config.get(key), list):
+        return {"num_heads": whole(config, key, where, 8)}
+    heads = wholes(config, key, where)
+    if len(heads) != len(channels):
+        raise UserError(f"{where}: {key} {heads}: as many as block_out_channels are expected, {len(channels)}")
     sizes = {c // h for c, h in zip(channels, heads, strict=True)}
     if len(set(heads)) == 1:
         return {"num_heads": heads[0]}
     if len(sizes) == 1:
         return {"num_head_channels": sizes.pop()}
-    raise UserError(f"{where}: attention_head_dim {list(heads)} is neither one number of heads nor one width of a head")
+    raise UserError(f"{where}: {key} {heads} is neither one number of heads nor one width of a head")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from guided_mt.errors import UserError
 
-from .values import needed, refuse_others
+from .values import multiples, refuse_others, whole, wholes
 
 CLASS = "AutoencoderKL"
+DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 # By the names of diffusers before version 0.17, which files of that time have.
 _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -71,8 +72,8 @@ def to_diffusers(params: Mapping[str, Any], scale_factor: float) -> dict[str, An
         "_class_name": CLASS,
         "in_channels": dd["in_channels"],
         "out_channels": dd["out_ch"],
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "down_block_types": [DOWN] * len(channels),
+        "up_block_types": [UP] * len(channels),
         "block_out_channels": channels,
         "layers_per_block": dd["num_res_blocks"],
         "act_fn": "silu",
@@ -86,23 +87,25 @@ def to_diffusers(params: Mapping[str, Any], scale_factor: float) -> dict[str, An
 def to_ldm(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """LDM's `first_stage_config.params` of a config.json. Raises UserError for an autoencoder that LDM's can't be."""
     refuse_others(config, _ONLY, where)
-    channels = list(needed(config, "block_out_channels", where))
-    mult = [c // channels[0] for c in channels]
-    if [m * channels[0] for m in mult] != channels:
-        raise UserError(f"{where}: block_out_channels {channels} are not multiples of the first")
-    latent = config.get("latent_channels", 4)
-    groups = config.get("norm_num_groups", 32)
+    channels = wholes(config, "block_out_channels", where)
+    for key, block in (("down_block_types", DOWN), ("up_block_types", UP)):
+        if list(config.get(key) or []) not in ([], [block] * len(channels)):
+            raise UserError(
+                f"{where}: {key} {config[key]}: {len(channels)} {block} are expected, as in Stable Diffusion"
+            )
+    latent = whole(config, "latent_channels", where, 4)
+    groups = whole(config, "norm_num_groups", where, 32)
     return {
         "embed_dim": latent,
         "ddconfig": {
             "double_z": True,
             "z_channels": latent,
-            "resolution": config.get("sample_size", 256),
-            "in_channels": config.get("in_channels", 3),
-            "out_ch": config.get("out_channels", 3),
+            "resolution": whole(config, "sample_size", where, 256),
+            "in_channels": whole(config, "in_channels", where, 3),
+            "out_ch": whole(config, "out_channels", where, 3),
             "ch": channels[0],
-            "ch_mult": mult,
-            "num_res_blocks": config.get("layers_per_block", 1),
+            "ch_mult": multiples(channels, where),
+            "num_res_blocks": whole(config, "layers_per_block", where, 1),
             "attn_resolutions": [],
             "dropout": 0.0,
             **({} if groups == 32 else {"norm_groups": groups}),

@@ -65,7 +65,7 @@ def test_the_encoders_answer_is_open_clips_and_the_heads_is_its_vectors(folder, 
 
 def test_texts_by_list_and_by_file(folder, tmp_path, capsys):
     by_list = classified(folder, texts="a ring;a bar", labelled=False)
-    (tmp_path / "texts.txt").write_text("a ring\n\na bar\n")
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfa ring\r\n\r\na bar\r\n")
     by_file = classified(folder, texts=tmp_path / "texts.txt", labelled=False)
     assert by_list["classes"].tolist() == ["a ring", "a bar"] and by_list["probabilities"].shape == (6, 2)
     assert "right:" not in capsys.readouterr().out
@@ -77,6 +77,11 @@ def test_the_same_texts_have_the_same_vectors():
     one, two = TextEncoder(ARCH, "untrained"), TextEncoder(ARCH, "untrained")
     vectors = one(["a cat", "a dog"])
     assert torch.equal(vectors, two(["a cat", "a dog"])) and torch.allclose(vectors.norm(dim=1), torch.ones(2))
+
+
+def test_a_text_that_is_too_long_is_cut_and_that_is_said(caplog):
+    TextEncoder(ARCH, "untrained")(["a cat", "cat " * 80])
+    assert caplog.text.count("a text is cut to the 77 tokens that CLIP reads: 'cat cat") == 1
 
 
 BAD = [

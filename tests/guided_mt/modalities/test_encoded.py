@@ -21,6 +21,7 @@ from guided_mt.errors import UserError
 from guided_mt.generation.build import build_modalities, build_model, model_sections
 from guided_mt.modalities import Images
 from guided_mt.modalities.encoded import EncodedVector
+from guided_mt.modalities.vector import read_vectors
 from guided_mt.networks.image_encoder import ImageEncoder
 from guided_mt.runs.config import parse
 from guided_mt.training.units import measure_units
@@ -160,12 +161,40 @@ def test_an_image_gives_its_representation(run, clip, tmp_path):
         draw(f"representation={tmp_path / 'broken.png'}")
 
 
+def test_options_that_say_nothing_with_a_source_are_named(clip, tmp_path, caplog):
+    from guided_mt.generation.build import complete
+
+    np.save(tmp_path / "v.npy", np.ones((3, 5), np.float32))
+    for values, expected in (
+        ({"representation_file": "x.npz"}, "--representation_file is not used: representation_source is clip-image"),
+        (
+            {"representation_source": "file", "representation_file": tmp_path / "v.npy", "clip_arch": ""},
+            "--clip_weights is not used: representation_source is file",
+        ),
+    ):
+        chosen = {k: v for k, v in settings(clip, image_size=8, **values).items() if k != "ema_rate"}
+        complete(parse(words(**chosen), model_sections(), description=""))
+        assert expected in caplog.text
+    assert "clip_arch is not used" not in caplog.text
+
+
+def test_numbers_that_float32_does_not_hold(tmp_path):
+    np.save(tmp_path / "v.npy", np.array([[1.0, 2.0], [1.0, 1e300]]))
+    with pytest.raises(UserError, match=r"v\.npy: has values that are not finite, first in row 1"):
+        read_vectors(str(tmp_path / "v.npy"), "v", 2, f"--given v={tmp_path / 'v.npy'}")
+
+
 BAD = [
     ({"clip_arch": ""}, r"--clip_arch is missing: an architecture that open_clip knows"),
     ({"clip_weights": ""}, r"--clip_weights is missing: a file, .* or 'untrained'"),
     ({"clip_arch": "gone.json"}, r"--clip_arch gone.json: can't be read as JSON \(No such file"),
     ({"clip_arch": "ViT-H-41"}, r"'ViT-H-41' is none of open_clip's \(did you mean ViT-H-1"),
-    ({"clip_weights": "gone.pt"}, r"CLIP weights 'gone.pt' of a mapping are unknown"),
+    ({"clip_weights": "gone.pt"}, r"CLIP weights gone.pt: no such file; name one, or weights that open_clip lists"),
+    ({"clip_weights": "untraind"}, r"CLIP weights 'untraind' of a mapping are unknown"),
+    (
+        {"clip_arch": '{"embed_dim": "wide", "vision_cfg": {}, "text_cfg": {}}'},
+        r"has a whole number as embed_dim and mappings as vision_cfg and text_cfg",
+    ),
     ({"representation_size": 5}, r"--representation_size 5: this CLIP's vectors have 24 numbers"),
     (
         {"representation_token": "vector"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny_latent import model_params
 from tiny_text import tiny_config, tiny_model, write_checkpoint
 
@@ -13,6 +14,7 @@ from guided_mt.diffusion.schedules import half_log_snr
 from guided_mt.errors import UserError
 from guided_mt.runs.config import parse
 from latent_mt.commands import export_diffusers, latent_sample
+from latent_mt.commands.loading import load_model, read_saved
 from latent_mt.model.conditions import TextConfig, check_prompts, latent_size, read_prompts, text_condition
 from latent_mt.model.generate import LatentGenerator, LatentSampleConfig
 from latent_mt.runs.targets import instantiate
@@ -140,6 +142,28 @@ def test_the_command_draws_what_the_prompts_say(published, tmp_path, capsys):
     assert ("precision fp32 and not fp16" in capsys.readouterr().out) == ("v2" in str(weights))
 
 
+def test_entries_too_many_and_parts_that_are_missing(published, tmp_path):
+    """What a message advises is a way out: ignore_keys of the YAML file hold where that file is drawn from."""
+    _, weights, file, _ = published
+    content = torch.load(weights, weights_only=True)
+    config = OmegaConf.load(file)
+    config.model.params.ignore_keys = ["foo", "betas"]
+    OmegaConf.save(config, tmp_path / "ignoring.yaml")
+    state = content["state_dict"]
+    torch.save({"state_dict": {**state, "foo": torch.zeros(3), "betas": 2 * state["betas"]}}, tmp_path / "more.ckpt")
+
+    def load(path, yaml=file):
+        return load_model(read_saved(path, str(yaml)), path, torch.device("cpu"))
+
+    assert "first 'foo'; leave them out by ignore_keys: [foo]" in complaint(load, tmp_path / "more.ckpt")
+    load(tmp_path / "more.ckpt", tmp_path / "ignoring.yaml")
+    for prefix, part in (("first_stage_model.", "first stage"), ("cond_stage_model.", "conditioning stage")):
+        torch.save({k: v for k, v in state.items() if not k.startswith(prefix)}, tmp_path / "less.ckpt")
+        assert f"less.ckpt: {part}: the file holds nothing of it; take a checkpoint with" in complaint(
+            load, tmp_path / "less.ckpt"
+        )
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "sde-dpm++", "unipc", "heun"])
 def test_every_sampler_takes_a_prompt(sampler):
     model = tiny_model(tiny_config(timesteps=50))
@@ -184,6 +208,12 @@ def test_prompts_that_say_nothing_are_named(tmp_path):
 
     assert read() is None and read(prompt="").texts == ("",) and read(prompt="a cat").of(5) == "a cat"
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "windows.txt").write_bytes("\ufeffa cat\r\n\r\n two\u2028dogs \r\n".encode())
+    assert read(prompt_file=tmp_path / "windows.txt").texts == ("a cat", "two\u2028dogs")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert "latin.txt: is no text in UTF-8 (unexpected end of data, byte 4)" in complaint(
+        read, prompt_file=tmp_path / "latin.txt"
+    )
     assert "give one of them" in complaint(read, prompt="a", prompt_file="b")
     assert "goes with --prompt" in complaint(read, negative_prompt="grey")
     assert "no effect with --guidance_scale 1" in complaint(read, prompt="a", negative_prompt="grey")

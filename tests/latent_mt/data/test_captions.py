@@ -134,12 +134,20 @@ GOLDEN = "dbcaaa-bad-d"
         ),
         ("t.jsonl", '{"file": "x", \n', r"t\.jsonl: line 1 is no JSON"),
         ("t.jsonl", "[1]\n", r"t\.jsonl: line 1 is no JSON object"),
+        ("t.csv", "file,caption\nx,a caf\udce9\n", r"t\.csv: line 2 is no UTF-8; save the table in that encoding"),
+        ("t.csv", "file,caption\nx,a cat, asleep\n", r"t\.csv: line 2 has more columns than .* a comma between double"),
+        (
+            "t.csv",
+            f"file,caption\nx,{'y' * 140_000}\n",
+            r"t\.csv: can't be read behind line 1 \(field larger .*left open",
+        ),
+        (["txt"], None, r"data\.params\.captions \['txt'\]: name one place, txt or a table"),
     ],
 )
 def test_what_is_no_caption(captions, rows, expected, tmp_path):
     folder = write_images(tmp_path / "images")
     if rows:
-        (folder / captions).write_text(rows)
+        (folder / captions).write_text(rows, errors="surrogateescape")
     with pytest.raises(UserError, match=expected):
         ImageData(str(folder), SIZE, 2, captions=captions).open()
 

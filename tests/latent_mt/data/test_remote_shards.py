@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from test_shards import ALL, COUNTS, opened, seen
-from tiny_shards import files_of, png, write_shards
+from tiny_shards import files_of, png, sample_of, write_shards
 
 from guided_mt.errors import UserError
 from latent_mt.data import ShardData
@@ -65,6 +65,36 @@ def test_what_is_seen_does_not_depend_on_processes_workers_or_interruptions(tmp_
     monkeypatch.setenv("MT_DIFFUSION_LISTINGS", "off")
     assert seen(data, range(9, 14), world=3) == {p: whole[p] for p in range(54, 84)}
     assert len(read) - with_counts > with_counts
+
+
+def test_one_process_sees_beforehand_what_all_will_see(tmp_path):
+    """What is measured before the first step is measured on the samples of the first steps, however many processes there are."""
+    data = remote(tmp_path, lanes=8).open()
+    whole = seen(data, range(4), batch=8)
+    for world in (1, 2, 4):
+        data.batch_size = 8 // world
+        with data.stream_of_all(seed=3, world_size=world, batches=3 * world) as stream:
+            parts = list(stream)
+        assert [len(part.images) for part in parts] == [8 // world] * (3 * world)
+        found = {
+            position: (*sample_of(image), caption)
+            for part in parts
+            for position, image, caption in zip(
+                part.positions.tolist(), part.images.numpy(), part.captions, strict=True
+            )
+        }
+        assert found == {position: whole[position] for position in range(24)}
+
+
+def test_a_run_on_other_batches_is_told_that_the_order_is_a_new_one(tmp_path):
+    marks = []
+    for batch, world in ((8, 1), (4, 2), (4, 1)):
+        data = remote(tmp_path).open()
+        data.batch_size = batch
+        data.stream(seed=0, world_size=world, rank=0)
+        data.stream_of_all(seed=0, world_size=world, batches=1)
+        marks.append(data.fingerprint)
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_a_lane_gives_all_samples_of_its_shards(tmp_path):
@@ -160,6 +190,56 @@ def test_broken_samples(tmp_path, monkeypatch, caplog):
     data = remote(tmp_path, files=lambda shard, sample: {"png": b"broken" if sample else png(shard, sample)}).open()
     with pytest.raises(UserError, match=r"are broken"):
         seen(data, range(8))
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 0), (2, 0)])
+def test_shards_without_a_sample_are_passed_over_however_often_they_come(counts, tmp_path):
+    """Also where a lane meets one more often in a row than there are shards, and where others are skipped unread."""
+    data = remote(tmp_path, counts, lanes=2).open()
+    whole = seen(data, range(16), batch=2)
+    wanted = {(shard, k) for shard, count in enumerate(counts) for k in range(count)}
+    assert sorted(whole) == list(range(32)) and {x[:2] for x in whole.values()} == wanted
+    assert seen(data, range(13, 16), batch=2) == {p: whole[p] for p in range(26, 32)}
+
+
+def test_a_command_that_leaves_programs_behind(monkeypatch):
+    """They keep the pipe open, so that only who waits with an end notices; later in a shard it may take longer."""
+    monkeypatch.setattr(stream, "REACH_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"pipe:sleep 3 \| cat: nothing came within 0 seconds"):
+        opened("pipe:sleep 3 | cat").open()
+
+
+def test_a_command_that_stalls(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "STALL_SECONDS", 0.2)
+    write_shards(tmp_path, (9,))
+    command = f"pipe:head -c 20480 {tmp_path}/00000.tar; exec sleep 3"
+    found: list[str] = []
+    with pytest.raises(stream.ShardError, match=r"exec sleep 3: nothing came within 0 seconds"):
+        found.extend(sample.name for sample in stream.samples_of(command, SampleRule()))
+    assert 1 <= len(found) < 9
+
+
+def test_shards_that_fail_are_skipped_wherever_they_stand(tmp_path, caplog):
+    write_shards(tmp_path, (3,))
+    whole = f"pipe:cat {tmp_path}/00000.tar"
+    for shards in ([whole, "pipe:exit 3"], ["pipe:exit 3", whole]):
+        data = opened(shards, missing_shards="skip", lanes=2, shuffle=4).open()
+        assert len(data.source) == 3
+        caplog.clear()
+        assert {x[:2] for x in seen(data, range(8), batch=2).values()} == {(0, k) for k in range(3)}
+        assert caplog.text.count("exit code 3; what is left of it is left out") <= 2  # once for each lane
+    with pytest.raises(UserError, match=r"exit code 3; data\.params\.missing_shards=skip leaves such shards out"):
+        opened([whole, "pipe:exit 3"]).open()
+    with pytest.raises(UserError, match=r"exit code 4 \(of the first 2 of 2 shards none can be read\)"):
+        opened(["pipe:exit 4", "pipe:exit 5"], missing_shards="skip").open()
+
+
+def test_samples_without_a_caption_are_counted(tmp_path, caplog):
+    def files(shard: int, sample: int) -> dict[str, bytes]:
+        return {suffix: x for suffix, x in files_of(shard, sample).items() if suffix != "txt" or sample}
+
+    remote(tmp_path, (3, 2), files).open()
+    assert "2 of the first 5 samples have no caption; such samples are given the empty one" in caplog.text
 
 
 def test_filters_that_nothing_passes(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import pickle
 import tarfile
@@ -199,6 +200,31 @@ def test_shards_without_captions_where_text_is_the_condition(tmp_path):
         train(file, *on_shards(pattern))
 
 
+def test_names_with_points_are_no_samples_and_that_is_said(tmp_path, caplog):
+    """The key ends at the first point: KEY.seg.png is none of the sample KEY, which without an image counts as one without."""
+    caplog.set_level(logging.INFO)
+
+    def files(shard: int, sample: int) -> dict[str, bytes]:
+        extra = {"seg.png": b"no image"}
+        return files_of(shard, sample) | extra if sample else {"v2.png": png(shard, 0), "v2.txt": b"lost"}
+
+    data = opened(write_shards(tmp_path, (3, 2), files)).open()
+    assert {x[:2] for x in seen(data, range(1), batch=3).values()} == {(0, 1), (0, 2), (1, 1)}
+    assert (
+        "2 of 5 samples are left out: 2 have no image KEY.jpg, KEY.png or KEY.webp, where KEY is without a point"
+        in caplog.text
+    )
+
+
+def test_the_mark_of_an_encoding_is_no_caption_and_null_are_none(tmp_path):
+    def files(shard: int, sample: int) -> dict[str, bytes]:
+        return files_of(shard, sample) | {"txt": b"\xef\xbb\xbfa cat\r\n"}
+
+    pattern = write_shards(tmp_path, (2,), files)
+    assert {caption for _, _, caption in seen(opened(pattern).open(), range(1), batch=2).values()} == {"a cat"}
+    assert opened(pattern, captions=None).open().source.captions is None
+
+
 # ---------------------------------------------------------------- the index
 
 
@@ -306,6 +332,13 @@ def test_broken_samples_are_left_out_up_to_one_percent(tmp_path, caplog):
         ({"path": ["{folder}", "{folder}/00001.tar"]}, r"00001\.tar is named twice; each shard is to come once"),
         ({"path": ["{folder}", "pipe:cat x"]}, r"pipe:cat x is remote and .*00000\.tar is a file"),
         ({"path": "{folder}/empty"}, r"empty: no \.tar shards in this folder"),
+        ({"path": "{folder}/*.tar"}, r"\*\.tar: write numbered shards as {00000\.\.00099}\.tar, or name their folder"),
+        ({"path": "{folder}/packed"}, r"00000\.tar: is compressed, .* unpack it once with `gunzip`"),
+        (
+            {"path": "{folder}/nothing.tar"},
+            r"no samples in 1 shard\(s\): they hold no files KEY\.jpg, KEY\.png or KEY\.webp",
+        ),
+        ({"captions": 3}, r"captions 3: write txt, or names of fields"),
         ({"window": 0}, r"data\.params\.window 0: must be at least 1"),
         ({"missing_shards": "go on"}, r"missing_shards 'go on': must be one of stop, skip"),
         ({"captions": [3]}, r"captions \[3\]: write txt, or names of fields"),
@@ -325,6 +358,10 @@ def test_broken_samples_are_left_out_up_to_one_percent(tmp_path, caplog):
 def test_bad_input(params, expected, tmp_path):
     write_shards(tmp_path, (3, 3))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "00000.tar").write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
+    if "nothing" in str(params):
+        tarfile.open(tmp_path / "nothing.tar", "w").close()
     path = params.get("path", "{folder}")
     given = [word.format(folder=tmp_path) for word in path] if isinstance(path, list) else path.format(folder=tmp_path)
     with pytest.raises(UserError, match=expected):
@@ -343,7 +380,7 @@ def test_a_folder_a_list_and_a_limit(tmp_path):
     assert {x[:2] for x in seen(few, range(2), batch=4).values()} == {(0, k) for k in range(4)}
     with tarfile.open(tmp_path / "none.tar", "w") as tar:
         add(tar, "readme.txt", b"")
-    with pytest.raises(UserError, match=r"none of the 1 samples in 1 shard\(s\) is left \(1 have no image\)"):
+    with pytest.raises(UserError, match=r"none of the 1 samples in 1 shard\(s\) is left \(1 have no image KEY.jpg, "):
         opened(str(tmp_path / "none.tar")).open()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ def test_training_reads_what_encode_stored(folder, tmp_path, capsys):
     ):
         where = "model.params.mt_tasks.representation.clip_weights"
         train(file, f"data.params.latents={tmp_path / 'cache'}", f"run.log_dir={tmp_path / 'no'}", f"{where}={other}")
+    (tmp_path / "same").mkdir()
+    shutil.copy(other, tmp_path / "same" / "clip_3.pt")
+    with pytest.raises(
+        UserError, match=r"made with other weights of the same name as those of .*clip_weights; encode the"
+    ):
+        own = f"{where}={tmp_path / 'same' / 'clip_3.pt'}"
+        train(file, f"data.params.latents={tmp_path / 'cache'}", f"run.log_dir={tmp_path / 'no'}", own)
     bare = write(tmp_path / "bare.yaml", folder, entry={"representation_source": "file"})
     with pytest.raises(UserError, match=r"--representation clip-image: no modality of model.params.mt_tasks has that"):
         encode_latents.main(["--config", str(bare), "--out", str(tmp_path / "x"), "--representation", "clip-image"])

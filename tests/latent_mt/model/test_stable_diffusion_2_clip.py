@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tiny import progress
 
+from guided_mt.errors import UserError
 from guided_mt.modalities.tokens import VectorAsToken
-from latent_mt.commands import latent_classify, latent_train
+from latent_mt.commands import latent_classify, latent_sample, latent_train
 from latent_mt.runs.configuration import load_config
 from latent_mt.runs.targets import instantiate
 
@@ -81,6 +82,33 @@ def test_the_small_one_trains_with_captions(run):
     assert len(rows) == 2 and all(np.isfinite(float(row["representation"])) for row in rows)
     assert "cos_representation_q3" in rows[0] and all(0 < abs(float(row["cos_representation"])) <= 1 for row in rows)
     assert list((run / "grids").glob("*.png"))
+
+
+def test_what_is_drawn_says_its_text_and_what_it_was_given(run, folder, tmp_path, capsys):
+    words = [
+        "--model_path",
+        str(run),
+        "--prompt",
+        "a red picture",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--fill_batches",
+        "False",
+    ]
+    latent_sample.main([*words, "--out", str(tmp_path / "a"), "--given", f"representation={folder}"])
+    assert f"# --given representation={folder}: the first 1 of 4 are taken; --num_samples" in capsys.readouterr().out
+    latent_sample.main([*words, "--out", str(tmp_path / "b"), "--given", "representation", "--num_samples", "2"])
+    for file, count in (("a/samples_of_representation_1.npz", 1), ("b/image_of_representation.npz", 2)):
+        with np.load(tmp_path / file) as found:
+            assert found["prompt"].tolist() == ["a red picture"] * count and len(found["arr_0"]) == count
+    with pytest.raises(UserError, match=r"--given representation=x,representation=y: names representation twice"):
+        latent_sample.main([*words, "--given", "representation=x", "--given", "representation=y"])
+    with pytest.raises(
+        UserError, match=r"has no label head, but one that says CLIP's vectors; write the classes by --texts"
+    ):
+        latent_classify.main(["--model_path", str(run), "--data_dir", str(folder)])
 
 
 def test_it_classifies_by_texts(run, folder, capsys):

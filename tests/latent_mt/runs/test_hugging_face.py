@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from guided_mt.runs.checkpoint import find_weights
 from guided_mt.runs.weights import find_state
 from latent_mt.commands import export_diffusers, export_ldm
 from latent_mt.commands.loading import load_model, read_saved
-from latent_mt.conditioners.clip import FrozenCLIPEmbedder
+from latent_mt.conditioners.clip import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from latent_mt.runs.hugging_face import configuration, read_state, text_encoder, unet, vae
 from latent_mt.runs.ldm_checkpoint import read_ldm
 from mt_diffusion.show.recognised import describe
@@ -234,6 +235,108 @@ def test_what_does_not_fit_is_named(exported, tmp_path):
     assert "holds no weights" in complaint(read_state, find_weights(tmp_path / "copy"))
     shutil.rmtree(tmp_path / "copy" / "vae")
     assert "no such file; a pipeline's folder holds" in complaint(configuration, find_weights(tmp_path / "copy"))
+
+
+OF_ANOTHER_KIND = [
+    ("unet", {"block_out_channels": "32"}, r"block_out_channels '32': a list of whole numbers from 1 on"),
+    ("unet", {"block_out_channels": []}, r"block_out_channels \[\]: a list of whole numbers"),
+    ("unet", {"attention_head_dim": [2]}, r"attention_head_dim \[2\]: as many as block_out_channels are expected, 2"),
+    ("unet", {"layers_per_block": [1, 2]}, r"layers_per_block \[1, 2\]: one whole number"),
+    ("unet", {"sample_size": [8, 8]}, r"sample_size \[8, 8\]: one whole number"),
+    ("unet", {"cross_attention_dim": None}, r"has no cross_attention_dim"),
+    ("unet", {"resnet_out_scale_factor": 2.0}, r"resnet_out_scale_factor 2\.0 is not supported, only 1\.0"),
+    ("unet", {"timestep_post_act": "silu"}, r"timestep_post_act 'silu' is not supported"),
+    ("vae", {"scaling_factor": None}, r"vae.config\.json: has no scaling_factor"),
+    ("vae", {"latent_channels": "4"}, r"latent_channels '4': one whole number"),
+    ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, r"2 DownEncoderBlock2D are expected"),
+    ("text_encoder", {"model_type": "t5"}, r"is a t5; Stable Diffusion 1 and 2 read texts by CLIP's text model"),
+    ("text_encoder", {"num_attention_heads": 5}, r"hidden_size 32 is no multiple of its num_attention_heads"),
+    ("text_encoder", {"num_hidden_layers": True}, r"num_hidden_layers True: one whole number"),
+    ("scheduler", {"num_train_timesteps": 0}, r"num_train_timesteps 0: one whole number"),
+    ("scheduler", {"beta_start": None}, r"has no beta_start"),
+    ("scheduler", {"beta_end": "x"}, r"beta_end 'x': a number above 0"),
+    ("scheduler", {"trained_betas": []}, r"trained_betas: a list of numbers between 0 and 1"),
+    ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, r"is no scheduler of a diffusion by betas"),
+]
+
+
+def test_values_of_another_kind_are_named(exported, tmp_path):
+    _, _, folder = exported
+    for part, values, expected in OF_ANOTHER_KIND:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"), dirs_exist_ok=True)
+        file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        assert re.search(expected, complaint(configuration, find_weights(copy))), values
+
+
+def test_weights_in_several_files_and_of_the_variant_fp16(exported, tmp_path):
+    _, _, folder = exported
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    whole, part = read_state(find_weights(folder)), copy / "unet"
+    state = load_file(part / "diffusion_pytorch_model.safetensors")
+    (part / "diffusion_pytorch_model.safetensors").unlink()
+    names = {key: f"diffusion_pytorch_model-0000{1 + k % 2}-of-00002.safetensors" for k, key in enumerate(state)}
+    for name in set(names.values()):
+        save_file({key: value for key, value in state.items() if names[key] == name}, part / name)
+    for ending in ("safetensors.index.json", "safetensors.index.fp16.json"):
+        index = part / f"diffusion_pytorch_model.{ending}"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        again = read_state(find_weights(copy))
+        assert again.keys() == whole.keys() and all(torch.equal(value, again[key]) for key, value in whole.items())
+        for content in ({}, {"weight_map": ["x"]}, {"weight_map": {"x": 3}}):
+            index.write_text(json.dumps(content))
+            assert "its weight_map doesn't name the file of each entry" in complaint(read_state, find_weights(copy))
+        index.unlink()
+    index.write_text(json.dumps({"weight_map": names}))
+    (part / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    said = complaint(read_state, find_weights(copy))
+    assert "-00002-of-00002.safetensors: no such file, which diffusion_pytorch_model" in said
+    index.unlink()
+    torch.save(state, part / "diffusion_pytorch_model.fp16.bin")
+    assert all(torch.equal(value, whole[key]) for key, value in read_state(find_weights(copy)).items())
+    (part / "diffusion_pytorch_model.fp16.bin").rename(part / "diffusion_pytorch_model.non_ema.bin")
+    assert "but diffusion_pytorch_model-00001-of-00002.safetensors, diffusion_pytorch_model.non_ema.bin" in complaint(
+        read_state, find_weights(copy)
+    )
+
+
+def test_a_folder_without_its_index_and_entries_that_are_missing(exported, tmp_path):
+    _, _, folder = exported
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    gone = next(key for key in state if key.endswith("k_proj.weight"))
+    save_file({key: value for key, value in state.items() if key != gone}, file)
+    said = complaint(lambda: load_model(read_saved(find_weights(copy)), find_weights(copy), CPU))
+    assert "conditioning stage: another architecture: it lacks 1 of the model's" in said
+    (copy / "model_index.json").unlink()
+    assert "is a folder of diffusers' without its model_index.json" in complaint(find_weights, copy)
+
+
+def test_the_activation_is_that_of_the_weights():
+    """OpenAI's weights of open_clip have another one than the architecture's name says."""
+    for version, wanted in (("openai", "quick_gelu"), ("laion2b_e16", "gelu"), (None, "gelu")):
+        with torch.device("meta"):
+            stage = FrozenOpenCLIPEmbedder("ViT-B-32", version, layer="penultimate")
+        assert text_encoder.to_transformers(stage, text_encoder.OPEN_CLIP)["hidden_act"] == wanted
+
+
+def test_a_tokenizer_that_fills_texts_up_with_another_token(exported, tmp_path, caplog):
+    model, _, folder = exported
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    configuration(find_weights(tmp_path / "copy"))
+    assert not caplog.text
+    own = "<|endoftext|>" if isinstance(model.cond_stage_model, FrozenCLIPEmbedder) else "!"
+    other = {"<|endoftext|>": "!", "!": "<|endoftext|>"}[own]
+    for name, token in (("again", {"content": own}), ("other", {"content": other}), ("word", other), ("none", None)):
+        shutil.copytree(tmp_path / "copy", tmp_path / name)
+        (tmp_path / name / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
+        for _ in range(2):
+            configuration(find_weights(tmp_path / name))
+    assert caplog.text.count("texts are filled up with token") == 2 and "again" not in caplog.text
 
 
 def test_show_says_what_a_folder_is(exported):
