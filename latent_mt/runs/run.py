@@ -141,8 +141,12 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any], processes: Proce
     options = with_launcher(options, processes or Processes())
     strategy = str(options.get("strategy", "auto"))
     if strategy not in ("auto", *REPLICAS, *SHARDED):
-        raise UserError(f"lightning.trainer.strategy '{strategy}': choose from auto, {', '.join([*REPLICAS, *SHARDED])}")
+        raise UserError(
+            f"lightning.trainer.strategy '{strategy}': choose from auto, {', '.join([*REPLICAS, *SHARDED])}"
+        )
     if strategy in SHARDED:
+        if str(options.get("precision")) in ("16", "16-mixed"):
+            raise UserError("lightning.trainer.strategy fsdp: not with precision 16-mixed; take bf16-mixed, or ddp")
         options["strategy"] = Sharded()
     try:
         with _quiet():
@@ -173,8 +177,10 @@ def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any
     data: has `batch_size` (per process and pass), `source`, `amount` and `stream(...)` as `latent_mt.data.PairData`.
     Raises UserError, and Interrupted where Ctrl-C ended it, saved.
     """
-    if isinstance(trainer.strategy, Sharded):
-        module.refuse_sharding(trainer.precision)
+    if isinstance(trainer.strategy, Sharded) and not module.shardable:
+        raise UserError(
+            "lightning.trainer.strategy fsdp: a first stage is small and is trained in whole replicas; use ddp"
+        )
     folder.newest = newest = newest_checkpoint(folder.folder)
     folder.data, module.run = data, folder.config
     if newest is not None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from guided_mt.diffusion.random import seed_dropout
-from guided_mt.errors import UserError
 from guided_mt.runs import resume
 from guided_mt.runs.distributed import Processes
 from guided_mt.runs.processes.shards import gathered, is_shard
@@ -30,10 +29,12 @@ logger = logging.getLogger("latent_mt")
 class TrainedModule(pl.LightningModule):
     """What `run.fit` trains; a runs.policy.Trained of guided_mt. Subclasses say what is trained.
 
-    averaged: the part of it whose weights are averaged; prefix: how that part's entries begin in the checkpoint's files.
+    averaged: the part of it whose weights are averaged; prefix: how that part's entries begin in the checkpoint's files. shardable:
+    whether it has `shard`.
     """
 
     prefix = ""
+    shardable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,12 +64,6 @@ class TrainedModule(pl.LightningModule):
     def shard(self, device_type: str) -> None:
         """Spread the weights that are trained over the processes. Called once they are on their device, before `prepare`."""
         raise NotImplementedError
-
-    def refuse_sharding(self, precision: str) -> None:
-        """Raises UserError where `shard` can't be had."""
-        raise UserError(
-            "lightning.trainer.strategy fsdp: what this script trains is small, and is trained as whole replicas; use ddp"
-        )
 
     def rate(self, step: int) -> float:
         """The learning rate of 0-based `step`."""

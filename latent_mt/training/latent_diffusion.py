@@ -43,6 +43,7 @@ class LatentTraining(TrainedModule):
     """Trains `model`; see trained_module.TrainedModule for how it is driven. Raises UserError for a bad scheduler_config."""
 
     prefix = "model."
+    shardable = True
 
     def __init__(self, model: LatentMTDiffusion):
         super().__init__()
@@ -94,11 +95,6 @@ class LatentTraining(TrainedModule):
     def dropout(self) -> bool:
         """Whether the network drops anything, so that its generator has to be seeded in each step."""
         return any(module.p > 0 for module in self.model.network.modules() if isinstance(module, nn.Dropout))
-
-    @override
-    def refuse_sharding(self, precision: str) -> None:
-        if precision == "16-mixed":
-            raise UserError("lightning.trainer.strategy fsdp: not with precision 16-mixed; take bf16-mixed, or ddp")
 
     @override
     def shard(self, device_type: str) -> None:

@@ -58,9 +58,8 @@ def _part_without_gradient(root: Any, arguments: Any, output: Any) -> None:
         root.reshard()
 
 
-@torch.no_grad()
 def own_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory; the tensor itself where it is whole."""
+    """This process's part of a tensor, in the same memory where gradients are off; the tensor itself where it is whole."""
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
