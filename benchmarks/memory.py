@@ -5,9 +5,9 @@
 
 The step is that of latent_mt/configs/stable_diffusion_2_clip.yaml with a small first stage, a small text stage and a small
 image tower around the U-Net. The table counts parameters, gradients, AdamW's moments and averages in float32, the frozen parts
-as a run with precision bf16-mixed holds them, and the activations that autograd keeps (memory_counts.py); for strategy fsdp the
-trained part is divided by the number of processes. Fragments of the
-allocator, cuDNN's workspaces and CUDA's own context are not in it: leave 10 % of a card to them.
+as a run with precision bf16-mixed holds them, and the activations that autograd keeps (memory_counts.py); under strategy fsdp the
+processes share the trained part out. Fragments of the allocator, cuDNN's workspaces and CUDA's own context are not in it: leave
+10 % of a card to them.
 """
 
 from __future__ import annotations
@@ -120,7 +120,11 @@ def table() -> None:
     }
     rows = {**trained, **frozen}
     shared = {name: size / PROCESSES for name, size in trained.items()}
-    shared = {**shared, "whole for a moment": _at_work(model.network), **frozen}
+    shared = {
+        **shared,
+        "whole for a moment: what is in no block, two blocks and their gradients": _at_work(model.network),
+        **frozen,
+    }
     print(f"| whatever the batch | `ddp`, GiB | `fsdp` over {PROCESSES}, GiB |\n| --- | --- | --- |")
     for name in shared:
         print(f"| {name} | {rows.get(name, 0):.1f} | {shared[name]:.1f} |")

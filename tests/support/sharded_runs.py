@@ -47,14 +47,18 @@ def infinity_in_one_process(port: int) -> dict[str, Any]:
     shard(layer, nn.Conv2d, "cpu")
     optimizer = torch.optim.AdamW([layer.weight], lr=1.0, fused=True)
     layer.weight.grad = torch.ones_like(layer.weight)
-    found = [float(guard_step(optimizer, [layer.weight.grad], 0.0)[0]) / norm_of_ones]
+    norm, _ = guard_step(optimizer, [layer.weight.grad], 0.0)
     if dist.get_rank() == 1:
         own_part(layer.weight.grad).view(-1)[0] = float("inf")
-    norm, bad = guard_step(optimizer, [layer.weight.grad], 0.0)
+    _, bad = guard_step(optimizer, [layer.weight.grad], 0.0)
     optimizer.step()
     whole = gathered(layer.weight)
     distributed.Processes().close()
-    return {"norm": found[0], "bad": float(bad), "moved": bool(whole.numel()) and not torch.equal(whole, before)}
+    return {
+        "norm": float(norm) / norm_of_ones,
+        "bad": float(bad),
+        "moved": bool(whole.numel()) and not torch.equal(whole, before),
+    }
 
 
 def main(file: Path) -> None:

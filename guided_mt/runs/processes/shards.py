@@ -115,7 +115,7 @@ def divided(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str,
 
     def part(value: Any, parameter: Tensor) -> Any:
         belongs = isinstance(value, Tensor) and is_shard(parameter) and value.shape == parameter.shape
-        return joined(cut(value, parameter), parameter) if belongs else value
+        return joined(cut(value, parameter).clone(), parameter) if belongs else value
 
     of_each = {
         index: {name: part(value, parameters[index]) for name, value in own.items()}
