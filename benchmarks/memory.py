@@ -5,8 +5,9 @@
 
 The step is that of latent_mt/configs/stable_diffusion_2_clip.yaml with a small first stage, a small text stage and a small
 image tower around the U-Net. The table counts parameters, gradients, AdamW's moments and averages in float32, the frozen parts
-as a run with precision bf16-mixed holds them, and the activations that autograd keeps (memory_counts.py). Fragments of the
-allocator, cuDNN's workspaces and CUDA's own context are not in it: leave 10 % of a card to them.
+as a run with precision bf16-mixed holds them, and the activations that autograd keeps (memory_counts.py); under strategy fsdp the
+processes share the trained part out. Fragments of the allocator, cuDNN's workspaces and CUDA's own context are not in it: leave
+10 % of a card to them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.generation.build import complete
 from guided_mt.modalities import Images, Pixels
+from guided_mt.networks.layers import Block
 from guided_mt.training.optim import guard_step
 from guided_mt.training.units import measure_units
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
@@ -37,6 +39,7 @@ from latent_mt.runs.targets import instantiate
 GIB = 2**30
 CONFIG = "stable_diffusion_2_clip"
 CARDS = (24, 40, 80)  # GiB
+PROCESSES = 8  # that share the trained weights out, with strategy fsdp
 WIDTH = 1024  # of the context and of CLIP's vectors
 SMALL = {
     "model.params.image_size": 8,
@@ -104,18 +107,28 @@ def table() -> None:
     with torch.device("meta"):
         model = built({})
     weights = _gib(model.network, 4)
-    rows = {
+    trained = {
         "U-Net and head, float32": weights,
         "gradients": weights,
         "AdamW's moments": 2 * weights,
         "averages (`ema_device: cpu`: 0, `ema_dtype: bf16`: half)": weights,
+    }
+    frozen = {
         "text stage, float32": _gib(model.cond_stage_model, 4),
         "first stage, float32": _gib(model.first_stage_model, 4),
         "CLIP's image tower, bf16 (0 where its vectors are stored)": _image_tower(),
     }
-    print("| whatever the batch | GiB |\n| --- | --- |")
-    for name, size in [*rows.items(), ("all", sum(rows.values()))]:
-        print(f"| {name} | {size:.1f} |")
+    rows = {**trained, **frozen}
+    shared = {name: size / PROCESSES for name, size in trained.items()}
+    shared = {
+        **shared,
+        "whole for a moment: what is in no block, two blocks and their gradients": _at_work(model.network),
+        **frozen,
+    }
+    print(f"| whatever the batch | `ddp`, GiB | `fsdp` over {PROCESSES}, GiB |\n| --- | --- | --- |")
+    for name in shared:
+        print(f"| {name} | {rows.get(name, 0):.1f} | {shared[name]:.1f} |")
+    print(f"| all | {sum(rows.values()):.1f} | {sum(shared.values()):.1f} |")
     print(
         "\n| latent | activations | with every batch | each image | "
         + " | ".join(f"images in {card} GiB" for card in CARDS)
@@ -141,6 +154,12 @@ def network_of_config() -> nn.Module:
     settings = read_tasks(TaskKeys(**keys), num_channels=unet["model_channels"], precision="fp32")
     complete(settings)
     return build_network(unet, settings, GaussianDiffusion(betas=np.full(1000, 0.01)), Pixels(params["image_size"]))
+
+
+def _at_work(network: nn.Module) -> float:
+    """What `fsdp` holds whole at once, GiB: the weights outside blocks, and weights and gradients of the two largest blocks."""
+    blocks = [_gib(module, 4) for module in network.modules() if isinstance(module, Block)]
+    return _gib(network, 4) - sum(blocks) + 2 * sum(sorted(blocks)[-2:])
 
 
 def _gib(module: Any, bytes_each: int) -> float:

@@ -37,9 +37,13 @@ log = logging.getLogger("guided_mt")
 class Trained(Protocol):
     """What a policy asks of what is trained.
 
-    `report_row` and `training_state` are called on all processes, and what the main one answers is used; the others are called on
-    the main one alone.
+    `report_row` and `training_state` are called on all processes, and what the main one answers is used; `preview` and `weights`
+    on the main one alone, unless the weights are `sharded`.
     """
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over the processes, so that whatever uses them is done by all together."""
 
     @property
     def skipped(self) -> SkippedSteps:
@@ -164,13 +168,13 @@ class RunPolicy:
         self._look(wait=False)
 
     def _preview(self) -> None:
-        if self.reporter:
+        if self.reporter or self.trained.sharded:
             try:
                 picture = self.trained.preview()
             except UserError as error:  # what can't be shown now is no reason to end the run
                 log.warning("no picture after step %d: %s", self.step, error)
                 picture = None
-            if picture is not None:
+            if picture is not None and self.reporter:
                 save_png(picture, self.folder / "grids" / f"step_{self.step:08d}.png")
                 self.reporter.image("preview", torch.from_numpy(picture).permute(2, 0, 1), self.step)
         self.processes.barrier()
@@ -188,12 +192,13 @@ class RunPolicy:
         """Begin to write a checkpoint on the main process, once the one before is written. whole: wait until this one is, too."""
         self._look(wait=True)
         state = {"step": self.step, **self.trained.training_state()}
+        weights = self.trained.weights() if self.processes.is_main or self.trained.sharded else {}
         if self.processes.is_main:
             self.writer.begin(
                 self.folder,
                 self.step,
                 config_yaml=self.config_yaml,
-                weights=self.trained.weights(),
+                weights=weights,
                 training_state=state,
                 classes=self.classes,
                 keep=self.config.keep_checkpoints,

@@ -50,6 +50,7 @@ class Loop:
 
     timeless: Sequence[str] = ()
     preview_interval = 0
+    sharded = False
     annealing_lag = 0
 
     def __init__(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..runs.processes.shards import divided, total_norm
 from ..runs.skipped import SkippedSteps
 from ..runs.weights import is_finite
 
@@ -87,7 +88,7 @@ def guard_step(
     grad_clip: largest norm, 0 for none. scale: what the loss was multiplied by. The fused kernel divides by grad_scale and does
     nothing where found_inf is 1: clipping, unscaling and skipping in the one pass over the weights that the update makes anyway.
     """
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    norm = total_norm(grads)
     norm = norm if scale is None else norm / scale
     bad = (norm * 0 != 0).float()  # 0 times infinity, or times NaN, is NaN
     if grad_clip > 0:
@@ -103,7 +104,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """`optimizer.load_state_dict`, with every moment in its parameter's memory format.
 
     Runs on GPUs save them channels-last, and fused kernels walk through memory without a look at strides: resumed on a CPU, the
-    moments of other weights would be read. Raises UserError for moments that are not finite.
+    moments of other weights would be read. Where the parameters are spread over the processes, each takes its part of the
+    moments. Raises UserError for moments that are not finite.
     """
     moments_of = {f"{k}.{name}": x for k, own in state["state"].items() for name, x in own.items()}
     bad = [name for name, x in moments_of.items() if torch.is_tensor(x) and not is_finite(x)]
@@ -112,7 +114,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
             f"{len(bad)} of the optimiser's moments hold NaN or infinity (first {bad[0]}); go on from an earlier checkpoint, or "
             "begin a run with these weights"
         )
-    optimizer.load_state_dict(dict(state))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.load_state_dict(divided(state, parameters))
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -29,8 +29,10 @@ from guided_mt.runs.resume import newest_checkpoint
 from .launched import with_launcher
 from .program import as_typed
 from .run_config import RunConfig
+from .sharded import SHARDED, Sharded
 from .trained_module import TrainedModule
 
+REPLICAS = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -138,11 +140,14 @@ def make_trainer(folder: RunFolder, options: Mapping[str, Any], processes: Proce
     folder.launcher = (processes or Processes()).launcher
     options = with_launcher(options, processes or Processes())
     strategy = str(options.get("strategy", "auto"))
-    if strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
+    if strategy not in ("auto", *REPLICAS, *SHARDED):
         raise UserError(
-            f"lightning.trainer.strategy '{strategy}': checkpoints are written from whole replicas; use ddp, and where memory is "
-            "short unet_config.params.use_checkpoint=true, run.ema_device=cpu and precision=bf16-mixed"
+            f"lightning.trainer.strategy '{strategy}': choose from auto, {', '.join([*REPLICAS, *SHARDED])}"
         )
+    if strategy in SHARDED:
+        if str(options.get("precision")) in ("16", "16-mixed"):
+            raise UserError("lightning.trainer.strategy fsdp: not with precision 16-mixed; take bf16-mixed, or ddp")
+        options["strategy"] = Sharded()
     try:
         with _quiet():
             trainer = pl.Trainer(
@@ -172,6 +177,10 @@ def fit(trainer: pl.Trainer, folder: RunFolder, module: TrainedModule, data: Any
     data: has `batch_size` (per process and pass), `source`, `amount` and `stream(...)` as `latent_mt.data.PairData`.
     Raises UserError, and Interrupted where Ctrl-C ended it, saved.
     """
+    if isinstance(trainer.strategy, Sharded) and not module.shardable:
+        raise UserError(
+            "lightning.trainer.strategy fsdp: a first stage is small and is trained in whole replicas; use ddp"
+        )
     folder.newest = newest = newest_checkpoint(folder.folder)
     folder.data, module.run = data, folder.config
     if newest is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from guided_mt.diffusion.random import seed_dropout
 from guided_mt.runs import resume
 from guided_mt.runs.distributed import Processes
+from guided_mt.runs.processes.shards import gathered, is_shard
 from guided_mt.runs.skipped import SkippedSteps
 from guided_mt.training.ema import Ema
 from guided_mt.training.optim import learning_rate, load_optimizer
@@ -28,10 +29,12 @@ logger = logging.getLogger("latent_mt")
 class TrainedModule(pl.LightningModule):
     """What `run.fit` trains; a runs.policy.Trained of guided_mt. Subclasses say what is trained.
 
-    averaged: the part of it whose weights are averaged; prefix: how that part's entries begin in the checkpoint's files.
+    averaged: the part of it whose weights are averaged; prefix: how that part's entries begin in the checkpoint's files. shardable:
+    whether it has `shard`.
     """
 
     prefix = ""
+    shardable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +55,15 @@ class TrainedModule(pl.LightningModule):
     def ema_rates(self) -> list[str]:
         """Rates of the averages as text; none where the run keeps no averages."""
         return [self.run.ema_rate] if self.run.ema_rate else []
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of the weights alone."""
+        return is_shard(next(self.averaged.parameters()))
+
+    def shard(self, device_type: str) -> None:
+        """Spread the weights that are trained over the processes. Called once they are on their device, before `prepare`."""
+        raise NotImplementedError
 
     def rate(self, step: int) -> float:
         """The learning rate of 0-based `step`."""
@@ -74,7 +86,8 @@ class TrainedModule(pl.LightningModule):
         self.skipped = SkippedSteps(self.device)
         if self.ema is None:
             self.ema = Ema(self.averaged, self.ema_rates, self.run.ema_device, self.run.ema_dtype)
-        self.ema.follow()
+        else:
+            self.ema.follow()
 
     def after_step(self) -> None:
         """Called after each optimiser step."""
@@ -99,7 +112,7 @@ class TrainedModule(pl.LightningModule):
         fingerprint = getattr(self.data, "fingerprint", "")
         return {
             **({"data": fingerprint} if fingerprint else {}),
-            "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
+            "optimizers": [gathered(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
             "precision": self.trainer.precision_plugin.state_dict(),
             "run": {**self.run_state(), "skipped": self.skipped.total},
         }

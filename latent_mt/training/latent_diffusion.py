@@ -18,7 +18,9 @@ from guided_mt.errors import UserError
 from guided_mt.generation.batches import load_beside
 from guided_mt.modalities import Images
 from guided_mt.modalities.settings import absent_names
+from guided_mt.networks.layers import Block
 from guided_mt.runs import checkpoint
+from guided_mt.runs.processes.shards import gathered, shard, total_norm
 from guided_mt.training.averages import QUARTILES, Averages
 from guided_mt.training.objective import figures_of
 from guided_mt.training.optim import guard_step
@@ -41,6 +43,7 @@ class LatentTraining(TrainedModule):
     """Trains `model`; see trained_module.TrainedModule for how it is driven. Raises UserError for a bad scheduler_config."""
 
     prefix = "model."
+    shardable = True
 
     def __init__(self, model: LatentMTDiffusion):
         super().__init__()
@@ -94,6 +97,14 @@ class LatentTraining(TrainedModule):
         return any(module.p > 0 for module in self.model.network.modules() if isinstance(module, nn.Dropout))
 
     @override
+    def shard(self, device_type: str) -> None:
+        shard(self.model.network, Block, device_type, ["encode_modality"])
+        stage = getattr(self.model, "cond_stage_model", None)
+        if isinstance(stage, nn.Module) and any(p.requires_grad for p in stage.parameters()):
+            shard(stage, Block, device_type)
+        self.model.bind()  # what encodes is another function now
+
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.parameters() if p.requires_grad]
         # The scaler of 16-mixed wants to unscale the gradients itself.
@@ -109,7 +120,7 @@ class LatentTraining(TrainedModule):
         if self.fused:
             norm, bad = guard_step(optimizer, grads, self.run.grad_clip)
         else:  # the scaler has unscaled the gradients, and it is the scaler that skips
-            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+            norm = total_norm(grads)
             bad = (~torch.isfinite(norm)).float()
             if self.run.grad_clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.run.grad_clip, norm, foreach=True)
@@ -123,7 +134,8 @@ class LatentTraining(TrainedModule):
     def prepare(self, data: Any, resumed: bool) -> None:
         precisions = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
         self.model.network.precision = precisions.get(self.trainer.precision, self.model.network.precision)
-        self.model.to_fast_layout()
+        # Parts of weights are contiguous, as torch's FSDP wants them.
+        (self.model.first_stage_model if self.sharded else self.model).to_fast_layout()
         super().prepare(data, resumed)
         self.model.random_flip = data.random_flip
         self.model.first_stage_model.eval()
@@ -262,7 +274,7 @@ class LatentTraining(TrainedModule):
 
     @override
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        state = self.model.state_dict()
+        state = gathered(self.model.state_dict())
         averages = {
             f"ema_{rate}": {**state, **{f"model.{k}": v for k, v in self.ema.state_dict(rate, self.averaged).items()}}
             for rate in self.ema.averages

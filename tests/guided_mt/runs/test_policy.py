@@ -25,6 +25,8 @@ from guided_mt.runs.skipped import SkippedSteps
 class Subject:
     """Something that is trained: it notes what it is asked for."""
 
+    sharded = False
+
     def __init__(self) -> None:
         self.skipped, self.asked = SkippedSteps(), []
 

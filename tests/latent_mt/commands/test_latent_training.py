@@ -387,7 +387,7 @@ def test_golden_loss_trace(name, tmp_path):
         ("run.total_steps=many", "total_steps takes a whole number"),
         ("run.ema_rate=2", "ema_rate '2'"),
         ("run.images_per_step=3", "images_per_step 3, but .* are 4"),
-        ("lightning.trainer.strategy=fsdp", "use ddp"),
+        ("lightning.trainer.strategy=deepspeed", "'deepspeed': choose from auto, ddp, .*, fsdp"),
         ("lightning.trainer.precision=bf16-true", "bf16-true: .* take one of 32-true, bf16-mixed, 16-mixed"),
         ("lightning.trainer.precisio=16", "unknown key 'precisio'"),
     ],

@@ -402,6 +402,7 @@ def test_configurations(file, tmp_path, capsys):
         ),
         ({"data.params.latents": "cache"}, "latents"),
         ({"lightning.trainer.precision": "16-mixed"}, "16-mixed"),
+        ({"lightning.trainer.strategy": "fsdp"}, "strategy fsdp: a first stage is small"),
         ({"lightning.trainer.accumulate_grad_batches": 0}, "accumulate_grad_batches 0"),
         ({"run.weight_decay": 0.1}, "weight_decay"),
         ({"model.params.ddconfig.attn_type": "linear"}, "attn_type"),
