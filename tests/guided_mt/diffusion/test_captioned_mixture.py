@@ -120,3 +120,19 @@ def test_caption_of_an_image(how):
         steps = [300, 200, 100, 50, 10, 0]
         x = drawn_captions(network(full), full, modalities, x_start, [10, 0], steps, streams, temperature=1.0)
     assert (components(caption, x) == DATA.nearest(x_start)).float().mean() > 0.99
+
+
+def test_what_is_drawn_is_coherent(monkeypatch):
+    """Of images that tell nothing of their caption, tokens drawn each by itself mix the captions; what is committed and shown in a
+    large frame makes the others fit."""
+    one = DATA.covs[:1].expand(3, -1, -1).contiguous()
+    monkeypatch.setitem(globals(), "DATA", LabelledMixture(DATA.probabilities, 0.1 * DATA.means, one, DATA.table))
+    full, caption, count = process(), modality(), 300
+    x_start = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.2
+    arguments = network(full), full, {"caption": caption}, x_start
+    said = head_estimates(*arguments, [9, 6, 3, 0], 4, SampleStreams(torch.arange(count)), "caption")
+    alone = caption.head.drawn(said, SampleStreams(torch.arange(count), 1).uniform(L))
+    steps = range(0, 400, 40)
+    drawn = drawn_captions(*arguments, [9, 6, 3, 0], steps, SampleStreams(torch.arange(count)), temperature=1.0)
+    assert (components(caption, alone) < 0).float().mean() > 0.4
+    assert (components(caption, drawn) < 0).float().mean() < 0.05
