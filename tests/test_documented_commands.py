@@ -73,7 +73,7 @@ NOT_RUN = {
     r"mt-diffusion joint-clip .*": "trains for an hour; test_joint_clip.py runs all of its stages for a step",
     r"mt-diffusion (latent-)?classify .*--texts .*": "needs a model of representations; test_zero_shot.py",
     r"mt-diffusion show downloads/.*": "a file from elsewhere; the tests of show make some",
-    r"mt-diffusion (train --mt_task caption|caption |sample .*caption=).*": "needs pictures with captions; test_captions.py",
+    r"mt-diffusion (train --mt_task caption|caption |sample .*caption=).*": "needs captions; test_caption_modality.py",
     r".*--(?:model_path|classifier_path) \S+\.(?:pt|ckpt)\b.*": "needs weights of the parents, which have to be downloaded",
     r".*--config models/.*": "needs a file of latent-diffusion's repository; test_configuration.py reads all of them",
     r"python benchmarks/.*": "measures for minutes",

@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         arrays = {"said": said.cpu().numpy(), "best": best.cpu().numpy(), "ids": best.cpu().numpy()}
         if config.how == "drawn":
             options = {"streams": streams, "name": name, "temperature": config.temperature}
-            ids = drawn_captions(network, generator.process, modalities, z_0, timesteps, **options)
+            ids = drawn_captions(network, generator.process, modalities, z_0, reading, timesteps, **options)
             arrays["ids"] = ids.cpu().numpy()
         return arrays
 

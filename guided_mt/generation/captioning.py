@@ -26,6 +26,7 @@ def drawn_captions(
     diffusion: GaussianDiffusion,
     modalities: Mapping[str, Modality],
     x_start: Tensor,
+    reading: Sequence[int],
     timesteps: Sequence[int],
     streams: SampleStreams,
     name: str = "caption",
@@ -33,10 +34,11 @@ def drawn_captions(
 ) -> Tensor:
     """Captions, token ids [B, L], of images x_start [B, C, H, W] by the head of modality `name`, of form U or any given nothing.
 
-    At each of `timesteps`, the largest first, z_t holds the image under new noise and the encodings of all unknown modalities, of
-    the caption its committed tokens and the mean of the others. Of the open positions those are committed whose tokens are the
-    likeliest, with the probability that the caption reaches them: the share 1 - cos(pi / 2 k / K) after k of K timesteps. What
-    stands behind an end is one too.
+    First all is read at the timesteps `reading`, where the frame is small (`classification.read_timesteps`): what is taken for the
+    caption colours what the head sees at others. Then, at each of `timesteps`, the largest first, z_t holds the image under new
+    noise and the encodings of all unknown modalities, of the caption its committed tokens and the mean of the others. Of the open
+    positions those are committed whose tokens are the likeliest, with the probability that the caption reaches them: the share
+    1 - cos(pi / 2 k / K) after k of K timesteps. What stands behind an end is one too.
     temperature: 1 draws tokens by the head's law, 0 takes the likeliest.
     """
     caption = modalities[name]
@@ -45,8 +47,8 @@ def drawn_captions(
     unknown = {n: modality.prior(x_start.shape[1:], streams) for n, modality in modalities.items()}
     ids = torch.full((count, caption.length), caption.end, device=device)
     fixed = torch.zeros_like(ids, dtype=torch.bool)
-    steps = sorted(timesteps, reverse=True)
-    for k, step in enumerate(steps, 1):
+    first, steps = sorted(reading, reverse=True), sorted(timesteps, reverse=True)
+    for k, step in enumerate([*first, *steps], 1 - len(first)):
         t = torch.full((count,), step, device=device)
         encodings = {n: modalities[n].encode(x) for n, x in unknown.items() if n != name}
         encodings[name] = caption.encode_partly(unknown[name], (ids, fixed))
@@ -54,6 +56,8 @@ def drawn_captions(
         z_t = y_t + diffusion.aggregation.shift({n: encodings[n] for n in modalities}, t)
         predictions = network(z_t, diffusion.model_timesteps(t), {}).predictions
         unknown = {n: modality.estimate(predictions[n]) for n, modality in modalities.items()}
+        if k < 1:
+            continue
         chosen, p = _tokens(caption, unknown[name], streams, temperature)
         p = p * _reached(caption, unknown[name], ids, fixed)
         share = 1.0 if k == len(steps) else 1 - math.cos(math.pi / 2 * k / len(steps))

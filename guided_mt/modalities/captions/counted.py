@@ -13,19 +13,22 @@ from .vocabulary import VOCABULARIES
 
 log = logging.getLogger("guided_mt")
 
+LOOKED_AT = 2**20  # of more images, so many are looked at, evenly spread
 _SHOWN = 5  # images in messages
 
 
 @dataclass
 class Counted:
     """words: the most frequent first, equally frequent ones by the alphabet. lengths {tokens: captions of so many}. missing: how
-    many images have no caption with a word, and the first ones' names. captions: how many there are in all."""
+    many images have no caption with a word, and the first ones' names. captions: how many there are in all, of the
+    images `looked` at."""
 
     words: list[str] = field(default_factory=list)
     lengths: Counter[int] = field(default_factory=Counter)
     missing: int = 0
     shown: list[str] = field(default_factory=list)
     captions: int = 0
+    looked: int = 0
 
     def longer_than(self, length: int) -> int:
         """How many captions have more tokens than that."""
@@ -50,7 +53,8 @@ def _count(source: ImageSource, kind: str) -> Counted:
     split = row.split or row.make([]).ids
     words: Counter[str] = Counter()
     assert source.captions is not None
-    for number in range(len(source)):
+    for number in range(0, len(source), -(-len(source) // LOOKED_AT)):
+        found.looked += 1
         tokens = [each for text in source.captions[number] if (each := split(text))]
         for each in tokens:
             found.lengths[len(each)] += 1
@@ -61,7 +65,7 @@ def _count(source: ImageSource, kind: str) -> Counted:
             found.missing += 1
             found.shown += [source.name(number)] if len(found.shown) < _SHOWN else []
     if not found.captions:
-        raise UserError(f"{source.path}: none of the {len(source)} images has a caption with a word in it")
+        raise UserError(f"{source.path}: none of the {found.looked} images has a caption with a word in it")
     found.words = sorted(words, key=lambda word: (-words[word], word))
     return found
 
@@ -76,5 +80,5 @@ def say_what_is_cut(source: ImageSource, kind: str, length: int) -> Counted:
     if found.missing:
         text = "%s: %d of %d images have no caption and count as absent: %s%s"
         more = ", ..." if found.missing > len(found.shown) else ""
-        log.warning(text, source.path, found.missing, len(source), ", ".join(found.shown), more)
+        log.warning(text, source.path, found.missing, found.looked, ", ".join(found.shown), more)
     return found

@@ -91,7 +91,7 @@ class CaptionModality(Modality):
         """Raises UserError where none of the images has a caption."""
         found = say_what_is_cut(images, self.kind, self.length)
         self.source, self.counted = images, found.words
-        self.partly |= found.missing > 0 or images.streams_captions
+        self.partly |= found.missing > 0 or images.streams_captions or found.looked < len(images)
 
     @override
     def load(self, indices: np.ndarray) -> Tensor | None:

@@ -52,6 +52,7 @@ ROWS = {
         "schedule_sampler": "stratified",
     },
     "routed": {"mt_task": "label", "mt_variant": "U", "mt_routing": "dtr"},
+    "any, captions": {"mt_task": "caption", "mt_variant": "any", "mt_drop_prob": 0.2, "mt_absent": "caption"},
     "roles": {"mt_task": "paired", "mt_variant": "any", "mt_swap_prob": 0.5},
 }
 
@@ -91,7 +92,8 @@ def part(step: Step, number: int, count: int) -> Part:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
     partly = any(modality.partly for modality in step.modalities.values())
     labels = torch.randint(-1 if partly else 0, CLASSES, (count,), generator=rng)
-    return Part(images, torch.arange(count) + 100 * number, labels, {}, {})
+    captions = {"caption": torch.randint(-1, 9, (count, 16), generator=rng)} if "caption" in step.modalities else {}
+    return Part(images, torch.arange(count) + 100 * number, labels, captions, {})
 
 
 @torch._dynamo.allow_in_graph

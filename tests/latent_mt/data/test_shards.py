@@ -16,6 +16,7 @@ import torch
 from byte_stage import CONFIG, HOME
 from many_commands import run_and_die
 from test_captions import TEXT
+from tiny import column
 from tiny_latent import newest_weights, train, write_config
 from tiny_shards import SIZE, add, files_of, png, sample_of, write_shards
 
@@ -24,6 +25,7 @@ from guided_mt.data import Batch
 from guided_mt.data.sources import cache
 from guided_mt.data.sources.tar import list_tar
 from guided_mt.errors import UserError
+from guided_mt.networks.caption_head import WordTable
 from latent_mt.data import ShardData
 from latent_mt.data.shards import source as shard_source
 from latent_mt.data.shards.index import SampleRule, index_of
@@ -119,6 +121,35 @@ def on_shards(pattern: str) -> list[str]:
     """Words that put shards into the place of a file's data."""
     params = {"path": f"'{pattern}'", "image_size": SIZE, "batch_size": 4, "num_workers": 0, "window": 2}
     return ["data.target=latent_mt.data.ShardData", *(f"data.params.{key}={value}" for key, value in params.items())]
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_captions_of_shards_are_a_modality(where, tmp_path, caplog):
+    """Some samples have none: the file has to say so, and for remote shards, of which nobody knows, in any case."""
+
+    def files(shard: int, sample: int) -> dict[str, bytes]:
+        whole = files_of(shard, sample)
+        return {name: content for name, content in whole.items() if name != "txt" or sample or where == "remote"}
+
+    pattern = write_shards(tmp_path / "shards", files=files)
+    pattern = pattern if where == "local" else f"pipe:cat {pattern}"
+    tasks = {"caption": {"absent": True, "caption_length": 3}, "random-caption": {"caption_length": 3}}
+    config = write_config(tmp_path / "c.yaml", Path(pattern), tmp_path / "run", mt_sides=[], mt_tasks=tasks)
+    words = [*on_shards(pattern), "run.total_steps=2", *(["data.params.lanes=4"] if where == "remote" else [])]
+    with pytest.raises(
+        UserError, match=r"mt_tasks\.caption: some of the data have none of it; write absent: true there"
+    ):
+        train(config, *words, "model.params.mt_tasks.caption.absent=false", f"run.log_dir={tmp_path / 'other'}")
+    train(config, *words)
+    assert all(np.isfinite(column(tmp_path / "run", name)).any() for name in ("caption", "random-caption"))
+    assert "22 of 22 captions have more than 3 tokens" in caplog.text or where == "local"
+    table = WordTable(998)
+    table.load_state_dict(
+        {"table": newest_weights(tmp_path / "run")["model.diffusion_model.heads.caption.words.table"]}
+    )
+    assert table.words()[:2] == ["sample", "shard"]
+    with pytest.raises(UserError, match=r"mt_tasks\.caption\.caption_file: captions come with the data here"):
+        train(config, *words, "model.params.mt_tasks.caption.caption_file=txt")
 
 
 def test_a_killed_training_goes_on_within_the_shard(tmp_path, caplog):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny import DIGITS, MODEL, PROCESS, assert_same, column, contents, flags, step_folder, words
+from tiny import DIGITS, MODEL, PROCESS, adm_unet, assert_same, column, contents, flags, step_folder, words
 
 from guided_mt.commands import caption, sample, train
 from guided_mt.data import open_source
@@ -411,6 +411,17 @@ def test_captions_of_images(variant, how, runs, tmp_path, capsys):
     assert "token accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adms_weights_start_a_run(variant, runs, tmp_path):
+    """The image's half of the network is ADM's afterwards; the head, its words and what reads captions are new."""
+    torch.save(adm_unet().state_dict(), tmp_path / "adm.pt")
+    start = {"resume_checkpoint": tmp_path / "adm.pt", "lr": 0, "data_dir": runs["data"], "global_batch_size": 4}
+    train.main(flags(mt_task="caption", mt_variant=variant, total_steps=1, log_dir=tmp_path / "run", **start))
+    state = contents(step_folder(tmp_path / "run", 1))["model.safetensors"]
+    assert all(torch.equal(state[key], value) for key, value in adm_unet().state_dict().items())
+    assert bool(state["heads.caption.words.table"].any())
+
+
 def test_what_cannot_write_captions(runs, tmp_path):
     with pytest.raises(UserError, match="form X is told the caption"):
         caption.main(words(model_path=runs["X"], data_dir=runs["data"]))
@@ -442,7 +453,7 @@ def test_what_is_committed_is_shown():
     diffusion.aggregation.shift = lambda encodings, t: encodings["caption"]
     diffusion.q_sample = lambda x_start, t, noise: 0 * x_start
     x_start, streams = torch.zeros(64, 3, 1, 6), SampleStreams(torch.arange(64))
-    ids = drawn_captions(network, diffusion, {"caption": law}, x_start, [8, 5, 2, 0], streams, temperature=1.0)
+    ids = drawn_captions(network, diffusion, {"caption": law}, x_start, [0], [8, 5, 2, 0], streams, temperature=1.0)
     assert set(map(tuple, ids.tolist())) == {(1, 2), (2, 1)} and 20 < int((ids[:, 0] == 1).sum()) < 44
 
 
