@@ -40,6 +40,7 @@ smoke: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/task_weighting.py
 	$(BIN)/python benchmarks/launches.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/latent_step.py

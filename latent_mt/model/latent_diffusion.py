@@ -23,6 +23,7 @@ from guided_mt.errors import UserError
 from guided_mt.generation.build import bind, build_modalities, complete, respaced, track_variances
 from guided_mt.modalities import Modality
 from guided_mt.modalities.settings import loss_weights, roles_of, task_names, weights_names
+from guided_mt.modalities.weighting.settings import Weighting
 from guided_mt.networks.model import MTModel
 from guided_mt.runs import checkpoint
 from guided_mt.runs.config import ModelConfig
@@ -49,7 +50,8 @@ class LatentMTDiffusion(LatentCodec):
     mt_swap_prob: how often another side than the first is z_0 and the first the modality in its place, shared by them, or
     {side: share}; between 0 and 1 the network is told which by a class embedding, and one network translates every way.
     mt_variant, mt_weights, mt_loss_weight, mt_given_prob, mt_drop_prob, mt_context_dim: as in guided_mt (docs/method.md, section
-    3). The rest are LDM's; those that only log or that no released model uses are accepted at their defaults. How it is trained is
+    3); from mt_timestep_weights on: what the terms weigh and which channels compute (section 7). The rest are LDM's; those that
+    only log or that no released model uses are accepted at their defaults. How it is trained is
     in training.latent_diffusion. Raises UserError for settings that contradict each other.
     """
 
@@ -101,6 +103,14 @@ class LatentMTDiffusion(LatentCodec):
         mt_drop_prob: float = 0.0,
         mt_swap_prob: float | Mapping[str, float] = 0.0,
         mt_context_dim: int = -1,
+        mt_timestep_weights: str = "uniform",
+        mt_task_weighting: str = "fixed",
+        mt_task_weighting_interval: int = 25,
+        mt_timestep_intervals: int = 5,
+        mt_interval_rule: str = "uniform",
+        mt_routing: str = "none",
+        mt_routing_alpha: float = 4.0,
+        mt_routing_beta: float = 0.8,
     ):
         super().__init__()
         refused = {
@@ -138,6 +148,14 @@ class LatentMTDiffusion(LatentCodec):
             mt_drop_prob,
             mt_swap_prob,
             mt_context_dim,
+            mt_timestep_weights,
+            mt_task_weighting,
+            mt_task_weighting_interval,
+            mt_timestep_intervals,
+            mt_interval_rule,
+            mt_routing,
+            mt_routing_alpha,
+            mt_routing_beta,
         )
         unet = unet_keywords(unet_config)
         self.config = config = read_tasks(keys, num_channels=unet["model_channels"], precision=unet["precision"])
@@ -225,8 +243,13 @@ class LatentMTDiffusion(LatentCodec):
 
     # ------------------------------------------------------------ losses
 
-    def losses(self, batch: Batch, streams: SampleStreams, t: Tensor | None = None) -> tuple[Losses, Tensor]:
-        """(losses, timesteps [B]) of a batch: Algorithm 2 on its latents. t: these timesteps instead of drawn ones."""
+    def losses(
+        self, batch: Batch, streams: SampleStreams, t: Tensor | None = None, weighting: Weighting | None = None
+    ) -> tuple[Losses, Tensor]:
+        """(losses, timesteps [B]) of a batch: Algorithm 2 on its latents. t: these timesteps instead of drawn ones.
+
+        weighting: of the terms; None: eq. 6 as it stands.
+        """
         images, kwargs, config = self.images(batch, streams), self._conditions(batch), self.config
         role = self.roles.draw(streams) if self.roles.slots else None
         drawn, _ = UniformSampler(self.diffusion.num_timesteps)(streams.uniform())
@@ -247,6 +270,7 @@ class LatentMTDiffusion(LatentCodec):
             model_kwargs=kwargs,
             roles=self.roles,
             role=role,
+            weighting=weighting,
         )
         return losses, t
 

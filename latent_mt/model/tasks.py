@@ -6,8 +6,8 @@
       masked: {mask_max_patches: 10}
 
 A key is the modality's name; `task` is its row of guided_mt's TASKS, the name unless given. The rest are `weights`,
-`loss_weight`, `swap_prob` and `absent` of this modality alone (else mt_weights, mt_loss_weight, ... hold), and its row's
-options, of which one that takes a JSON file may be a mapping.
+`loss_weight`, `timestep_weights`, `swap_prob` and `absent` of this modality alone (else mt_weights, mt_loss_weight, ... hold), and
+its row's options, of which one that takes a JSON file may be a mapping.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from guided_mt.diffusion.aggregation import WEIGHTS
+from guided_mt.diffusion.weighting import TIMESTEP_WEIGHTS
 from guided_mt.errors import UserError, nearest
 from guided_mt.modalities.names import check_name
 from guided_mt.modalities.registry import TASKS
 from guided_mt.modalities.settings import MTConfig
+from guided_mt.modalities.weighting.settings import WeightingConfig, check_tasks_weighed
 from guided_mt.networks.model import VARIANTS
-from guided_mt.runs.config import Config, ModelConfig, make_section, option
+from guided_mt.runs.config import Config, ModelConfig, make_section, option, redefined
 
 PAIRED = "paired"  # the row of a side that names none, and the one modality of a model of pairs
-_OWN = ("task", "weights", "loss_weight", "swap_prob", "absent")
+_OWN = ("task", "weights", "loss_weight", "timestep_weights", "swap_prob", "absent")
 _WHERE = "model.params"
 
 
@@ -52,10 +54,28 @@ class TaskKeys:
         0.0, "how often another side than the first is z_0, shared by them, or {side: share}", least=0, most=1
     )
     mt_context_dim: int = option(-1, "width of the tokens of labels and vectors; -1: 4 times the network's", least=1)
+    mt_timestep_weights: str = option(
+        "uniform", "factors by timestep on the terms of the modalities that name none themselves", TIMESTEP_WEIGHTS
+    )
+    mt_task_weighting: str = redefined(WeightingConfig, "mt_task_weighting")
+    mt_task_weighting_interval: int = redefined(WeightingConfig, "mt_task_weighting_interval")
+    mt_timestep_intervals: int = redefined(
+        WeightingConfig, "mt_timestep_intervals", help="intervals of the timesteps, for mt_task_weighting uncertainty"
+    )
+    mt_interval_rule: str = redefined(WeightingConfig, "mt_interval_rule")
+    mt_routing: str = redefined(MTConfig, "mt_routing")
+    mt_routing_alpha: float = redefined(MTConfig, "mt_routing_alpha")
+    mt_routing_beta: float = redefined(MTConfig, "mt_routing_beta")
+
+    def section(self, section: type, *names: str) -> dict[str, Any]:
+        """{key: value} of these keys, as options of a section of guided_mt. Raises UserError naming one that is no such value."""
+        made = make_section(section, {name: getattr(self, name) for name in names}, _WHERE)
+        return {name: getattr(made, name) for name in names}
 
     def check(self) -> None:
         """Raises UserError naming the key that is no such value."""
-        for key, known in (("mt_variant", VARIANTS), ("mt_weights", WEIGHTS)):
+        named = {"mt_variant": VARIANTS, "mt_weights": WEIGHTS, "mt_timestep_weights": TIMESTEP_WEIGHTS}
+        for key, known in named.items():
             value = getattr(self, key)
             if value not in known:
                 raise UserError(f"{_WHERE}.{key} '{value}' is none of {', '.join(known)}")
@@ -79,7 +99,8 @@ def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
     """The configuration of guided_mt that the keys mean, for a network of this width and precision. Raises UserError."""
     keys.check()
     entries = _entries(keys)
-    own, words = {}, {key: {} for key in ("task", "weights", "loss_weight", "swap_prob")}  # type: dict[str, Any], dict[str, Any]
+    own: dict[str, Any] = {}
+    words: dict[str, Any] = {key: {} for key in ("task", "weights", "loss_weight", "timestep_weights", "swap_prob")}
     absent = []
     for name, entry in entries.items():
         where, row = f"{_WHERE}.mt_tasks.{name}", entry.get("task", name)
@@ -90,13 +111,12 @@ def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
             raise UserError(f"{where}.task: unknown '{row}'{nearest(str(row), TASKS)}; choose from {', '.join(TASKS)}")
         own[name] = _own_options(entry, row, where)
         words["task"][name] = row
-        for key, known in (("weights", keys.mt_weights), ("loss_weight", keys.mt_loss_weight)):
-            words[key][name] = entry.get(key, known)
-        weights = words["weights"][name]
-        if not isinstance(weights, str) or weights not in WEIGHTS:
-            raise UserError(
-                f"{where}.weights '{weights}' is none of {', '.join(WEIGHTS)}{nearest(str(weights), WEIGHTS)}"
-            )
+        for key in ("weights", "loss_weight", "timestep_weights"):
+            words[key][name] = entry.get(key, getattr(keys, f"mt_{key}"))
+        for key, rows in (("weights", WEIGHTS), ("timestep_weights", TIMESTEP_WEIGHTS)):
+            value = words[key][name]
+            if not isinstance(value, str) or value not in rows:
+                raise UserError(f"{where}.{key} '{value}' is none of {', '.join(rows)}{nearest(str(value), rows)}")
         _check_number(words["loss_weight"][name], f"{where}.loss_weight")
         if not isinstance(entry.get("absent", False), bool):
             raise UserError(f"{where}.absent takes true or false, not '{entry['absent']}'")
@@ -113,10 +133,16 @@ def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
         mt_given_prob=keys.mt_given_prob,
         mt_drop_prob=keys.mt_drop_prob,
         mt_context_dim=keys.mt_context_dim,
+        **keys.section(MTConfig, "mt_routing", "mt_routing_alpha", "mt_routing_beta"),
     )
-    sections = [ModelConfig(num_channels=num_channels, precision=precision), multi]
+    over_tasks = [field.name for field in dataclasses.fields(WeightingConfig) if field.name != "mt_timestep_weights"]
+    weighting = WeightingConfig(**keys.section(WeightingConfig, *over_tasks))
+    weighting.mt_timestep_weights = _text(words["timestep_weights"]) or weighting.mt_timestep_weights
+    sections = [ModelConfig(num_channels=num_channels, precision=precision), multi, weighting]
     sections += [options() for options in dict.fromkeys(TASKS[row].options for row in words["task"].values())]
-    return Config(sections, own=own)
+    config = Config(sections, own=own)
+    check_tasks_weighed(config, f"{_WHERE}.")
+    return config
 
 
 def _entries(keys: TaskKeys) -> dict[str, dict[str, Any]]:

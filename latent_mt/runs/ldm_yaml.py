@@ -108,6 +108,15 @@ def check_beside(checkpoint: Path) -> Path:
     return file
 
 
+def refuse_routed(params: Mapping[str, Any], weights: Path, code: str) -> None:
+    """Raises UserError where `model.params` of the weights say a routing, which `code` does not have."""
+    routing = params.get("mt_routing", "none")
+    if routing != "none":
+        raise UserError(
+            f"{weights}: was trained with mt_routing {routing}, which {code} does not have: it would draw something else"
+        )
+
+
 def missing_in_ldm(params: Mapping[str, Any]) -> Iterable[str]:
     """What latent-diffusion's code has no counterpart for, in words."""
     if params.get("parameterization") not in (None, "eps", "x0"):

@@ -19,6 +19,8 @@ from guided_mt.generation.batches import load_beside
 from guided_mt.modalities import Images
 from guided_mt.modalities.settings import absent_names
 from guided_mt.networks.layers import Block
+from guided_mt.modalities.weighting.on_gradients import gramian_of, outputs_of
+from guided_mt.modalities.weighting.settings import Weighting
 from guided_mt.runs import checkpoint
 from guided_mt.runs.processes.shards import gathered, shard, total_norm
 from guided_mt.training.averages import QUARTILES, Averages
@@ -48,6 +50,7 @@ class LatentTraining(TrainedModule):
     def __init__(self, model: LatentMTDiffusion):
         super().__init__()
         self.model = model
+        self.weighting = Weighting(model.config, model.diffusion)
         if model.scheduler_config is not None:
             self.schedule = instantiate(model.scheduler_config, "model.params.scheduler_config")
         self.fused = True
@@ -72,13 +75,31 @@ class LatentTraining(TrainedModule):
             for modality in self.model.modalities.values():
                 modality.before_step(self.steps_done, self.processes)
         self._load_beside(batch)
-        streams = SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
-        losses, t = self.model.losses(batch, streams)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._measure_tasks(batch)
+        losses, t = self.model.losses(batch, self._streams(batch), weighting=self.weighting)
         values = {"loss": losses.loss, **{name: losses.terms[name] for name in self.model.terms}}
         values |= {f"rms_{name}": losses.encoding_rms[name] for name in self.encoded} | losses.figures
         values |= {"role": losses.role.float()}
         self._track(Record.of(t, values, losses.predicted))
         return self.model.l_simple_weight * losses.loss.mean()
+
+    def _streams(self, batch: Batch) -> SampleStreams:
+        return SampleStreams(self.run.seed, batch.positions, device=batch.positions.device)
+
+    def _measure_tasks(self, batch: Batch) -> None:
+        """The tasks' weights of the coming steps where they rest on gradients: those of a step's first batch, on all processes."""
+        weighting = self.weighting.on_gradients
+        if weighting is None or self.steps_done % self.model.config.mt_task_weighting_interval:
+            return
+        with outputs_of(self.model.network.trunk) as features:
+            losses, _ = self.model.losses(batch, self._streams(batch), weighting=self.weighting)
+        objectives = {task: losses.objectives[task].mean() for task in weighting.tasks}
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        gramian = gramian_of(objectives, features[-1], *([] if scaler is None else [scaler.scale]))
+        weighting.measure(self.processes.mean(gramian), seed=self.run.seed + self.steps_done)
+        if self.dropout:
+            self.seed_dropout()
 
     @torch.no_grad()
     def _track(self, record: Record) -> None:
@@ -98,6 +119,11 @@ class LatentTraining(TrainedModule):
 
     @override
     def shard(self, device_type: str) -> None:
+        if self.weighting.parameter_groups() or self.weighting.on_gradients is not None:
+            raise UserError(
+                "lightning.trainer.strategy fsdp: weights that are learned (timestep_weights learned, mt_task_weighting uncertainty) "
+                "or measured (pcgrad, nash) need whole replicas; take strategy: ddp, or fixed weights"
+            )
         shard(self.model.network, Block, device_type, ["encode_modality"])
         stage = getattr(self.model, "cond_stage_model", None)
         if isinstance(stage, nn.Module) and any(p.requires_grad for p in stage.parameters()):
@@ -106,15 +132,18 @@ class LatentTraining(TrainedModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in self.model.parameters() if p.requires_grad]},
+            *self.weighting.parameter_groups(),
+        ]
         # The scaler of 16-mixed wants to unscale the gradients itself.
         self.fused = self.trainer.precision != "16-mixed"
-        return torch.optim.AdamW(parameters, lr=self.base_rate, weight_decay=self.run.weight_decay, fused=self.fused)
+        return torch.optim.AdamW(groups, lr=self.base_rate, weight_decay=self.run.weight_decay, fused=self.fused)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = self.rate(self.steps_done)
+            group["lr"] = self.rate(self.steps_done) if group.get("own_lr") is None else group["own_lr"]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.fused:
@@ -207,13 +236,15 @@ class LatentTraining(TrainedModule):
         quartiles = [f"{name}_q{q}" for name in names for q in range(QUARTILES)]
         val = [f"val_{name}" for name in names] if self.run.val_interval else []
         encoded = [f"{what}_{name}" for what in ("rms", "spread") for name in self.encoded]
-        return [*names, *val, *encoded, "grad_norm", "lr", "skipped_steps", *quartiles]
+        return [*names, *val, *encoded, *self.weighting.columns(), "grad_norm", "lr", "skipped_steps", *quartiles]
 
     @override
     def report_row(self) -> dict[str, float]:
         modalities = self.model.modalities
         spread = {f"spread_{name}": float(modalities[name].encoding_spread(self.device)) for name in self.encoded}
-        return {**self.averages.pop(), **spread, "lr": self.rate(self.steps_done - 1)}
+        factors = self.weighting.over_tasks.factors()
+        weights = {} if factors is None else dict(zip(self.weighting.columns(), factors.tolist(), strict=True))
+        return {**self.averages.pop(), **spread, **weights, "lr": self.rate(self.steps_done - 1)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -294,10 +325,13 @@ class LatentTraining(TrainedModule):
     @override
     def run_state(self) -> dict[str, Any]:
         modalities = {name: modality.state_dict() for name, modality in self.model.modalities.items()}
-        return {"averages": self.averages.state_dict(), "modalities": modalities}
+        weighting = self.weighting.state_dict()
+        state = {"averages": self.averages.state_dict(), "modalities": modalities}
+        return {**state, "weighting": weighting} if weighting else state
 
     @override
     def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.averages.load_state_dict(state["averages"])
         for name, saved in state.get("modalities", {}).items():
             self.model.modalities[name].load_state_dict({key: x.to(self.device) for key, x in saved.items()})
+        self.weighting.load_state_dict(state.get("weighting", {}))

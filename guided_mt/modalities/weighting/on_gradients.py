@@ -32,7 +32,7 @@ class Solver:
                 __import__(package)
             except ImportError:
                 raise UserError(
-                    f"--mt_task_weighting {self.name}: the package {package} is missing: {how_to_install(package)}"
+                    f"mt_task_weighting {self.name}: the package {package} is missing: {how_to_install(package)}"
                 ) from None
         return self.make(tasks)
 

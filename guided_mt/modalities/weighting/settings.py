@@ -42,8 +42,8 @@ class WeightingConfig:
     mt_interval_rule: str = option("uniform", "where these intervals end: of equal length, or by log SNR", INTERVALS)
 
 
-def timestep_rows(config: Config) -> dict[str, str]:
-    """{term: its row of TIMESTEP_WEIGHTS}: the image's, then each modality's. Raises UserError for an unknown one."""
+def timestep_rows(config: Config, image: str) -> dict[str, str]:
+    """{term: its row of TIMESTEP_WEIGHTS}: the image's as given, then each modality's. Raises UserError for an unknown one."""
 
     def known(name: str) -> str:
         if name not in TIMESTEP_WEIGHTS:
@@ -53,7 +53,7 @@ def timestep_rows(config: Config) -> dict[str, str]:
         return name
 
     of_modalities = per_modality(config, "mt_timestep_weights", known, WeightingConfig.mt_timestep_weights)
-    return {IMAGE: config.timestep_weights, **of_modalities}
+    return {IMAGE: image, **of_modalities}
 
 
 def weighed_tasks(config: Config) -> list[str]:
@@ -63,34 +63,40 @@ def weighed_tasks(config: Config) -> list[str]:
 
 
 def check_weighting(config: Config) -> None:
-    """Raises UserError for weights that can't be had, and for settings that contradict each other."""
-    rows, name = timestep_rows(config), config.mt_task_weighting
+    """Raises UserError for weights that can't be had, and for flags that contradict each other."""
+    rows = timestep_rows(config, config.timestep_weights)
     learned = [term for term, row in rows.items() if row == LEARNED]
     flag = f"--{'mt_' if IMAGE not in learned else ''}timestep_weights {LEARNED}" if learned else ""
-    if name == "uncertainty":
+    if config.mt_task_weighting == "uncertainty":
         flag = "--mt_task_weighting uncertainty"
     if flag and config.schedule_sampler == "loss-second-moment":
         raise UserError(
             f"{flag} with --schedule_sampler loss-second-moment: that draws timesteps by the size of their losses, which "
             "this brings to the same size; take uniform or stratified"
         )
-    row, tasks = TASK_WEIGHTINGS[name], weighed_tasks(config)
-    least = getattr(row, "least_tasks", 1)
-    taught = tasks if config.mt_drop_prob < 1 else tasks[:1]
-    if len(taught) < least:
-        why = f"--mt_drop_prob {config.mt_drop_prob:g} teaches" if taught != tasks else "these settings train"
-        raise UserError(
-            f"--mt_task_weighting {name} weighs at least {least} tasks against each other, and {why} the image alone; name a "
-            "modality in --mt_task whose --mt_loss_weight is not 0, or take fixed"
-        )
-    if name == "uncertainty" and len(taught) == 1 and config.mt_timestep_intervals == 1:
-        raise UserError(
-            "--mt_task_weighting uncertainty: one task and one interval leave nothing to weigh; raise --mt_timestep_intervals"
-        )
+    check_tasks_weighed(config, "--")
     if config.mt_timestep_intervals > config.diffusion_steps:
         raise UserError(
             f"--mt_timestep_intervals {config.mt_timestep_intervals}: there are {config.diffusion_steps} timesteps "
             "(--diffusion_steps)"
+        )
+
+
+def check_tasks_weighed(config: Config, key: str) -> None:
+    """Raises UserError where the weighting over tasks has too few of them. key: what stands before an option's name."""
+    name, tasks = config.mt_task_weighting, weighed_tasks(config)
+    least = getattr(TASK_WEIGHTINGS[name], "least_tasks", 1)
+    taught = tasks if config.mt_drop_prob < 1 else tasks[:1]
+    if len(taught) < least:
+        why = f"{key}mt_drop_prob {config.mt_drop_prob:g} teaches" if taught != tasks else "these settings train"
+        raise UserError(
+            f"{key}mt_task_weighting {name} weighs at least {least} tasks against each other, and {why} the image alone; add a "
+            "modality whose weight of the loss is not 0, or take fixed"
+        )
+    if name == "uncertainty" and len(taught) == 1 and config.mt_timestep_intervals == 1:
+        raise UserError(
+            f"{key}mt_task_weighting uncertainty: one task and one interval leave nothing to weigh; raise "
+            f"{key}mt_timestep_intervals"
         )
 
 
@@ -99,7 +105,7 @@ def intervals_of(config: Config, diffusion: GaussianDiffusion) -> Tensor:
     try:
         found = timestep_intervals(config.mt_interval_rule, diffusion.alphas_cumprod, config.mt_timestep_intervals)
     except ValueError as error:
-        raise UserError(f"--mt_timestep_intervals: {error}") from None
+        raise UserError(f"mt_timestep_intervals: {error}") from None
     return torch.from_numpy(found)
 
 
@@ -109,7 +115,7 @@ class Weighting(nn.Module):
 
     def __init__(self, config: Config, diffusion: GaussianDiffusion):
         super().__init__()
-        self.over_time = OverTime(timestep_rows(config), diffusion)
+        self.over_time = OverTime(timestep_rows(config, diffusion.timestep_weights), diffusion)
         make = TASK_WEIGHTINGS[config.mt_task_weighting]
         self.over_tasks: TaskWeighting = make(weighed_tasks(config), intervals_of(config, diffusion))
 

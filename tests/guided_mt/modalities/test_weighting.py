@@ -65,8 +65,8 @@ def test_a_learned_uncertainty_starts_as_no_weight_at_all():
 def test_a_learned_uncertainty_finds_the_logarithm_of_the_loss():
     """EDM2, eq. 14 to 16: L / exp(u) + u is least at u = log L, where every timestep contributes alike."""
     torch.manual_seed(0)
-    u, steps = Uncertainty(1000), 400
-    optimizer = torch.optim.Adam(u.parameters(), lr=0.02)
+    u, steps = Uncertainty(1000), 250
+    optimizer = torch.optim.Adam(u.parameters(), lr=0.03)
     law = lambda t: torch.exp(2 * torch.cos(t / 300))  # noqa: E731
     for _ in range(steps):
         t = torch.randint(0, 1000, (256,))
@@ -187,18 +187,19 @@ class Quadratics:
         found = [scale / 2 * (self.w - c).square().sum() for scale, c in zip(self.scales, self.centres, strict=True)]
         return dict(zip(("denoising", "other"), found, strict=True))
 
-    def descend(self, row, steps=1, rate=0.01) -> list[list[float]]:
-        """Gradient descent with the step's length fixed; the losses after each step."""
+    def descend(self, row, steps=1, rate=0.01, step=0) -> list[list[float]]:
+        """Gradient descent with steps of at most this length, numbered from `step` on; the losses after each."""
         seen = []
-        for step in range(steps):
+        for number in range(step, step + steps):
             losses = self.losses()
             if isinstance(row, GradientWeighting):
-                row.measure(gramian_of(losses, self.w), step)
+                row.measure(gramian_of(losses, self.w), number)
             each = {name: loss[None] for name, loss in losses.items()}
             loss = row(each, {"other": torch.ones(1)}, torch.zeros(1, dtype=torch.int64)).sum()
-            (gradient,) = torch.autograd.grad(loss, self.w)
+            self.w.grad = None
+            loss.backward()
             with torch.no_grad():
-                self.w -= rate * gradient / gradient.norm().clamp(min=1.0)
+                self.w -= rate * self.w.grad / self.w.grad.norm().clamp(min=1.0)
             seen.append([x.item() for x in self.losses().values()])
         return seen
 
@@ -248,6 +249,22 @@ def test_in_conflict_the_loud_task_wins_the_sum_and_not_the_bargain():
     assert fixed[-1][0] > 1.8 and fixed[-1][1] < 1.0  # at the second centre: L_1 = 2
     for before, after in itertools.pairwise([start, *nash]):
         assert after[0] < before[0] and after[1] < before[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"), [("fixed", (0.0, 0.99)), ("uncertainty", (0.81, 0.99)), ("pcgrad", (0.12, 0.85))]
+)
+def test_where_descent_ends(name, ends):
+    """The table of docs/method.md, section 7.2, but for nash, which takes its time."""
+    for scales, end in zip(((1.0, 1.0), (1.0, 100.0)), ends, strict=True):
+        row, problem = weighting(name), Quadratics(scales)
+        own = torch.optim.Adam(row.parameters(), lr=UNCERTAINTY_RATE) if list(row.parameters()) else None
+        for step in range(120):
+            problem.descend(row, rate=0.05, step=step)
+            if own is not None:
+                own.step()
+                own.zero_grad()
+        assert problem.w[0].item() == pytest.approx(end, abs=0.01) and abs(problem.w[1].item()) < 0.05
 
 
 @pytest.mark.parametrize("name", ["pcgrad", "nash"])

@@ -160,7 +160,7 @@ REFUSED = [
     ),
     ({"timestep_weights": "learned", "use_kl": True}, r"timestep weights 'learned' weigh a squared error"),
     ({"mt_timestep_intervals": 41}, r"--mt_timestep_intervals 41: there are 40 timesteps"),
-    ({"trained_timesteps": "4"}, r"--mt_timestep_intervals: 5 intervals of 4 timesteps"),
+    ({"trained_timesteps": "4"}, r"mt_timestep_intervals: 5 intervals of 4 timesteps"),
     ({"mt_task_weighting_interval": 0}, r"--mt_task_weighting_interval must be at least 1"),
 ]
 
@@ -176,7 +176,7 @@ def test_a_missing_package_is_named_with_the_way_to_it(package, tmp_path, monkey
     needs("nash")
     monkeypatch.setitem(sys.modules, package, None)
     text = complaint(flags(**{**COMMON, **ROWS["nash"], "log_dir": tmp_path / "run", "total_steps": 1}))
-    assert f"--mt_task_weighting nash: the package {package} is missing: pip install" in text and "[tasks]" in text
+    assert f"mt_task_weighting nash: the package {package} is missing: pip install" in text and "[tasks]" in text
     assert not (tmp_path / "run").exists()
 
 

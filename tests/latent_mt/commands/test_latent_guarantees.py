@@ -23,6 +23,13 @@ RUN = {"ema_rate": "0.5", "log_interval": 3, "total_steps": 4, "save_interval": 
 ALONE = {"mt_variant": "any", "mt_drop_prob": 0.3}
 ROWS: dict[str, dict[str, Any]] = {
     **{name: {"rows": [name], **ALONE} for name in TASKS},
+    "weighed and routed": {
+        "rows": ["masked", "label"],
+        **ALONE,
+        "mt_timestep_weights": "learned",
+        "mt_task_weighting": "uncertainty",
+        "mt_routing": "dtr",
+    },
     "all, any": {"mt_variant": "any", "mt_drop_prob": 0.3},
     "all, U": {"mt_variant": "U", "mt_drop_prob": 0.3},
     "all, X": {"mt_variant": "X", "mt_drop_prob": 0.0},
