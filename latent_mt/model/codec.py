@@ -21,6 +21,10 @@ from ..data.latent_cache import unpack
 from ..first_stage.first_stages import Autoencoder
 from ..runs.targets import instantiate
 
+# Pixels in a pass of the first stage, four images of 512 x 512: of all that is in memory in a step its feature maps at full
+# size are else the most, 0.7 GiB an image.
+PASS = 2**20
+
 
 class LatentCodec(nn.Module):
     """Images to scaled latents and back: the `modalities.Space` of a latent model.
@@ -63,13 +67,16 @@ class LatentCodec(nn.Module):
     def encode(self, images: Tensor, streams: SampleStreams | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], scaled. streams: draw from the posterior; None: its mean."""
         with self._exact():
-            mean, logvar = self.first_stage_model.encode_moments(images)
-            return self.scale_factor * _posterior(mean, logvar, streams)
+            moments = [self.first_stage_model.encode_moments(part) for part in images.split(_at_a_time(images))]
+            logvars = [logvar for _, logvar in moments if logvar is not None]
+            mean = torch.cat([mean for mean, _ in moments])
+            return self.scale_factor * _posterior(mean, torch.cat(logvars) if logvars else None, streams)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> images [B, 3, H, W] in [-1, 1]. Raises drawing.NotFinite."""
         with self._exact():
-            images = self.first_stage_model.decode(z / self.scale_factor)
+            decode, size = self.first_stage_model.decode, self.first_stage_model.downsampling
+            images = torch.cat([decode(part) for part in (z / self.scale_factor).split(_at_a_time(z, size))])
         refuse_not_finite("decoded images", images)
         return images.clamp(-1, 1)
 
@@ -99,6 +106,11 @@ class LatentCodec(nn.Module):
         sides = dict(zip(self.sides[1:], latents[1:], strict=True))
         cached = pixels is None
         return Images(latents[0], batch.labels, batch.loaded, sides, batch.present, pixels, cached, flip)
+
+
+def _at_a_time(x: Tensor, scale: int = 1) -> int:
+    """How many of x [B, C, H, W], whose images are `scale` times as large, pass the first stage together."""
+    return max(1, PASS // (x.shape[-2] * x.shape[-1] * scale**2))
 
 
 def _posterior(mean: Tensor, logvar: Tensor | None, streams: SampleStreams | None) -> Tensor:

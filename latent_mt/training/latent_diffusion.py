@@ -18,9 +18,9 @@ from guided_mt.errors import UserError
 from guided_mt.generation.batches import load_beside
 from guided_mt.modalities import Images
 from guided_mt.modalities.settings import absent_names
-from guided_mt.networks.layers import Block
 from guided_mt.modalities.weighting.on_gradients import gramian_of, outputs_of
 from guided_mt.modalities.weighting.settings import Weighting
+from guided_mt.networks.layers import Block
 from guided_mt.runs import checkpoint
 from guided_mt.runs.processes.shards import gathered, shard, total_norm
 from guided_mt.training.averages import QUARTILES, Averages
@@ -121,8 +121,8 @@ class LatentTraining(TrainedModule):
     def shard(self, device_type: str) -> None:
         if self.weighting.parameter_groups() or self.weighting.on_gradients is not None:
             raise UserError(
-                "lightning.trainer.strategy fsdp: weights that are learned (timestep_weights learned, mt_task_weighting uncertainty) "
-                "or measured (pcgrad, nash) need whole replicas; take strategy: ddp, or fixed weights"
+                "lightning.trainer.strategy fsdp: weights that are learned (mt_timestep_weights learned, mt_task_weighting "
+                "uncertainty) or measured (pcgrad, nash) need whole replicas; take strategy: ddp, or fixed weights"
             )
         shard(self.model.network, Block, device_type, ["encode_modality"])
         stage = getattr(self.model, "cond_stage_model", None)

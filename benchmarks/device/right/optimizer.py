@@ -72,7 +72,7 @@ def skips(device: torch.device) -> dict[str, Any]:
     before = joined(network.parameters())
     for p, gradient in zip(network.parameters(), _gradients(network, 1), strict=True):
         p.grad = torch.empty_like(p).copy_(gradient)
-    next(network.parameters()).grad.view(-1)[0] = float("inf")
+    next(network.parameters()).grad[(0,) * next(network.parameters()).ndim] = float("inf")
     scale = float(optimizer.log2_scale)
     optimizer.step(LR)
     fell = scale - float(optimizer.log2_scale)

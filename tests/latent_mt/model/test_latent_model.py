@@ -31,6 +31,7 @@ from guided_mt.errors import UserError
 from guided_mt.networks.unet import UNetModel as SharedUNet
 from latent_mt.data import PairData
 from latent_mt.first_stage.latents import write_cache
+from latent_mt.model import codec
 from latent_mt.model.generate import LatentGenerator, LatentSampleConfig
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
 from latent_mt.model.network import DiffusionWrapper
@@ -470,3 +471,26 @@ def test_a_stage_that_cannot_be_built_is_told_before_the_network_is(part, target
     monkeypatch.setattr("latent_mt.model.latent_diffusion.build_network", lambda *_: pytest.fail("it was built"))
     with pytest.raises(UserError, match=rf"model.params.{part}: .*{target.rpartition('.')[2]}"):
         build(mt_sides=[], conditioning_key="crossattn", **{part: {"target": target}})
+
+
+@pytest.mark.parametrize("stage", [FIRST_STAGE, IDENTITY])
+def test_the_first_stage_sees_few_images_at_a_time(stage, monkeypatch):
+    """Of large images, whose feature maps would else be the most of a step's memory; the latents and images are the same."""
+    options: dict = {}
+    if stage is IDENTITY:
+        options = {"first_stage_config": IDENTITY, "channels": 3, "image_size": SIZE}
+        options["unet_config"] = unet(in_channels=3, out_channels=3)
+    model, batch = build(**options), pixels(5)
+    images = from_uint8(batch.images)[:, :3]
+    seen: list[int] = []
+    first = model.first_stage_model
+    encode, decode = first.encode_moments, first.decode
+    monkeypatch.setattr(first, "encode_moments", lambda x: (seen.append(len(x)), encode(x))[1])
+    monkeypatch.setattr(first, "decode", lambda z: (seen.append(len(z)), decode(z))[1])
+    whole = model.encode(images, streams(batch))
+    back = model.decode(whole)
+    assert seen == [5, 5]
+    monkeypatch.setattr(codec, "PASS", 2 * SIZE**2)
+    torch.testing.assert_close(model.encode(images, streams(batch)), whole)
+    torch.testing.assert_close(model.decode(whole), back)
+    assert seen[2:] == [2, 2, 1, 2, 2, 1]

@@ -148,3 +148,24 @@ def test_fp16_is_refused(tmp_path):
     with pytest.raises(UserError, match="strategy fsdp: not with precision 16-mixed; take bf16-mixed, or ddp"):
         train(file, FSDP, "lightning.trainer.precision=16-mixed")
     assert not (tmp_path / "a/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "weights", ["mt_task_weighting=uncertainty", "mt_task_weighting=nash", "mt_timestep_weights=learned"]
+)
+def test_weights_that_need_whole_replicas(weights, tmp_path):
+    """What is learned or measured over tasks and timesteps beside the network."""
+    key, value = weights.split("=")
+    if value == "nash":
+        pytest.importorskip("torchjd")
+    write_data(tmp_path)
+    file = write_tasks(
+        tmp_path / "x.yaml",
+        tmp_path,
+        tmp_path / "run",
+        mt_variant="U",
+        mt_tasks=entries(["label"], tmp_path),
+        **{key: value},
+    )
+    with pytest.raises(UserError, match="strategy fsdp: weights that are learned"):
+        train(file, FSDP)
