@@ -119,3 +119,26 @@ def test_what_cannot_be(values, expected):
     with pytest.raises(UserError) as caught:
         random_model(**{"mt_sides": [], "mt_swap_prob": 0.0, "mt_tasks": MASKED, **values})
     assert re.search(expected, str(caught.value)), caught.value
+
+
+def test_gradients_are_measured_once_a_step_however_many_batches_it_has(folder, tmp_path, monkeypatch):
+    """Accumulated gradients: on the first batch of a step, which the dropout and the draws of the step stay the same for."""
+    pytest.importorskip("torchjd", reason="needs the extra 'tasks'")
+    measured: list[int] = []
+
+    def solved(solve, gramian, seed):
+        assert gramian.shape == (3, 3) and (gramian - gramian.T).abs().max() < 1e-9
+        measured.append(seed)
+
+    monkeypatch.setattr("guided_mt.modalities.weighting.on_gradients.solved", solved)
+    params = {"mt_variant": "any", "mt_tasks": TASKS, **ROWS["pcgrad"], "mt_task_weighting_interval": 1}
+    runs = {}
+    for name, changed in {"pcgrad": params, "fixed": {**params, "mt_task_weighting": "fixed"}}.items():
+        file = write_tasks(
+            tmp_path / f"{name}.yaml", folder, tmp_path / name, {"total_steps": 3, "ema_rate": "0.5"}, **changed
+        )
+        train(file, "lightning.trainer.accumulate_grad_batches=2")
+        runs[name] = progress(tmp_path / name)
+    assert measured == [0, 1, 2]
+    names = runs["fixed"][0].keys()
+    assert [{key: row[key] for key in names} for row in runs["pcgrad"]] == runs["fixed"]
