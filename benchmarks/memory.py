@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from memory_counts import activations
+from memory_counts import activations, at_work
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from guided_mt.data import Batch
 from guided_mt.diffusion.process import GaussianDiffusion
@@ -30,6 +31,7 @@ from guided_mt.modalities import Images, Pixels
 from guided_mt.networks.layers import Block
 from guided_mt.training.optim import guard_step
 from guided_mt.training.units import measure_units
+from latent_mt.model import codec
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
 from latent_mt.model.network import build_network, unet_keywords
 from latent_mt.model.tasks import TaskKeys, read_tasks
@@ -143,6 +145,10 @@ def table() -> None:
             fits = [max(0, int((0.9 * card - smallest - fixed) // each)) for card in CARDS]
             print(f"| {size} x {size} | {name} | {fixed:.1f} | {each:.2f} | {' | '.join(map(str, fits))} |", flush=True)
     print("\nImages in a card: with the averages on the host and stored vectors, and a tenth of the card left free.")
+    for pixels in (512, 768):
+        count = max(1, codec.PASS // pixels**2)
+        held = f"{_encoding(count, pixels):.1f} GiB for {count} image(s) of {pixels} x {pixels}"
+        print(f"Before the U-Net runs, the first stage holds {held} at a time.")
 
 
 def network_of_config() -> nn.Module:
@@ -154,6 +160,14 @@ def network_of_config() -> nn.Module:
     settings = read_tasks(TaskKeys(**keys), num_channels=unet["model_channels"], precision="fp32")
     complete(settings)
     return build_network(unet, settings, GaussianDiffusion(betas=np.full(1000, 0.01)), Pixels(params["image_size"]))
+
+
+def _encoding(count: int, pixels: int) -> float:
+    """GiB of the feature maps of a pass of CONFIG's first stage."""
+    first = load_config(CONFIG)["model"]["params"]["first_stage_config"]
+    with FakeTensorMode():
+        stage, images = instantiate(first, "first stage").eval(), torch.zeros(count, 3, pixels, pixels)
+        return at_work(lambda: stage.encode_moments(images))
 
 
 def _at_work(network: nn.Module) -> float:

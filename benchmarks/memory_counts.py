@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_mt.networks.layers import Block
 
@@ -122,3 +124,33 @@ def activations(make: Any, size: int, width: int) -> Activations:
 
 def _line(one: float, two: float) -> tuple[float, float]:
     return one - (two - one), two - one
+
+
+class Alive(TorchDispatchMode):
+    """Inside, the bytes of all tensors that operations make and that are still held: `now`, and the most of them at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return made
+
+    def _free(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+def at_work(call: Callable[[], Any]) -> float:
+    """GiB that `call()` holds at its worst moment, without gradients and without memory: to be made inside FakeTensorMode."""
+    with torch.no_grad(), Alive() as alive:
+        call()
+    return alive.most / GIB
