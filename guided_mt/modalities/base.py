@@ -64,6 +64,7 @@ class Modality:
     has_spread = False  # whether there is an `encoding_spread`
     is_mask = False  # whether x is the image with a part left out, so that the model restores (see `MaskedImage`)
     is_class = False  # whether x is the image's class, so that the model classifies (see `LabelModality`)
+    reads_weights = False  # whether it uses weights of the network outside of the network's own passes
     partly = False  # whether some of the images have no x, known from `prepare` on
     unmeasured = False  # whether it has units that must be measured before the first step (`measured`)
     figures: tuple[str, ...] = ()  # what is logged beside the loss, as FIGURE_NAME (see `figure`)

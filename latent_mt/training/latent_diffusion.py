@@ -124,6 +124,12 @@ class LatentTraining(TrainedModule):
                 "lightning.trainer.strategy fsdp: weights that are learned (mt_timestep_weights learned, mt_task_weighting "
                 "uncertainty) or measured (pcgrad, nash) need whole replicas; take strategy: ddp, or fixed weights"
             )
+        outside = [name for name, modality in self.model.modalities.items() if modality.reads_weights]
+        if outside:
+            raise UserError(
+                f"lightning.trainer.strategy fsdp: {', '.join(outside)} reads weights between the network's passes, which needs them "
+                "whole; take strategy: ddp"
+            )
         shard(self.model.network, Block, device_type, ["encode_modality"])
         stage = getattr(self.model, "cond_stage_model", None)
         if isinstance(stage, nn.Module) and any(p.requires_grad for p in stage.parameters()):

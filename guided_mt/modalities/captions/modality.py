@@ -40,6 +40,7 @@ class CaptionModality(Modality):
     """
 
     has_spread = True
+    reads_weights = True  # the vocabulary, and the embedded tokens
 
     def __init__(self, name: str, kind: str, length: int, width: int):
         super().__init__(name)

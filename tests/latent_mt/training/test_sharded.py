@@ -151,21 +151,20 @@ def test_fp16_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weights", ["mt_task_weighting=uncertainty", "mt_task_weighting=nash", "mt_timestep_weights=learned"]
+    ("task", "options", "message"),
+    [
+        ("label", {"mt_task_weighting": "uncertainty"}, "weights that are learned"),
+        ("label", {"mt_task_weighting": "nash"}, "or measured"),
+        ("label", {"mt_timestep_weights": "learned"}, "weights that are learned"),
+        ("caption", {}, "caption reads weights between the network's passes"),
+    ],
 )
-def test_weights_that_need_whole_replicas(weights, tmp_path):
-    """What is learned or measured over tasks and timesteps beside the network."""
-    key, value = weights.split("=")
-    if value == "nash":
+def test_what_needs_whole_replicas(task, options, message, tmp_path):
+    """What is learned or measured over tasks and timesteps beside the network, and modalities that use weights outside of it."""
+    if options.get("mt_task_weighting") == "nash":
         pytest.importorskip("torchjd")
     write_data(tmp_path)
-    file = write_tasks(
-        tmp_path / "x.yaml",
-        tmp_path,
-        tmp_path / "run",
-        mt_variant="U",
-        mt_tasks=entries(["label"], tmp_path),
-        **{key: value},
-    )
-    with pytest.raises(UserError, match="strategy fsdp: weights that are learned"):
+    tasks = entries([task], tmp_path)
+    file = write_tasks(tmp_path / "x.yaml", tmp_path, tmp_path / "run", mt_variant="U", mt_tasks=tasks, **options)
+    with pytest.raises(UserError, match=f"strategy fsdp: .*{message}"):
         train(file, FSDP)
