@@ -117,6 +117,10 @@ for split, count in (("train", 16), ("test", 3)):
 (folder / "captions.csv").write_text("\n".join(rows))
 END
 run joint_clip.py --data_dir "$work/captions" --out "$work/joint" --seeds 0 --steps 1 --first_steps 1 --clip_steps 1 --draws 1
+run transfer.py --data_dir "$work/captions/train" --val_data_dir "$work/captions/test" --out "$work/transfer" --seeds 0 --steps 1 \
+  --tasks masked,caption,random-caption --rows alone,all,uncertainty,routing --samples 0 --mt_variant any --mt_drop_prob 0.2 \
+  --image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1 --attention_resolutions 4 --diffusion_steps 50 \
+  --global_batch_size 4 --ema_rate 0.9 --device cpu
 run export_diffusers.py --model_path "$work/joint/image_alone_0" --out "$work/pipeline"
 
 score() { echo "+ python evaluations/$*"; python "evaluations/$@" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }

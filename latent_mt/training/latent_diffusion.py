@@ -127,8 +127,8 @@ class LatentTraining(TrainedModule):
         outside = [name for name, modality in self.model.modalities.items() if modality.reads_weights]
         if outside:
             raise UserError(
-                f"lightning.trainer.strategy fsdp: {', '.join(outside)} reads weights between the network's passes, which needs them "
-                "whole; take strategy: ddp"
+                f"lightning.trainer.strategy fsdp: {', '.join(outside)} reads weights between the network's passes, which needs "
+                "them whole; take strategy: ddp"
             )
         shard(self.model.network, Block, device_type, ["encode_modality"])
         stage = getattr(self.model, "cond_stage_model", None)
