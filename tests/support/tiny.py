@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -96,11 +98,20 @@ def finish(process: subprocess.Popen | warm.Started) -> str:
     return output
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports in a row that are free, below those that the system gives to connections: so none is taken before it is used."""
+    while True:
+        first = 20000 + secrets.randbelow(12000)
+        found = list(range(first, first + count))
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in found:
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return found
+
+
 def finish_group(script: str, argv: Iterable[str], processes: int = 2) -> str:
     """A script of scripts/ on several processes that have torchrun's environment; returns what they printed, rank by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(64)[-1]  # many_commands counts down from it
     common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     argv = list(argv)
     members = []

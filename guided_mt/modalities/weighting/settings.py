@@ -75,7 +75,7 @@ def check_weighting(config: Config) -> None:
             "this brings to the same size; take uniform or stratified"
         )
     check_tasks_weighed(config, "--")
-    if config.mt_timestep_intervals > config.diffusion_steps:
+    if _uses_intervals(config) and config.mt_timestep_intervals > config.diffusion_steps:
         raise UserError(
             f"--mt_timestep_intervals {config.mt_timestep_intervals}: there are {config.diffusion_steps} timesteps "
             "(--diffusion_steps)"
@@ -100,10 +100,17 @@ def check_tasks_weighed(config: Config, key: str) -> None:
         )
 
 
+def _uses_intervals(config: Config) -> bool:
+    """Whether anything is by interval; in latents there is no schedule_sampler."""
+    return config.mt_task_weighting == "uncertainty" or getattr(config, "schedule_sampler", "") == "stratified"
+
+
 def intervals_of(config: Config, diffusion: GaussianDiffusion) -> Tensor:
-    """The interval of each timestep of the process, int64 [T]. Raises UserError for more intervals than timesteps."""
+    """The interval of each timestep of the process, int64 [T]; one for all where nothing is by interval. Raises UserError for more
+    intervals than timesteps."""
+    count = config.mt_timestep_intervals if _uses_intervals(config) else 1
     try:
-        found = timestep_intervals(config.mt_interval_rule, diffusion.alphas_cumprod, config.mt_timestep_intervals)
+        found = timestep_intervals(config.mt_interval_rule, diffusion.alphas_cumprod, count)
     except ValueError as error:
         raise UserError(f"mt_timestep_intervals: {error}") from None
     return torch.from_numpy(found)

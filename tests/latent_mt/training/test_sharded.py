@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, finish, progress, start_python, step_folder
+from tiny import ROOT, finish, free_ports, progress, start_python, step_folder
 from tiny_latent import UNET, newest_weights, train, write_config, write_pairs
 from tiny_tasks import entries, write_data, write_tasks
 
@@ -24,16 +23,6 @@ HALF = "data.params.batch_size=2"
 LOOKS = ["run.val_interval=4", "run.sample_interval=4", "run.grad_clip=0.5"]
 # Of form any, on pairs: passes accumulated and computed again, averages in bf16 on the host, rounded at random.
 THRIFTY = ["run.ema_dtype=bf16", "run.ema_device=cpu"]
-
-
-def ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    found = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +52,7 @@ def folder(tmp_path_factory):
         [label("begun whole"), FSDP, HALF, "run.grad_clip=0.5"],
         [pairs("pairs by two"), "lightning.trainer.strategy=fsdp2", *accumulated, *THRIFTY],
     ]
-    *own, last = ports(len(runs) + 1)
+    *own, last = free_ports(len(runs) + 1)
     argv = [[port, ["--config", str(run[0]), *run[1:]]] for port, run in zip(own, runs, strict=True)]
     (folder / "plan.json").write_text(json.dumps({"runs": argv, "port": last, "out": str(folder)}))
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(last)}
