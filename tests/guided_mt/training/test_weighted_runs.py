@@ -159,8 +159,14 @@ REFUSED = [
         r"--mt_timestep_weights learned with --schedule_sampler loss-second-moment",
     ),
     ({"timestep_weights": "learned", "use_kl": True}, r"timestep weights 'learned' weigh a squared error"),
-    ({"mt_timestep_intervals": 41}, r"--mt_timestep_intervals 41: there are 40 timesteps"),
-    ({"trained_timesteps": "4"}, r"mt_timestep_intervals: 5 intervals of 4 timesteps"),
+    (
+        {"schedule_sampler": "stratified", "mt_timestep_intervals": 41},
+        r"--mt_timestep_intervals 41: there are 40 timesteps",
+    ),
+    (
+        {"mt_task_weighting": "uncertainty", "trained_timesteps": "4"},
+        r"mt_timestep_intervals: 5 intervals of 4 timesteps",
+    ),
     ({"mt_task_weighting_interval": 0}, r"--mt_task_weighting_interval must be at least 1"),
 ]
 
