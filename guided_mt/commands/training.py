@@ -76,4 +76,5 @@ def train(loop: Loop) -> None:
         reached = f"resuming after step {loop.step}" if loop.step else "starting"
         print(f"# {len(loop.source)} images, {reached}", flush=True)
     loop.run_loop()
+    loop.network = None  # DistributedDataParallel holds on to the group, whose threads have to end before Python does
     loop.processes.close()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import socket
@@ -107,6 +108,7 @@ class Processes:
     def close(self) -> None:
         """Leave the group of processes."""
         if dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
 
 
