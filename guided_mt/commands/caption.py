@@ -33,7 +33,8 @@ from ..modalities import CaptionModality
 from ..modalities.captions import scores
 from ..modalities.settings import loss_weights, row_config, row_of, task_names
 from ..runs import distributed
-from ..runs.config import Config, SampleConfig, option, redefined
+from ..runs.config import Config, option, redefined
+from .classify import ClassifyConfig
 from .console import announce, run, with_saved_config
 
 WAYS = ("read", "drawn")
@@ -61,18 +62,14 @@ class CaptionImagesConfig:
         "draw ten up to 40 %",
     )
     draws: int = option(4, "noise draws at each timestep, to read", least=1)
-    seed: int = option(0, "seed of the noise", least=0, most=2**32 - 1)
+    seed: int = redefined(ClassifyConfig, "seed")
     out: str = option(
         "", "the .npz to write, with a .csv and a .json beside it; empty: captions.npz in the run's folder"
     )
-    batch_size: int = option(64, "images per forward pass", least=1)
-    fill_batches: bool = redefined(
-        SampleConfig,
-        "fill_batches",
-        help="on a CPU, fill smaller batches up to 16: an image's result is then the same to the bit in any batch",
-    )
-    device: str = option("", "cpu, cuda, cuda:1 ...; empty: a GPU if there is one")
-    dry_run: bool = option(False, "print the resolved configuration, then stop")
+    batch_size: int = redefined(ClassifyConfig, "batch_size")
+    fill_batches: bool = redefined(ClassifyConfig, "fill_batches")
+    device: str = redefined(ClassifyConfig, "device")
+    dry_run: bool = redefined(ClassifyConfig, "dry_run")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .intervals import timestep_intervals
 
 STRATA = 5  # intervals of the timesteps, unless a run says which
 
 
 class UniformSampler(nn.Module):
     """Every timestep alike, weight 1."""
+
+    by_interval = False  # whether it draws by intervals of the timesteps
 
     learns = False  # whether `update` has to be told the losses
 
@@ -88,13 +93,15 @@ class StratifiedSampler(UniformSampler):
     Samples follow each other in a batch, so a batch of any multiple of k has all intervals alike often, on any number of processes.
     """
 
+    by_interval = True
     sizes: Tensor  # [k], timesteps of each interval
     starts: Tensor  # [k], the first of each
 
     def __init__(self, num_timesteps: int, interval_of: Tensor | None = None):
         super().__init__(num_timesteps)
         if interval_of is None:
-            interval_of = torch.arange(num_timesteps) * min(STRATA, num_timesteps) // num_timesteps
+            count = min(STRATA, num_timesteps)
+            interval_of = torch.from_numpy(timestep_intervals("uniform", np.ones(num_timesteps), count))
         sizes = interval_of.bincount()
         self.register_buffer("sizes", sizes, persistent=False)
         self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)

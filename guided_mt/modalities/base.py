@@ -73,6 +73,7 @@ class Modality:
         check_name(name)
         self.name = name
         self.encoder: Encoder | None = None  # E(x) by the network, bound where there is one
+        self.network: MultiTask | None = None  # set by `use_network`
 
     @property
     def has_log_prob(self) -> bool:
@@ -88,6 +89,7 @@ class Modality:
 
     def use_network(self, network: MultiTask) -> None:
         """Called with the network whose heads and encodings it has."""
+        self.network = network
 
     def figure(self, figure: str, prediction: Tensor, x: Tensor) -> Tensor:
         """One of `figures` of the head's prediction, [B]."""

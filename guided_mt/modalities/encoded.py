@@ -17,7 +17,6 @@ from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError
 from ..networks.heads import VectorUnits
 from ..networks.image_encoder import ImageEncoder, check_width
-from ..networks.multi_task import MultiTask
 from ..networks.unet_encoder import PRECISIONS
 from ..runs.distributed import Processes
 from .base import Gaussian, Images
@@ -52,13 +51,8 @@ class EncodedVector(Gaussian):
         self.size, self.make, self.described, self.normalised = size, make, dict(described), normalised
         self.where, self.at_hand = where or name, at_hand
         self.encoder_of_images: ImageEncoder | None = None
-        self.network: MultiTask | None = None
         self.source: ImageSource | None = None  # of training, where it holds vectors
         self.digest = b""  # of the encoder, known with it or from a cache
-
-    @override
-    def use_network(self, network: MultiTask) -> None:
-        self.network = network
 
     @property
     def units(self) -> VectorUnits:

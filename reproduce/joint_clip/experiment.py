@@ -12,7 +12,6 @@ OUT/samples.png.
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +26,13 @@ from guided_mt.commands.console import run
 from guided_mt.data import load_images, open_source
 from guided_mt.data.captions import open_captions
 from guided_mt.data.images import make_grid, save_png
-from guided_mt.errors import UserError, reason
+from guided_mt.errors import UserError
 from guided_mt.runs.config import Config, option, parse
 
 from ..children import run_child
 from ..commands import command, environment, shown
 from ..seeds import training_seeds
+from ..settings import same_settings
 from . import scores
 from .tiny_clip import TinyCLIP, train_clip
 
@@ -117,7 +117,7 @@ class Experiment:
     def prepare(self) -> None:
         """First stage, CLIPs and stored latents. Raises UserError."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self._same_settings()
+        same_settings(self.out, {name: getattr(self.config, name) for name in FIXED})
         self.prompts.write_text("\n".join(self.test.captions) + "\n", encoding="utf-8")
         data = f"data.params.path={self.config.data_dir}/train"
         first, steps = self.out / "first_stage", self.config.first_steps
@@ -132,20 +132,6 @@ class Experiment:
             words = ["--config", CONFIG, "--out", self.out / "latents", "--representation", "clip-image"]
             self._run("encode", *words, data, *self._parts())
         self.teacher, self.judge = TinyCLIP(self.clip(TEACHER)), TinyCLIP(self.clip(JUDGE))
-
-    def _same_settings(self) -> None:
-        """Raises UserError where what lies in the folder was made with other settings than these: it would be taken for theirs."""
-        file, own = self.out / "settings.json", {name: getattr(self.config, name) for name in FIXED}
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else own
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: can't be read ({reason(error)}); take another --out") from None
-        for name, value in own.items():
-            if saved.get(name, value) != value:
-                raise UserError(
-                    f"{self.out}: was begun with --{name} {saved[name]}, not {value}; repeat that, or take another --out"
-                )
-        file.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
 
     def clip(self, seed: int) -> Path:
         """The weights of a small CLIP."""

@@ -38,6 +38,7 @@ from guided_mt.runs.processes.claim import Claim
 from ..children import passing_on_sigterm, run_child
 from ..commands import command, environment, shown
 from ..seeds import training_seeds
+from ..settings import same_settings
 from . import held_out
 from .heat_map import draw_heat_map
 from .numbers import columns_of, conflicts, cosines_of, distances, every_column
@@ -46,6 +47,7 @@ from .rows import IMAGE, Row, rows_of
 CALLS = 20  # network calls of a sample
 BATCH = 100
 SET_HERE = ("mt_task", "log_dir", "resume_checkpoint", "seed", "total_steps", "save_interval", "keep_checkpoints")
+FREE = ("device", "data_workers", "log_interval", "dry_run", "compile", "num_classes", "sample_interval")
 PICTURES = 12
 
 
@@ -109,6 +111,7 @@ class Experiment:
 
     def main(self) -> None:
         """Everything. Raises UserError."""
+        same_settings(self.out, self.settings())
         source = open_source(self.config.val_data_dir)
         if source.labels is not None and self.config.samples:
             self.train_judge()
@@ -132,6 +135,12 @@ class Experiment:
         print(f"\n{table}\n{self.out / 'transfer.png'}: rows are models, columns what is measured")
 
     # ------------------------------------------------------------ stages
+
+    def settings(self) -> dict[str, str]:
+        """What all models are trained and measured with; where and how fast is free."""
+        own = {name: getattr(self.config, name) for name in ("data_dir", "val_data_dir", "judge_steps")}
+        trained = {key: value for key, value in self.trained.as_dict().items() if key not in (*SET_HERE, *FREE)}
+        return {key: str(value) for key, value in {**trained, **own}.items()}
 
     def folder(self, row: Row, seed: int) -> Path:
         """The run of a model."""

@@ -16,8 +16,8 @@ from .numbers import higher_is_better
 
 def draw_heat_map(results: Sequence[Measured], columns: Sequence[Column], alone: str, path: Path) -> None:
     """Rows are models, columns numbers, cells the gain in % over the reference of the column: `alone` where it has the number, else
-    the first model that has it. Blue is better, red worse; a cell whose gain is smaller than the seeds' spread is pale: the mean
-    difference of seed by seed, over its standard error, is printed below the gain."""
+    the first model that has it. Blue is better, red worse; below the gain, a mean over seeds, is its standard
+    error."""
     columns = [column for column in columns if column.key != FRAMED]  # there the frames differ from model to model
     rows = rows_of(results)
     gains = np.full((len(rows), len(columns)), np.nan)

@@ -21,7 +21,7 @@ from guided_mt.training.objective import multi_task_losses
 QUARTILES, EACH = 4, 2  # timesteps in each quartile, at which every held-out image is seen
 BATCH = 64
 SPREAD = 1 << 32  # between the seeds of an image at two timesteps
-PLAIN, FRAMED = "image", "image in the frame"
+PLAIN, FRAMED, DENOISING = "image", "image in the frame", "denoising"
 RESTORED = 100  # images with half of them hidden
 
 
@@ -33,54 +33,53 @@ def losses(generator: Generator, loaded: LoadedImages) -> dict[str, float]:
 
     Every image is seen at the same timesteps with the same noise by every model.
     """
-    modalities, process, model = generator.modalities, generator.process, generator.network
-    total = process.num_timesteps
+    total, config, modalities = generator.process.num_timesteps, generator.config, generator.modalities
     timesteps = [int((k + 0.5) * total / (QUARTILES * EACH)) for k in range(QUARTILES * EACH)]
-    drops = generator.config.mt_drop_prob > 0
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}  # [2, timesteps]: of the values, and how many they are
     for number, step in enumerate(timesteps):
         for part, images in _batches(generator, loaded):
-            streams = SampleStreams(part + number * SPREAD, index=Stream.INPUT, device=generator.device)
-            t = torch.full((len(part),), step, device=generator.device)
-            noise = streams.normal(*images.x_start.shape[1:])
-
-            def measure(
-                drop: float,
-                images: Images = images,
-                t: Tensor = t,
-                noise: Tensor = noise,
-                streams: SampleStreams = streams,
-            ) -> dict[str, Tensor]:
-                variant = generator.model.variant
-                found = multi_task_losses(
-                    model,
-                    process,
-                    modalities,
-                    images,
-                    t,
-                    noise,
-                    streams,
-                    variant=variant,
-                    drop_prob=drop,
-                    given_prob=0.0,
-                )
-                heads = {name: found.terms[name] for name in modalities}
-                return {"denoising": found.terms["mse"], **heads, **found.figures}
-
-            values: dict[str, Tensor] = {}
-            if not modalities or drops:
-                values[PLAIN] = measure(1.0 if modalities else 0.0)["denoising"]
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
             if modalities:
-                framed = measure(0.0)
-                values |= {FRAMED: framed.pop("denoising"), **framed}
-            for name, each in values.items():
-                sums.setdefault(name, torch.zeros(len(timesteps), device=each.device))[number] += each.sum()
+                framed = _terms(generator, part + number * SPREAD, images, step, dropped=False)
+                seen |= {FRAMED: framed.pop(DENOISING), **framed}
+            if not modalities or config.mt_drop_prob > 0:
+                plain = _terms(generator, part + number * SPREAD, images, step, dropped=bool(modalities))
+                seen[PLAIN] = plain[DENOISING]
+            for name, (values, counts) in seen.items():
+                totals = sums.setdefault(name, torch.zeros(2, len(timesteps), device=values.device))
+                totals[:, number] += torch.stack([(values * counts).sum(), counts.sum()])
     found: dict[str, float] = {}
-    for name, by_timestep in sums.items():
-        quartiles = (by_timestep / len(loaded.images)).view(QUARTILES, EACH).mean(dim=1).tolist()
+    for name, (values, counts) in sums.items():
+        quartiles = (values / counts).view(QUARTILES, EACH).mean(dim=1).tolist()
         found[name] = sum(quartiles) / QUARTILES
         found |= {f"{name}_q{q}": value for q, value in enumerate(quartiles)}
     return found
+
+
+def _terms(
+    generator: Generator, seeds: Tensor, images: Images, step: int, *, dropped: bool
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{term: (values [B], 1 where a sample has it, else 0)} at a timestep, with everything in the frame and nothing given, or
+    `dropped`: without a frame. The noise is each sample's first draw, so that it is the same in all models."""
+    streams = SampleStreams(seeds, index=Stream.INPUT, device=generator.device)
+    noise = streams.normal(*images.x_start.shape[1:])
+    found = multi_task_losses(
+        generator.network,
+        generator.process,
+        generator.modalities,
+        images,
+        torch.full((len(seeds),), step, device=generator.device),
+        noise,
+        streams,
+        variant=generator.model.variant,
+        drop_prob=float(dropped),
+        given_prob=0.0,
+    )
+    heads = {name: found.terms[name] for name in generator.modalities} | found.figures
+    denoising = found.terms["mse"]
+    return {DENOISING: (denoising, torch.ones_like(denoising))} | {
+        name: (values, found.predicted[name]) for name, values in heads.items()
+    }
 
 
 @torch.no_grad()

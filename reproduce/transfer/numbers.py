@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluations.features.moments import statistics
 from evaluations.scores.kid import kernel_distance
 from evaluations.scores.metrics import frechet_distance
 from evaluations.tables.seeds import Column, Measured
@@ -44,8 +45,7 @@ def higher_is_better(name: str) -> bool:
 
 def distances(true: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
     """Frechet distance and 1000 KID of features [N, D] and [M, D]."""
-    fits = [(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (true.astype(np.float64), drawn.astype(np.float64))]
-    frechet = frechet_distance(*fits[0], *fits[1])
+    frechet = frechet_distance(*statistics(true), *statistics(drawn))
     return {FRECHET: float(frechet), KERNEL: 1000 * kernel_distance(true, drawn)[0]}
 
 

@@ -76,6 +76,8 @@ def test_all_stages(finished, monkeypatch):
         assert picture.width > 300
     monkeypatch.setattr(experiment, "run_child", lambda *words, **options: pytest.fail("all is there already"))
     main(argv)
+    with pytest.raises(UserError, match=r"was begun with --mt_variant any, not U; repeat that"):
+        main([*argv, "--mt_variant", "U"])
 
 
 def test_the_plain_loss_is_that_of_the_network_alone(finished, images):

@@ -45,14 +45,9 @@ class CaptionModality(Modality):
     def __init__(self, name: str, kind: str, length: int, width: int):
         super().__init__(name)
         self.kind, self.length, self.width = kind, length, width
-        self.network: MultiTask | None = None
         self.counted: list[str] | None = None  # the words of the training captions
         self.source: ImageSource | None = None
         self._held: dict[str, list[int]] = {}
-
-    @override
-    def use_network(self, network: MultiTask) -> None:
-        self.network = network
 
     @property
     def head(self) -> CaptionHead:

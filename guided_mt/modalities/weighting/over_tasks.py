@@ -5,7 +5,7 @@ A row of TASK_WEIGHTINGS makes a `TaskWeighting` of the tasks' names and of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class TaskWeighting(nn.Module):
 
     learning_rate: float | None = None  # of its parameters, where it has some
     least_tasks = 1
+    by_interval = False  # whether it weighs by intervals of the timesteps
     solver: on_gradients.Solver | None = (
         None  # the tasks' weights of the Gramian of their gradients, where it asks for that
     )
@@ -50,6 +51,7 @@ class TaskUncertainty(TaskWeighting):
     """
 
     learning_rate = UNCERTAINTY_RATE
+    by_interval = True
     interval_of: Tensor  # [T]
 
     def __init__(self, tasks: Sequence[str], interval_of: Tensor):
@@ -133,7 +135,7 @@ def sum_of(objectives: Mapping[str, Tensor]) -> Tensor:
 
 
 # {name of --mt_task_weighting: (tasks, interval_of) -> the weighting}
-TASK_WEIGHTINGS: dict[str, Callable[[Sequence[str], Tensor], TaskWeighting]] = {
+TASK_WEIGHTINGS: dict[str, type[TaskWeighting]] = {
     "fixed": TaskWeighting,
     "uncertainty": TaskUncertainty,
     "pcgrad": PCGrad,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...diffusion.intervals import INTERVALS, timestep_intervals
 from ...diffusion.process import GaussianDiffusion
+from ...diffusion.resample import SCHEDULE_SAMPLERS, STRATA
 from ...diffusion.weighting import LEARNED, TIMESTEP_WEIGHTS
 from ...errors import UserError, nearest
 from ...runs.config import Config, option
@@ -37,7 +38,7 @@ class WeightingConfig:
         25, "steps between measuring the tasks' gradients, for pcgrad and nash", least=1
     )
     mt_timestep_intervals: int = option(
-        5, "intervals of the timesteps, for mt_task_weighting uncertainty and schedule_sampler stratified", least=1
+        STRATA, "intervals of the timesteps, for mt_task_weighting uncertainty and schedule_sampler stratified", least=1
     )
     mt_interval_rule: str = option("uniform", "where these intervals end: of equal length, or by log SNR", INTERVALS)
 
@@ -85,7 +86,7 @@ def check_weighting(config: Config) -> None:
 def check_tasks_weighed(config: Config, key: str) -> None:
     """Raises UserError where the weighting over tasks has too few of them. key: what stands before an option's name."""
     name, tasks = config.mt_task_weighting, weighed_tasks(config)
-    least = getattr(TASK_WEIGHTINGS[name], "least_tasks", 1)
+    least = TASK_WEIGHTINGS[name].least_tasks
     taught = tasks if config.mt_drop_prob < 1 else tasks[:1]
     if len(taught) < least:
         why = f"{key}mt_drop_prob {config.mt_drop_prob:g} teaches" if taught != tasks else "these settings train"
@@ -102,7 +103,8 @@ def check_tasks_weighed(config: Config, key: str) -> None:
 
 def _uses_intervals(config: Config) -> bool:
     """Whether anything is by interval; in latents there is no schedule_sampler."""
-    return config.mt_task_weighting == "uncertainty" or getattr(config, "schedule_sampler", "") == "stratified"
+    sampler = SCHEDULE_SAMPLERS[getattr(config, "schedule_sampler", "uniform")]
+    return TASK_WEIGHTINGS[config.mt_task_weighting].by_interval or sampler.by_interval
 
 
 def intervals_of(config: Config, diffusion: GaussianDiffusion) -> Tensor:
