@@ -13,7 +13,7 @@ class Command:
 
     module: has `console()`, which reads sys.argv and ends with an exit code, and `main(argv)`, the same for Python. script: the
     file of a clone that does the same. extra: what has to be installed beside the package itself, as in pip install
-    'mt-diffusion[latent]'.
+    'mt-diffusion[latent]'. passes_to: the sub-command that takes the flags which this one doesn't have itself.
     """
 
     module: str
@@ -21,6 +21,7 @@ class Command:
     group: str
     script: str = ""
     extra: str = ""
+    passes_to: str = ""
 
     def load(self) -> ModuleType:
         """The module, imported now."""
@@ -205,6 +206,7 @@ COMMANDS: dict[str, Command] = {
         PAPER,
         "scripts/transfer.py",
         "eval",
+        passes_to="train",
     ),
     "figure6": Command(
         "reproduce.figure6",
@@ -212,6 +214,7 @@ COMMANDS: dict[str, Command] = {
         PAPER,
         "scripts/figure6.py",
         "eval",
+        passes_to="classifier-train",
     ),
     "presets": Command("mt_diffusion.presets", "list the named settings, or print one of them", ABOUT),
     "show": Command("mt_diffusion.show", "say what a run, a weights file, samples or a data set is", ABOUT),

@@ -96,8 +96,7 @@ def _following(before: Sequence[str], typed: str) -> Iterable[str]:
         name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
         return []
-    known = json.loads(FLAGS.read_text(encoding="utf-8"))
-    flags: dict[str, str] = known["flags"].get(name, {})
+    flags = flags_of(name)
     flag, equals, _ = typed.partition("=")
     if equals and flag in flags:
         return [f"{flag}={value}" for value in _values(name, flag, flags[flag], typed.partition("=")[2])]
@@ -105,24 +104,35 @@ def _following(before: Sequence[str], typed: str) -> Iterable[str]:
         return _values(name, rest[-1], flags[rest[-1]], typed)
     if typed.startswith("-"):
         return flags
-    return _words(name, rest, known, typed)
+    return _words(name, rest, typed)
+
+
+def flags_of(name: str) -> dict[str, str]:
+    """{flag: what it takes} of a sub-command, with those it passes on to another one."""
+    flags: dict[str, dict[str, str]] = _read()["flags"]
+    return {**flags.get(name, {}), **flags.get(COMMANDS[name].passes_to, {})}
+
+
+def _read() -> dict[str, Any]:
+    return json.loads(FLAGS.read_text(encoding="utf-8"))
 
 
 def _values(name: str, flag: str, takes: str, typed: str) -> Iterable[str]:
     """What a flag may take; names of settings and files where it takes either."""
-    if (name, flag) in SETTINGS:
-        return [*SETTINGS[name, flag](), *_paths(typed)]
+    for command in (name, COMMANDS[name].passes_to):
+        if (command, flag) in SETTINGS:
+            return [*SETTINGS[command, flag](), *_paths(typed)]
     return takes.split("|") if "|" in takes else []
 
 
-def _words(name: str, rest: Sequence[str], known: dict[str, Any], typed: str) -> Iterable[str]:
+def _words(name: str, rest: Sequence[str], typed: str) -> Iterable[str]:
     """What may stand without a flag."""
     if name == "completion":
         return SCRIPTS if not rest else []
     if name == "presets":
         return [setting for names in dict.fromkeys(SETTINGS.values()) for setting in names()]
     if name in ("latent-train", "autoencoder-train", "encode", "table4") and typed:
-        return known["keys"]
+        return _read()["keys"]
     return []
 
 

@@ -4,7 +4,6 @@ here with the reason why not. A command that is in neither fails."""
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from latent_mt.commands.training import read_command
 from latent_mt.first_stage.first_stages import ConvolutionalAutoencoder
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
 from mt_diffusion.commands import COMMANDS
+from mt_diffusion.completion import flags_of
 from reproduce import compare, table4
 
 # Words that make a command tiny, by sub-command: behind those that are printed, so that they count.
@@ -194,11 +194,10 @@ def test_every_reason_has_its_command():
 
 
 def test_commands_that_are_not_run_have_flags_that_exist():
-    flags = json.loads((ROOT / "mt_diffusion" / "flags.json").read_text())["flags"]
     for command in commands():
         name, argv = split(command.text)
-        if reason(command) and name in flags:
-            assert {word.partition("=")[0] for word in argv if word.startswith("--")} <= set(flags[name]), command
+        if reason(command) and name in COMMANDS:
+            assert {word.partition("=")[0] for word in argv if word.startswith("--")} <= set(flags_of(name)), command
 
 
 def test_what_is_named_within_a_sentence_is_a_command():

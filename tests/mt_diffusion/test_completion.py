@@ -32,6 +32,9 @@ PROGRAM = f'mt-diffusion() {{ PYTHONPATH="{ROOT}" "{sys.executable}" -m mt_diffu
         ("mt-diffusion train --dry_run T", ["True"]),
         ("mt-diffusion train --preset masked-dig", ["masked-digits"]),
         ("mt-diffusion train --preset ", presets.names()),
+        ("mt-diffusion transfer --judge_s", ["--judge_steps"]),
+        ("mt-diffusion transfer --preset five-e", ["five-emoji32"]),  # a flag that it passes on to train
+        ("mt-diffusion figure6 --classifier_po", ["--classifier_pool"]),
         ("mt-diffusion latent-train --config camvid_m", ["camvid_mt"]),
         ("mt-diffusion latent-train --config camvid_mt run.total", ["run.total_steps="]),
         ("mt-diffusion latent-train --config camvid_mt model.params.mt_v", ["model.params.mt_variant="]),
