@@ -23,7 +23,7 @@ class CheckedInputs(FastLayout):
     size_divisor: int  # of height and width
 
     def set_precision(self, precision: str) -> None:
-        """"fp32", "bf16" or "fp16". Raises UserError for another."""
+        """ "fp32", "bf16" or "fp16". Raises UserError for another."""
         if precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.precision = precision

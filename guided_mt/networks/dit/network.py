@@ -1,7 +1,7 @@
 """A diffusion transformer (Peebles and Xie 2023): the constructor keywords, state-dict names and numerics of facebookresearch/DiT.
 
-Ours on top: an image-like condition whose patches are added to those of x (`condition_in`), tokens of modalities, mixed precision by
-autocast, activation checkpointing, and `features`, which hands the decoder heads what they read.
+Ours on top: an image-like condition whose patches are added to those of x (`condition_in`), tokens of modalities, mixed precision
+by autocast, activation checkpointing, and `features`, which hands the decoder heads what they read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps [B] -> [B, width]."""
-        return self.mlp(timestep_embedding(timesteps, FREQUENCIES).to(self.mlp[0].weight.dtype))
+        dtype: Any = self.mlp[0].weight.dtype
+        return self.mlp(timestep_embedding(timesteps, FREQUENCIES).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -216,7 +217,9 @@ class DiT(CheckedInputs, Backbone):
 
     @override
     def context_parameters(self) -> Iterator[nn.Parameter]:
-        return (p for name, p in self.named_parameters() if ".context_attn." in name or name.startswith("context_embedder."))
+        return (
+            p for name, p in self.named_parameters() if ".context_attn." in name or name.startswith("context_embedder.")
+        )
 
 
 def check_sizes(

@@ -82,7 +82,9 @@ def test_new_parts_start_so_that_a_loaded_model_says_what_it_said():
     plain = tiny()
     wide = DiT(**TINY, context_dim=6, condition_channels=2).eval()
     new = wide.load_state_dict(plain.state_dict(), strict=False)
-    assert not new.unexpected_keys and {key.split(".")[-3] for key in new.missing_keys if "blocks" in key} == {"context_attn"}
+    assert not new.unexpected_keys and {key.split(".")[-3] for key in new.missing_keys if "blocks" in key} == {
+        "context_attn"
+    }
     x, t, y = batch()
     with torch.no_grad():
         got = wide.output(wide.features(x, t, y, torch.randn(2, 3, 6), torch.randn(2, 2, 8, 8)))
