@@ -18,14 +18,19 @@ import torch
 
 from guided_mt.runs.compiling import CUDA_GRAPHS
 
-from .forms import CIFAR, SMALL, TWIN, TWIN_FLAGS, batches, make_loop
+from .forms import CIFAR, DIT_B2, SMALL, TWIN, TWIN_DIT, TWIN_FLAGS, batches, make_loop
 from .report import ROOT
 from .runner import Run
 
-SIZES = {size.name: size for size in (CIFAR, SMALL, TWIN)}
+SIZES = {size.name: size for size in (CIFAR, SMALL, TWIN, TWIN_DIT, DIT_B2)}
 # (form, size, --compile), all in bf16
 NEEDED = {"learns": [(form, "twin", "True") for form in ("single", "X", "any", "label", "class_cond")]}
-NEEDED["fast"] = [("single", "CIFAR", "True"), *(("single", "small", how) for how in ("True", CUDA_GRAPHS))]
+NEEDED["learns"] += [(form, TWIN_DIT.name, "True") for form in ("single", "any")]
+NEEDED["fast"] = [
+    ("single", DIT_B2.name, "True"),
+    ("single", "CIFAR", "True"),
+    *(("single", "small", how) for how in ("True", CUDA_GRAPHS)),
+]
 
 
 class Warming(contextlib.AbstractContextManager):
@@ -91,7 +96,7 @@ def main(form: str, size: str, how: str, device: str, folder: str) -> None:
     place = torch.device(device)
     torch.cuda.set_device(place)
     torch.backends.cudnn.benchmark = True
-    flags = TWIN_FLAGS if size == "twin" else ()
+    flags = TWIN_FLAGS if SIZES[size] in (TWIN, TWIN_DIT) else ()
     loop = make_loop(form, SIZES[size], place, Path(folder), *flags, "--precision", "bf16", "--compile", how)
     for batch in batches(loop, 2):
         loop.run_step(batch.to(place))

@@ -27,7 +27,12 @@ from guided_mt.networks.unet import UNetModel
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 MODEL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "8"}
-TRANSFORMER = {"dit_patch_size": 2, "dit_hidden_size": 32, "dit_depth": 2, "dit_num_heads": 2}  # in the place of the U-Net
+TRANSFORMER = {
+    "dit_patch_size": 2,
+    "dit_hidden_size": 32,
+    "dit_depth": 2,
+    "dit_num_heads": 2,
+}  # in the place of the U-Net
 PROCESS = {"diffusion_steps": 40, "noise_schedule": "cosine", "learn_sigma": True}
 TRAINING = {"data_dir": "builtin:digits", "global_batch_size": 8, "log_interval": 1, "device": "cpu"}
 DIGITS = 1437  # images of builtin:digits

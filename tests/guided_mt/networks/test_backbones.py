@@ -29,7 +29,7 @@ def test_tokens_of_modalities_in_the_sequence(variant):
         ({"backbone": "dit", "num_channels": 64}, "--num_channels: --mt_backbone dit has no use for it"),
         ({"mt_backbone": "unet", "dit_size": "B/2"}, "--dit_size: --mt_backbone unet has no use for it"),
         ({"backbone": "dit", "dit_size": "B/3"}, "--dit_size: 'B/3' is none of .*B/4"),
-        ({"backbone": "dit", "dit_patch_size": 5}, "--image_size 8 is not a multiple of --dit_patch_size 5"),
+        ({"backbone": "dit", "dit_patch_size": 5}, "--image_size 16 is not a multiple of --dit_patch_size 5"),
         ({"backbone": "vit"}, "--mt_backbone"),
     ],
 )
