@@ -34,10 +34,11 @@ NEEDED["fast"] = [
 
 
 class Warming(contextlib.AbstractContextManager):
-    """The processes for the stages of a run; none on a CPU. `wait` before anything is timed."""
+    """The processes for the stages of a run, of the sizes whose names hold a word of `only`; none on a CPU. `wait` before anything is timed."""
 
-    def __init__(self, run: Run, stages: Sequence[str]):
+    def __init__(self, run: Run, stages: Sequence[str], only: Sequence[str] = ()):
         wanted = [each for stage in stages for each in NEEDED.get(stage, [])] if run.device.type == "cuda" else []
+        wanted = [each for each in wanted if not only or any(word in each[1] for word in only)]
         path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
         threads = str(max(1, (os.cpu_count() or 2) // max(1, len(wanted))))
         environment = {

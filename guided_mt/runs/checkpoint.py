@@ -294,7 +294,7 @@ def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     inside = {
         key.removeprefix(CLASSIFIER_HEAD): value for key, value in state.items() if key.startswith(CLASSIFIER_HEAD)
     }
-    if not inside and any(key.startswith("output_blocks.") for key in state):
+    if not inside and any(key.startswith(("output_blocks.", "final_layer.")) for key in state):
         raise UserError(
             f"{path}: a diffusion model without a classifier inside; give a classifier, or a run trained with "
             "--mt_task label --mt_label_head E"

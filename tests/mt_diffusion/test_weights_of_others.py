@@ -79,6 +79,7 @@ ALSO = {
         "a diffusion model without a classifier inside",
         "holds no label head",
     ),
+    "a DiT transformer for pixels": ("a diffusion model without a classifier inside", "holds no label head"),
     "nothing that is known": (
         "another architecture: it lacks",
         "holds no label head",
