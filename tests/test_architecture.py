@@ -322,7 +322,9 @@ def test_help_lists_the_row(program, capsys):
     for name, flag, row in [("narrow_bridge.py", "mt_weights", "narrow-bridge"), ("uvit.py", "mt_backbone", "uvit")]:
         with pytest.raises(SystemExit):
             program(name)(["train", "--help"])
-        (text,) = re.findall(rf"\n  --{flag}(?:(?: TEXT)?, --\w+)* TEXT\s(.*?)\(default", capsys.readouterr().out, re.DOTALL)
+        (text,) = re.findall(
+            rf"\n  --{flag}(?:(?: TEXT)?, --\w+)* TEXT\s(.*?)\(default", capsys.readouterr().out, re.DOTALL
+        )
         assert re.search(rf"[ (]{row}\)", " ".join(text.split()))
 
 

@@ -34,7 +34,10 @@ NEEDED["fast"] = [
 
 
 class Warming(contextlib.AbstractContextManager):
-    """The processes for the stages of a run, of the sizes whose names hold a word of `only`; none on a CPU. `wait` before anything is timed."""
+    """The processes for the stages of a run, of the sizes whose names hold a word of `only`; none on a CPU.
+
+    `wait` before anything is timed.
+    """
 
     def __init__(self, run: Run, stages: Sequence[str], only: Sequence[str] = ()):
         wanted = [each for stage in stages for each in NEEDED.get(stage, [])] if run.device.type == "cuda" else []

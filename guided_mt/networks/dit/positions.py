@@ -20,7 +20,8 @@ def sin_cos_positions(width: int, grid: int) -> Tensor:
     of_place = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, width / 2)
     columns = np.broadcast_to(of_place[None], (grid, grid, width // 2))
     rows = np.broadcast_to(of_place[:, None], (grid, grid, width // 2))
-    return torch.from_numpy(np.concatenate([columns, rows], axis=2).reshape(1, grid * grid, width)).float()
+    table = np.concatenate([columns, rows], axis=2).reshape(1, grid * grid, width)
+    return torch.tensor(table, dtype=torch.float32)  # where the rest of the network is made, also on "meta"
 
 
 def resized_positions(positions: Tensor, height: int, width: int) -> Tensor:

@@ -61,6 +61,7 @@ def test_released_keys(name):
     depth, hidden_size, num_heads = SIZES[size]
     with torch.device("meta"):
         model = DiT(32, int(patch), hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+    assert model.pos_embed.is_meta
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == RELEASED[name]["state_dict"]
 
 
