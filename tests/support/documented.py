@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tiny import MODEL, PROCESS, ROOT, TRAINING, words
+from tiny import PROCESS, ROOT, TRAINING, network_flags, words
 from tiny_clip import ARCH
 from tiny_latent import MAPS, write_labelled_pairs, write_run
 from tiny_text import tiny_config
@@ -90,7 +90,7 @@ def _lines(block: str) -> list[str]:
 
 # ---------------------------------------------------------------- what the commands name
 
-SMALL = {**MODEL, **PROCESS, **TRAINING, "num_head_channels": -1, "ema_rate": "0.5", "total_steps": 1}
+SMALL = {**PROCESS, **TRAINING, "ema_rate": "0.5", "total_steps": 1}
 CLASSIFIER = {"image_size": 8, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "4"}
 PIXEL_RUNS = {  # flags of each kind of run
     "masked": {"mt_task": "masked", "mt_variant": "X", "mt_drop_prob": 0.1},
@@ -99,6 +99,7 @@ PIXEL_RUNS = {  # flags of each kind of run
     "head-e": {"mt_task": "label", "mt_variant": "U", "mt_label_head": "E", "num_classes": 10, **CLASSIFIER},
     "both": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10},
 }
+PIXEL_RUNS["transformer"] = {**PIXEL_RUNS["both"], "mt_backbone": "dit"}
 CLIP = {"representation_source": "clip-image", "clip_weights": "untrained"}
 LATENT_RUNS = {
     "pairs": MAPS,
@@ -124,6 +125,7 @@ NAMED = {
     "runs/m": "label",
     "runs/e": "head-e",
     "runs/both": "both",
+    "runs/dit": "transformer",
     "runs/camvid_joint": "joint",
     "runs/cifar10_masked_label": "joint",
     "runs/labels": "label",
@@ -181,7 +183,8 @@ class Workplace:
             flags = {**CLASSIFIER, **PROCESS, **TRAINING, "num_classes": 10, "iterations": 1}
             classifier_train.main(words(**{key: flags[key] for key in flags if key != "learn_sigma"}, log_dir=home))
         elif kind in PIXEL_RUNS:
-            train.main(words(**{**SMALL, **PIXEL_RUNS[kind], "log_dir": home}))
+            chosen = PIXEL_RUNS[kind]
+            train.main(words(**{**network_flags(chosen), **SMALL, **chosen, "log_dir": home}))
         else:
             data = (
                 {"sides": ["photo", "map"], "computed": {"edges": "edges"}, "labels": "prefix"}

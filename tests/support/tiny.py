@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,14 @@ TIMEOUT = 240  # seconds; a loaded machine starts torch slowly
 NOT_LOSSES = ("images_per_second",)  # the one column of progress.csv that depends on the clock
 
 
+def network_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a tiny network of the backbone that `values` name."""
+    return {"image_size": 8, **TRANSFORMER} if values.get("mt_backbone") == "dit" else MODEL
+
+
 def flags(**values: Any) -> list[str]:
     """Command-line words of a tiny masked-image run, `values` over its settings."""
-    network = {"image_size": 8, **TRANSFORMER} if values.get("mt_backbone") == "dit" else MODEL
-    settings = {**network, **PROCESS, "mt_task": "masked", **TRAINING, **values}
+    settings = {**network_flags(values), **PROCESS, "mt_task": "masked", **TRAINING, **values}
     return words(**settings)
 
 
