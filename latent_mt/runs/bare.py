@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from guided_mt.errors import UserError
 from guided_mt.runs.recognise import recognise
 from guided_mt.runs.weights import shapes_of
 
@@ -28,6 +30,14 @@ def is_bare(state: Mapping[str, Tensor]) -> bool:
 def holds_network_alone(state: Mapping[str, Tensor]) -> bool:
     """Whether a state dict of latent-diffusion's names is that of such a file."""
     return NETWORK + PATCHES in state and all(key.startswith(NETWORK) for key in state)
+
+
+def refuse_transformer(state: Mapping[str, Tensor], weights: Path, code: str) -> None:
+    """Raises UserError where the network's entries are a transformer's, which `code` does not have."""
+    if PATCHES in state:
+        raise UserError(
+            f"{weights}: its network is a transformer, which {code} does not have; export adm writes it for DiT's own"
+        )
 
 
 def completed(network: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
