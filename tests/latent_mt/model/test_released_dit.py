@@ -20,7 +20,7 @@ from tiny_latent import (
 )
 from torch import Tensor
 
-from guided_mt.commands import export
+from guided_mt.commands import export, sample
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.diffusion.respacing import create_gaussian_diffusion
 from guided_mt.errors import UserError
@@ -258,6 +258,11 @@ def test_the_command_draws_by_class_and_guidance(released, tmp_path):
 def test_bad_requests_are_told(released, tmp_path, flags, expected):
     with pytest.raises(UserError, match=expected):
         draw(released, tmp_path / "out", **flags)
+
+
+def test_pixel_commands_say_what_takes_it(released, tmp_path):
+    with pytest.raises(UserError, match=r"a DiT or SiT transformer for latents, .*imagenet256_dit_xl"):
+        sample.main(words(model_path=released / "dit.pt", image_size=8, mt_backbone="dit", out=tmp_path / "x.npz"))
 
 
 def test_a_file_of_another_size_is_refused(released, tmp_path):
