@@ -32,8 +32,9 @@ from guided_mt.networks.layers import Block
 from guided_mt.training.optim import guard_step
 from guided_mt.training.units import measure_units
 from latent_mt.model import codec
+from latent_mt.model.backbones import described
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
-from latent_mt.model.network import build_network, unet_keywords
+from latent_mt.model.network import build_network
 from latent_mt.model.tasks import TaskKeys, read_tasks
 from latent_mt.runs.configuration import load_config
 from latent_mt.runs.targets import instantiate
@@ -155,11 +156,11 @@ def network_of_config() -> nn.Module:
     """The U-Net of CONFIG with its head."""
     config = load_config(CONFIG)
     params = config["model"]["params"]
-    unet = unet_keywords(params["unet_config"])
     keys = {key: value for key, value in params.items() if key in TaskKeys.__dataclass_fields__}
-    settings = read_tasks(TaskKeys(**keys), num_channels=unet["model_channels"], precision="fp32")
+    settings = read_tasks(TaskKeys(**keys), precision="fp32")
     complete(settings)
-    return build_network(unet, settings, GaussianDiffusion(betas=np.full(1000, 0.01)), Pixels(params["image_size"]))
+    network, process = described(params["unet_config"]), GaussianDiffusion(betas=np.full(1000, 0.01))
+    return build_network(network, settings, process, Pixels(params["image_size"]))
 
 
 def _encoding(count: int, pixels: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 _HOMES = {
     "Aggregation": "diffusion.aggregation",
+    "DiT": "networks.dit",
     "GaussianDiffusion": "diffusion.process",
     "ImageModality": "modalities",
     "MTModel": "networks.model",

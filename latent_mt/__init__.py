@@ -20,6 +20,7 @@ from typing import Any
 # Module of each public name, imported when the name is first asked for: torch and what it brings take seconds.
 HOMES = {
     "AutoencoderKL": "first_stage.first_stages",
+    "DiT": "model.dit",
     "FrozenCLIPEmbedder": "conditioners",
     "FrozenOpenCLIPEmbedder": "conditioners",
     "IdentityFirstStage": "first_stage.first_stages",

@@ -2,24 +2,30 @@
 dict without heads and inputs of modalities.
 
     mt-diffusion export adm --model_path runs/first --out first.pt
+    mt-diffusion export adm --model_path runs/cityscapes_dit_mt --out dit.pt
 
-The printed line says what was left out.
+Of a latent model with a transformer it is the transformer alone; others are for export ldm. The printed line says what was left
+out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..runs.checkpoint import adm_state_dict, find_weights, read_config, read_weights
 from ..runs.config import option, parse
-from ..runs.weights import refuse_foreign, refuse_not_finite
+from ..runs.recognise import LDM_UNET, recognise
+from ..runs.weights import refuse_foreign, refuse_not_finite, shapes_of
 from .console import keep_inputs, run
+
+PATCHES, CLASSES = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"  # a transformer's entries
 
 
 @dataclass
@@ -47,8 +53,10 @@ def main(argv: Sequence[str]) -> None:
             "something else"
         )
     state = read_weights(weights, averaged=config.ema != "none")
-    refuse_foreign(state, weights, "pixel", "classifier", known=True)
-    exported = adm_state_dict(state)
+    inside = transformer_in(state)
+    if inside is None:
+        refuse_foreign(state, weights, "pixel", "classifier", known=True)
+    exported = adm_state_dict(state if inside is None else inside)
     refuse_not_finite(exported, weights)
     out = Path(config.out)
     temporary = out.with_name(f".tmp_{out.name}")
@@ -58,8 +66,25 @@ def main(argv: Sequence[str]) -> None:
         os.replace(temporary, out)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         raise UserError(f"--out {out}: can't be written ({error})") from None
-    left = sorted({key.split(".")[0] for key in state} - {key.split(".")[0] for key in exported})
+    left = sorted({key.split(".")[0] for key in inside or state} - {key.split(".")[0] for key in exported})
+    left += [] if inside is None else sorted({key.split(".")[0] for key in state if not key.startswith(LDM_UNET)})
     print(f"{out}: {len(exported)} tensors from {weights}; left out: {', '.join(left) or 'nothing'}")
+
+
+def transformer_in(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The transformer in a latent model's state dict, or that is a whole file, as DiT's own code has it; None for anything else.
+
+    That code always has classes. A network without any gets one that says nothing: num_classes=1, class_dropout_prob=0, y = 0.
+    """
+    found = {key.removeprefix(LDM_UNET): value for key, value in state.items() if key.startswith(LDM_UNET)}
+    kind = recognise(shapes_of(state))
+    if not found and kind is not None and kind.family == "latent":
+        found = dict(state)
+    if PATCHES not in found:
+        return None
+    if CLASSES not in found:
+        found[CLASSES] = torch.zeros(1, len(found[PATCHES]))
+    return found
 
 
 def console() -> None:

@@ -96,6 +96,7 @@ def draw(
         eta=options.eta,
         start=start,
         guidance_scale=options.guidance_scale,
+        guidance_channels=options.guidance_channels,
         cond_fn=cond_fn,
         clip_before_guidance=options.use_ddim,
         absent=absent,

@@ -223,6 +223,7 @@ class Generator:
                 )
         if settings.guidance_scale != 1:
             self._check_guidance(known)
+        self._check_guided_channels(settings)
         in_frame = [name for name in modalities if not (self.gives and name in known) and name not in absent]
         far = start_warning(self.process, settings, [name for name in in_frame if name not in known])
         if far and not self.warned:
@@ -284,6 +285,14 @@ class Generator:
             cond_fn=cond_fn,
             arithmetic=self.arithmetic,
         ).x_start
+
+    def _check_guided_channels(self, settings: SamplingOptions) -> None:
+        """UserError where --guidance_channels says nothing."""
+        chosen, there = settings.guidance_channels, self.shape[0]
+        if chosen > 0 and settings.guidance_scale == 1:
+            raise UserError(f"--guidance_channels {chosen} goes with --guidance_scale, which is off")
+        if chosen > there:
+            raise UserError(f"--guidance_channels {chosen}: this model has {there} channels")
 
     def _check_guidance(self, known: Mapping[str, Tensor]) -> None:
         """UserError where --guidance_scale has nothing to scale, or no model of the unconditional half."""

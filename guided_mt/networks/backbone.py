@@ -28,12 +28,18 @@ class Backbone(FastLayout):
     """
 
     image_size: int
+    size_divisor: int  # of height and width; this and the next two are asked by latent models alone
+    precision: str
+    out_channels: int
     in_channels: int
     condition_channels: int
     num_classes: int | None
     feature_channels: int
     middle_channels: int
     routes = False  # whether `features` takes a `route`
+    has_null_class = (
+        False  # whether y = -1 is a class that it learns, as for classifier-free guidance, and not just none
+    )
 
     @property
     def trunk(self) -> nn.Module:

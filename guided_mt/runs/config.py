@@ -173,6 +173,11 @@ class SamplingOptions:
     guidance_scale: float = option(
         1.0, "classifier-free guidance: eps = eps_u + scale (eps - eps_u), eps_u without conditions; 1 is off", least=0
     )
+    guidance_channels: int = option(
+        -1,
+        "guidance moves the first so many channels alone, as DiT's published sampling does with 3 of 4; -1: all",
+        least=1,
+    )
 
     @property
     def rule(self) -> str:

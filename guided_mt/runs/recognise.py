@@ -265,7 +265,9 @@ KINDS: tuple[Signature, ...] = (
     Signature(
         _all(_DIT, _patches(4)),
         "a DiT or SiT transformer for latents",
-        "no configuration of a latent model takes it yet: " + _ELSEWHERE,
+        "give a DiT's to latent-sample as --model_path with --config FILE (imagenet256_dit_xl) and --first_stage FOLDER, or to "
+        "latent-train as model.params.ckpt_path",
+        "latent",
     ),
     Signature(
         _DIT,
@@ -281,7 +283,9 @@ KINDS: tuple[Signature, ...] = (
     Signature(
         _has("encoder.down_blocks.0.", "decoder.up_blocks.0."),
         "a diffusers autoencoder",
-        "of a Stable Diffusion give the whole folder, which holds model_index.json; bring another into LDM's layout first",
+        "name it, or its folder, as ckpt_path of first_stage_config.params with target ldm.models.autoencoder.AutoencoderKL; of a "
+        "Stable Diffusion give the whole folder, which holds model_index.json",
+        "first stage",
     ),
     Signature(_has("transformer_blocks.0."), "a diffusers transformer", _ELSEWHERE),
     Signature(_has("model.map_noise.", "model.map_layer0."), "an EDM network", _ELSEWHERE),

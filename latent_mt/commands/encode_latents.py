@@ -159,7 +159,7 @@ def _encoder_task(config: Mapping[str, Any], args: argparse.Namespace) -> Any:
             params = {
                 key: value for key, value in config["model"]["params"].items() if key in TaskKeys.__dataclass_fields__
             }
-            settings = read_tasks(TaskKeys(**params), num_channels=1, precision="fp32")
+            settings = read_tasks(TaskKeys(**params), precision="fp32")
             complete(settings)
             return row_config(settings, name)
     raise UserError(

@@ -23,6 +23,7 @@ from guided_mt.runs.weights import find_state, refuse_not_finite
 
 from ..model.schedules import make_beta_schedule
 from ..runs import hugging_face
+from ..runs.bare import refuse_transformer
 from ..runs.ldm_checkpoint import (
     TRAINING_ONLY,
     LDMCheckpoint,
@@ -68,6 +69,7 @@ def export_diffusion(raw: Path, averaged: Path, out: Path, with_averages: bool) 
     found = read_ldm(raw, averaged=with_averages)
     saved = hugging_face.configuration(raw) if hugging_face.is_pipeline(raw) else read_config(raw) or {}
     params = (saved.get("model") or {}).get("params") or {}
+    refuse_transformer(found.model, raw, "latent-diffusion's code")
     refuse_routed(params, raw, "latent-diffusion's code")
     exported = LDMCheckpoint(
         adm_state_dict(found.model),

@@ -4,11 +4,12 @@
     mt-diffusion latent-sample --model_path RUN --given map,label=3       # photos of maps, of class 3
     mt-diffusion latent-sample --model_path RUN --given masked=FILE       # what the user has, not the data
     mt-diffusion latent-sample --model_path RUN --num_samples 16          # all sides
+    mt-diffusion latent-sample --model_path DiT-XL-2-256x256.pt --config imagenet256_dit_xl --class_id 207 --guidance_scale 4
     mt-diffusion latent-sample --model_path SD --prompt "a red fox" --guidance_scale 7.5      # Stable Diffusion
 
 A name alone is given what the images of the data have of it; NAME=VALUE is given the same for all samples, or a file with one each.
---model_path may also be a .ckpt of latent-diffusion or Stable Diffusion with the --config FILE that describes it, or a folder in
-the layout of Hugging Face's diffusers.
+--model_path may also be a .ckpt of latent-diffusion or Stable Diffusion, or a DiT's .pt, with the --config FILE that describes it,
+or a folder in the layout of Hugging Face's diffusers.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class TranslateConfig:
     """What to draw"""
 
     config: str = option("", "YAML file of a foreign --model_path, such as latent-diffusion's beside a .ckpt")
+    first_stage: str = option(
+        "",
+        "the autoencoder of a --model_path that holds the network alone, as DiT's do: a file, a run, or a folder of diffusers'; "
+        "empty: ckpt_path of the YAML file's first_stage_config",
+    )
     given: str = option(
         "", "what is given, as in photo or map,label=3 (repeatable); the rest is made. Empty: everything from nothing"
     )
@@ -114,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     processes = distributed.setup(config.device)
     if announce(config, processes, f"weights {weights}", f"writing to {out}"):
         return
-    model = load_model(saved, weights, processes.device, averaged=config.ema != "none")
+    model = load_model(saved, weights, processes.device, averaged=config.ema != "none", first_stage=config.first_stage)
     model = settle_precision(model, config.precision)
     size = latent_size(model, config.height, config.width)
     generator = LatentGenerator(

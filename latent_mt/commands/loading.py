@@ -12,7 +12,7 @@ from guided_mt.data import ImageSource
 from guided_mt.errors import UserError
 from guided_mt.networks.inputs import PRECISIONS
 from guided_mt.runs import precision
-from guided_mt.runs.checkpoint import find_weights, read_classes, read_config
+from guided_mt.runs.checkpoint import find_weights, is_own, read_classes, read_config
 from guided_mt.runs.config import Config
 from guided_mt.runs.processes.launcher import rank_of_launcher
 
@@ -20,6 +20,7 @@ from ..data import StreamedData
 from ..model.generate import LatentGenerator
 from ..model.latent_diffusion import LatentMTDiffusion
 from ..runs import hugging_face
+from ..runs.bare import holds_network_alone
 from ..runs.configuration import load_config
 from ..runs.ldm_checkpoint import load_ldm, read_state_dict
 from ..runs.targets import instantiate
@@ -42,28 +43,50 @@ def read_saved(weights: Path, file: str | None = None) -> dict[str, Any]:
 
 
 def load_model(
-    saved: Mapping[str, Any], weights: Path, device: torch.device, averaged: bool = True
+    saved: Mapping[str, Any], weights: Path, device: torch.device, averaged: bool = True, first_stage: str = ""
 ) -> LatentMTDiffusion:
-    """The trained model, ready to draw from. averaged: take the averages of a foreign file. Raises UserError."""
+    """The trained model, ready to draw from. averaged: take the averages of a foreign file. first_stage: where the autoencoder
+    of a file is that holds the network alone; '': where the configuration says. Raises UserError."""
     # Another kind of file is told before the model is built.
-    read_state_dict(weights, "diffusion", averaged, lazily=True)
-    # The weights file holds the first stage too: where either began is not read again.
+    state, _ = read_state_dict(weights, "diffusion", averaged, lazily=True)
     params = _without_file(saved["model"].get("params"))
     stage = params.get("first_stage_config")
     if isinstance(stage, Mapping):
-        params["first_stage_config"] = {**stage, "params": _without_file(stage.get("params"))}
+        own = holds_network_alone(state)
+        params["first_stage_config"] = (
+            _own_stage(stage, weights, first_stage) if own else _held_stage(stage, first_stage)
+        )
     model = instantiate({"target": saved["model"]["target"], "params": params}, "model")
     if not isinstance(model, LatentMTDiffusion):
         raise UserError(f"{weights}: is no latent diffusion model but {saved['model']['target']}")
     own = weights.parent.name.startswith("step_")  # a run's, which was begun from a file with these keys
     found = load_ldm(model, weights, () if own else params.get("ignore_keys") or (), ema=averaged)
-    lacking = model.network.state_dict().keys() - found.model.keys() - (found.ema or {}).keys()
+    lacking = set(filter(is_own, model.network.state_dict())) - found.model.keys() - (found.ema or {}).keys()
     if lacking:
         raise UserError(
             f"{weights}: has no heads or condition inputs ({len(lacking)} entries, such as '{min(lacking)}'), as "
             "latent-diffusion's own models have none: take mt_sides and mt_tasks out of the YAML file, or give a run's own weights"
         )
     return model.to(device).to_fast_layout().eval().requires_grad_(False)
+
+
+def _own_stage(stage: Mapping[str, Any], weights: Path, named: str) -> dict[str, Any]:
+    """The first stage beside a file that holds the network alone. Raises UserError where nothing says where its weights are."""
+    params = {**(stage.get("params") or {})}
+    params["ckpt_path"] = named or params.get("ckpt_path")
+    if not params["ckpt_path"]:
+        raise UserError(
+            f"{weights}: holds the network alone: name its autoencoder by --first_stage, or as ckpt_path of "
+            "first_stage_config.params"
+        )
+    return {**stage, "params": params}
+
+
+def _held_stage(stage: Mapping[str, Any], named: str) -> dict[str, Any]:
+    """The first stage that the weights file holds too: where it began is not read again. Raises UserError."""
+    if named:
+        raise UserError(f"--first_stage {named}: the file of --model_path holds its own; leave it out")
+    return {**stage, "params": _without_file(stage.get("params"))}
 
 
 def settle_precision(model: LatentMTDiffusion, wanted: str = "") -> LatentMTDiffusion:

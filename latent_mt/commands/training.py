@@ -148,6 +148,7 @@ def _train(
             model.network.precision, device_of(trainer_options(config)), typed=command.types("model.params.unet_config")
         )
         said += more
+        said += null_class_notes(model)
     folder.config_yaml = command.yaml
     if newest is not None:
         check_resumed(newest, config)
@@ -196,10 +197,27 @@ def _precision(options: Mapping[str, Any]) -> str:
     return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(word, word)
 
 
+def null_class_notes(model: LatentMTDiffusion) -> list[str]:
+    """What to say of a network with a null class: that it sees nothing else, or that it never sees it."""
+    network = model.network
+    if not network.has_null_class:
+        return []
+    if not model.classes_told:
+        return [
+            f"the network knows {network.num_classes} classes and is told none (cond_stage_key is not class_label): every image is "
+            "seen as its null class"
+        ]
+    if model.config.mt_drop_prob == 0:
+        return [
+            "mt_drop_prob 0: the null class is never trained, from which classifier-free guidance leads away; DiT takes 0.1"
+        ]
+    return []
+
+
 def reads_labels(model: Any) -> bool:
     """Whether training uses the images' classes, whose ids then stay what they were when the run began."""
     names = getattr(model, "modality_names", ())
-    by_condition = getattr(model, "cond_stage_key", None) == "class_label"
+    by_condition = getattr(model, "cond_stage_key", None) == "class_label" or getattr(model, "classes_told", 0) > 0
     return by_condition or any(row_of(model.config, name).needs_labels for name in names)
 
 
@@ -268,8 +286,9 @@ def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
         raise UserError(
             f"model.params.mt_tasks.{needing[0]}.num_classes {known}: the data have {count} classes; raise it"
         )
-    if model.cond_stage_key == "class_label":
+    if model.cond_stage_key == "class_label" or model.classes_told:
         _check_each_has_class(data)
+    _check_count_of_classes(model, data)
     if model.cond_stage_key in TEXT_KEYS and model.conditioning_key is not None:
         _check_has_captions(model, data)
     if isinstance(data.source, LatentCache):
@@ -285,7 +304,7 @@ def check_first_stage(model: LatentMTDiffusion, data: Any) -> None:
     divisor = model.network.size_divisor
     if found % divisor:
         raise UserError(
-            f"latents of {found} pixels can't be halved as often as unet_config.channel_mult asks: take a multiple of {divisor}"
+            f"latents of {found} pixels don't divide into unet_config's levels or patches: take a multiple of {divisor}"
         )
 
 
@@ -298,6 +317,15 @@ def _check_each_has_class(data: Any) -> None:
                 f"{source.path}: {lacking} of {len(source)} items have no class, which model.params.cond_stage_key class_label "
                 f"needs; leave them out"
             )
+
+
+def _check_count_of_classes(model: LatentMTDiffusion, data: Any) -> None:
+    """Raises UserError where the data have more classes than the network is told of."""
+    count = len(data.source.class_names)
+    if 0 < model.classes_told < count:
+        raise UserError(
+            f"model.params.unet_config.params.num_classes {model.classes_told}: the data have {count} classes; raise it"
+        )
 
 
 def _check_has_captions(model: LatentMTDiffusion, data: Any) -> None:

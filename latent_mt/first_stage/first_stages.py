@@ -31,7 +31,8 @@ class Autoencoder(nn.Module):
     """What every first stage has: embed_dim latent channels, `downsampling` pixels per latent position and side, in_channels.
 
     Where `ckpt_path` is given its weights are loaded: a .ckpt, .pt or .safetensors file, or a run or checkpoint folder of
-    autoencoder-train (the averaged weights). Entries that begin with one of `ignore_keys` are left out. Raises UserError.
+    autoencoder-train (the averaged weights), or a folder of diffusers' with its config.json. Entries that begin with one of
+    `ignore_keys` are left out. Raises UserError.
     """
 
     embed_dim: int

@@ -1,4 +1,4 @@
-"""A first stage's weights: of LDM's checkpoints and of ours."""
+"""A first stage's weights: of LDM's checkpoints, of ours, and of diffusers' autoencoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from guided_mt.errors import UserError
 from guided_mt.runs import checkpoint
 from guided_mt.runs.weights import refuse_not_finite
 
-from ..runs import ldm_checkpoint
+from ..runs import hugging_face, ldm_checkpoint
+from ..runs.hugging_face import vae
 from ..runs.ldm_checkpoint import TRAINING_ONLY
 from .ddconfig import DDConfig, read_ddconfig
 
@@ -22,13 +23,16 @@ log = logging.getLogger("latent_mt")
 
 
 def load_first_stage(model: nn.Module, ddconfig: DDConfig, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
-    """Load LDM's autoencoder checkpoint, or one of ours, into a `model` of this ddconfig (see first_stages.Autoencoder).
+    """Load LDM's autoencoder checkpoint, one of ours, or diffusers' into a `model` of this ddconfig (see first_stages.Autoencoder).
 
     What only training needs is left out and named in the log. Raises UserError for entries that are missing, unknown or of
     another shape, and for a run of another ddconfig.
     """
-    _refuse_other_ddconfig(ddconfig, checkpoint.find_weights(path, flag="ckpt_path"))
+    _refuse_other_ddconfig(ddconfig, path)
     state = read_state_dict(path)
+    if vae.is_own(state):
+        own = [key for key in model.state_dict() if not key.startswith(TRAINING_ONLY)]
+        state = vae.state_to_ldm(state, own, len(ddconfig.ch_mult), f"ckpt_path {path}")
     ignored = [key for key in state if key.startswith(tuple(ignore_keys))]
     left_out = [key for key in state if key.startswith(TRAINING_ONLY) and key not in ignored]
     dropped = {*ignored, *left_out}
@@ -38,11 +42,20 @@ def load_first_stage(model: nn.Module, ddconfig: DDConfig, path: str | Path, ign
         log.info("%s: %d entries not loaded into the autoencoder: %s", path, len(dropped), ", ".join(kinds))
 
 
-def _refuse_other_ddconfig(ddconfig: DDConfig, file: Path) -> None:
-    """UserError where the run that `file` is from had another network: not every difference shows in the entries' shapes."""
-    saved: Any = checkpoint.read_config(file) or {}
+def _saved_ddconfig(path: str | Path) -> Any:
+    """That of the run or the folder that `path` means; None where nothing says one."""
+    folder = hugging_face.autoencoder_folder(path) or hugging_face.autoencoder_folder(Path(path).parent)
+    if folder is not None and (Path(path).is_dir() or vae.is_own(read_state_dict(path))):
+        return hugging_face.autoencoder_params(folder)["ddconfig"]
+    saved: Any = checkpoint.read_config(checkpoint.find_weights(path, flag="ckpt_path")) or {}
     for key in ("model", "params", "ddconfig"):
         saved = saved.get(key) if isinstance(saved, dict) else None
+    return saved
+
+
+def _refuse_other_ddconfig(ddconfig: DDConfig, file: str | Path) -> None:
+    """UserError where the run that `file` is from had another network: not every difference shows in the entries' shapes."""
+    saved = _saved_ddconfig(file)
     if not isinstance(saved, dict):
         return
     own, theirs = dataclasses.asdict(ddconfig), dataclasses.asdict(read_ddconfig(saved))
@@ -54,7 +67,10 @@ def _refuse_other_ddconfig(ddconfig: DDConfig, file: Path) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The entries of an autoencoder's checkpoint file or folder. Raises UserError."""
+    """The entries of an autoencoder's checkpoint file or folder, by their names there. Raises UserError."""
+    folder = hugging_face.autoencoder_folder(path)
+    if folder is not None:
+        return hugging_face.read_autoencoder(folder)
     return ldm_checkpoint.read_state_dict(checkpoint.find_weights(path, flag="ckpt_path"), "autoencoder")[0]
 
 

@@ -129,13 +129,15 @@ def latent_size(model: LatentMTDiffusion, height: int, width: int) -> tuple[int,
 
 def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: int) -> dict[str, Any]:
     """LDM's condition for samples: a class, chosen or each sample's own. Raises UserError for other kinds of condition."""
-    if model.conditioning_key is None and (model.sides or model.network.num_classes is None):
+    if model.conditioning_key is None and not model.classes_told:
         if class_id >= 0:
-            raise UserError(f"--class_id {class_id}: this model knows of no classes; leave the flag out")
+            raise UserError(f"--class_id {class_id}: this model is told no classes; leave the flag out")
         return {}
     stage: Any = getattr(model, "cond_stage_model", None)
     by_class = model.cond_stage_key == "class_label" and model.conditioning_key == "crossattn" and stage is not None
-    by_label = model.conditioning_key in (None, "adm") and model.network.num_classes is not None  # ADM's own way
+    by_label = (
+        model.conditioning_key in (None, "adm") and model.network.num_classes is not None
+    )  # ADM's and DiT's own way
     if not by_class and not by_label:
         raise UserError(
             f"this model is conditioned on {model.cond_stage_key} ({model.conditioning_key}), which has no flag; in Python, pass "

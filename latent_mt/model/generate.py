@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,12 @@ from guided_mt.modalities.settings import loss_weights
 from guided_mt.runs.config import SampleConfig, SamplingOptions, option
 
 from ..data.validation import val_sides
-from .conditions import reads_text, text_condition
+from .conditions import class_condition, reads_text, text_condition
 from .latent_diffusion import LatentMTDiffusion
 
 ROUTES = ("generate", "read")
 PREVIEW_COUNT, PREVIEW_STEPS = 8, 20
+log = logging.getLogger("latent_mt")
 
 
 @dataclass
@@ -80,8 +82,16 @@ class LatentGenerator(Generator):
 
     @override
     def _check_guidance(self, known: Mapping[str, Tensor]) -> None:
-        if not self.has_unconditional:  # else a text model was trained with the empty text, and has it beside the other
+        if self.has_unconditional:  # a text model was trained with the empty text, and has it beside the other
+            return
+        if not (self.latent.classes_told and self.model.has_null_class):
             super()._check_guidance(known)
+        elif self.config.mt_drop_prob == 0 and self.modalities:
+            raise UserError(
+                "--guidance_scale needs a model that also learned without its condition: train with mt_drop_prob 0.1"
+            )
+        elif self.config.mt_drop_prob == 0:
+            log.warning("this model's file says no mt_drop_prob: guidance is away from its null class, trained or not")
 
     def made_from(
         self,
@@ -154,19 +164,23 @@ class LatentGenerator(Generator):
 def preview_grid(model: LatentMTDiffusion, data: Any) -> np.ndarray | None:
     """uint8 [H, W, 3], one column per validation image: the sides, what is generated of each from the others, the images of
     each other modality given alone, after its picture, then everything from nothing. Of a plain LDM samples alone; a text model
-    is told the empty text."""
+    is told the empty text, and one of classes a class at random."""
     if model.conditioning_key is not None and not model.modality_names:
         return None  # a plain LDM that can't be sampled without a condition
     conditions = text_condition(model, [""], "", guided=False) if reads_text(model) else {}
     generator = LatentGenerator(model, conditions)
-    settings, seeds = LatentSampleConfig(steps=PREVIEW_STEPS), range(PREVIEW_COUNT)
+    settings = LatentSampleConfig(steps=PREVIEW_STEPS)
     rows: list[Tensor] = []
+    images: list[Tensor] = []
     roles, form_x = generator.roles, model.network.variant == "X"
     names = {name for name in model.modality_names if name not in roles.slots}
     if model.modality_names:
         images, labels = val_sides(data, PREVIEW_COUNT)
         images = [side.to(generator.device) for side in images]
-        seeds = range(len(images[0]))
+    seeds = range(len(images[0]) if images else PREVIEW_COUNT)
+    if model.conditioning_key is None and model.classes_told:
+        generator = generator.under(class_condition(model, seeds, -1))
+    if images:
         rows += images
         z = dict(zip(roles.sides, (model.encode(side) for side in images), strict=False))
         batch = Images(next(iter(z.values())), None if labels is None else labels.to(generator.device), image=images[0])

@@ -22,17 +22,18 @@ from guided_mt.diffusion.targets import TARGETS
 from guided_mt.errors import UserError
 from guided_mt.generation.build import bind, build_modalities, complete, respaced, track_variances
 from guided_mt.modalities import Modality
-from guided_mt.modalities.settings import loss_weights, roles_of, task_names, weights_names
+from guided_mt.modalities.settings import loss_weights, roles_of, row_of, task_names, weights_names
 from guided_mt.modalities.weighting.settings import Weighting
-from guided_mt.networks.model import MTModel
+from guided_mt.networks.multi_task import MultiTask
 from guided_mt.runs import checkpoint
 from guided_mt.runs.config import ModelConfig
 from guided_mt.training.objective import Losses, multi_task_losses
 
 from ..runs.ldm_checkpoint import load_ldm
 from ..runs.targets import arguments, instantiate
+from .backbones import described
 from .codec import LatentCodec
-from .network import DiffusionWrapper, build_network, check_channels, check_context, unet_keywords
+from .network import DiffusionWrapper, build_network, check_channels, check_context
 from .schedules import check_betas, ddim_timesteps, make_beta_schedule
 from .tasks import TaskKeys, read_tasks
 
@@ -157,8 +158,8 @@ class LatentMTDiffusion(LatentCodec):
             mt_routing_alpha,
             mt_routing_beta,
         )
-        unet = unet_keywords(unet_config)
-        self.config = config = read_tasks(keys, num_channels=unet["model_channels"], precision=unet["precision"])
+        network_read = described(unet_config)
+        self.config = config = read_tasks(keys, precision=network_read.precision)
         complete(config)
         self.roles, self.modality_names, self.loss_weight = roles_of(config), task_names(config), loss_weights(config)
         self.sides = self.roles.sides if self.roles.slots else ()
@@ -174,7 +175,8 @@ class LatentMTDiffusion(LatentCodec):
             self.diffusion = GaussianDiffusion(
                 betas=betas,
                 model_mean_type=parameterization,
-                model_var_type=ModelVarType.FIXED_SMALL,  # LDM's v_posterior = 0
+                # LDM's v_posterior = 0, and what ADM and DiT learn
+                model_var_type=ModelVarType.LEARNED_RANGE if network_read.learn_sigma else ModelVarType.FIXED_SMALL,
                 loss_type=LOSSES[loss_type],
                 aggregation=Aggregation.from_weights(weights_names(config), betas),
             )
@@ -186,14 +188,17 @@ class LatentMTDiffusion(LatentCodec):
         # What is wrong there is told before the network is built, which can take minutes.
         for name, stage in stages.items():
             arguments(stage, f"model.params.{name}")
-        network = build_network(unet, config, self.diffusion, self)
+        network = build_network(network_read, config, self.diffusion, self)
         self.model = DiffusionWrapper(network, self.conditioning_key)
         self._add_first_stage(first_stage_config)
         if cond_stage_config not in (FIRST_STAGE, UNCONDITIONAL):
             self.cond_stage_model = instantiate(cond_stage_config, "model.params.cond_stage_config")
             self.cond_stage_model.requires_grad_(cond_stage_trainable)
-            check_context(self.cond_stage_model, unet["context_dim"], self.conditioning_key)
-        check_channels(network, self.first_stage_model.embed_dim, channels, self.conditioning_key)
+            check_context(self.cond_stage_model, network_read.context_dim, self.conditioning_key)
+        check_channels(
+            network, network_read.learn_sigma, self.first_stage_model.embed_dim, channels, self.conditioning_key
+        )
+        self._check_classes()
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         self.scale_known = not scale_by_std
 
@@ -209,8 +214,8 @@ class LatentMTDiffusion(LatentCodec):
             self.load_ldm(Path(ckpt_path), ignore_keys, only_unet=load_only_unet)
 
     @property
-    def network(self) -> MTModel:
-        """The U-Net with its heads; LDM's name for it is `model.diffusion_model`."""
+    def network(self) -> MultiTask:
+        """The network with its heads; LDM's name for it is `model.diffusion_model`."""
         return self.model.diffusion_model
 
     def bind(self, role: int = 0) -> None:
@@ -238,8 +243,26 @@ class LatentMTDiffusion(LatentCodec):
 
     @property
     def terms(self) -> list[str]:
-        """Names of the loss terms, the image's first: `mse` or `l1`, then one for each modality."""
-        return ["l1" if self.diffusion.loss_type is LossType.L1 else "mse", *self.modality_names]
+        """Names of the loss terms, the image's first: `mse` or `l1`, `vb` of learned variances, then one for each modality."""
+        error = "l1" if self.diffusion.loss_type is LossType.L1 else "mse"
+        learned = self.diffusion.model_var_type is ModelVarType.LEARNED_RANGE
+        return [error, *(["vb"] if learned else []), *self.modality_names]
+
+    @property
+    def classes_told(self) -> int:
+        """Of how many classes the network is told each image's, beside conditioning stages; 0: it is told none. One with a null
+        class is told where cond_stage_key is class_label, and else sees the null class."""
+        untold = self.network.has_null_class and self.cond_stage_key != "class_label"
+        return 0 if self.roles.told or untold else self.network.num_classes or 0
+
+    def _check_classes(self) -> None:
+        """Raises UserError where the network is told the class that a modality is to predict."""
+        predicted = [name for name in self.modality_names if row_of(self.config, name).needs_labels]
+        if predicted and self.conditioning_key is None and self.classes_told:
+            raise UserError(
+                f"model.params: cond_stage_key class_label tells the network the class that mt_tasks.{predicted[0]} is to predict; "
+                "leave one of them out"
+            )
 
     # ------------------------------------------------------------ losses
 
@@ -276,8 +299,10 @@ class LatentMTDiffusion(LatentCodec):
 
     def _conditions(self, batch: Batch) -> dict[str, Tensor]:
         """LDM's own condition of a training batch. Raises UserError for a `cond_stage_key` that the data don't have."""
-        if self.conditioning_key is None:
+        if self.conditioning_key is None and not self.classes_told:
             return {}
+        if self.conditioning_key is None and batch.labels is not None:
+            return {"y": batch.labels}
         if self.cond_stage_key == "class_label" and batch.labels is not None:
             if self.conditioning_key == "adm":
                 return {"y": batch.labels}

@@ -1,4 +1,4 @@
-"""The network of a latent model: LDM's U-Net with guided_mt's heads, under LDM's ways of conditioning."""
+"""The network of a latent model: a U-Net or a transformer with guided_mt's heads, under LDM's ways of conditioning."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from guided_mt.errors import UserError
 from guided_mt.generation.build import multi_task_options
 from guided_mt.modalities import Space
 from guided_mt.modalities.settings import roles_of
-from guided_mt.networks.model import MTModel
+from guided_mt.networks.multi_task import MultiTask
 from guided_mt.runs.config import Config
 
-from ..runs.targets import arguments
-from .unet import UNetModel, unet_options
+from .backbones import Described
 
 
 class DiffusionWrapper(nn.Module):
     """The network with LDM's ways of conditioning (its `DiffusionWrapper`; the name gives the `diffusion_model.*` entries).
 
-    conditioning_key: None, "concat" (channels beside z_t), "crossattn" (tokens), "hybrid" (both) or "adm" (classes).
+    conditioning_key: None, "concat" (channels beside z_t), "crossattn" (tokens), "hybrid" (both) or "adm" (classes). Where no
+    class is given, a network with a null class sees that one.
     """
 
     KEYS = (None, "concat", "crossattn", "hybrid", "adm")
 
-    def __init__(self, diffusion_model: MTModel, conditioning_key: str | None):
+    def __init__(self, diffusion_model: MultiTask, conditioning_key: str | None):
         super().__init__()
         if conditioning_key not in self.KEYS:
             known = ", ".join(str(key) for key in self.KEYS)
@@ -48,7 +48,7 @@ class DiffusionWrapper(nn.Module):
         **options: Any,
     ) -> ModelOutput:
         """z_t [B, C, h, w], timesteps [B]; c_concat [B, C', h, w]; c_crossattn tokens [B, L, width]; c_unconditional [1, L, width]
-        those of the samples that are `unconditional`; options: as MTModel's."""
+        those of the samples that are `unconditional`; options: as MultiTask's."""
         # `unconditional` doubles the batch when guidance is on; LDM's conditions are the same in both halves.
         repeats = 1 if c_concat is None and c_crossattn is None else len(z_t) // len(_first(c_concat, c_crossattn))
         if c_concat is not None:
@@ -59,6 +59,8 @@ class DiffusionWrapper(nn.Module):
             options["unconditional_context"] = c_unconditional.expand(len(z_t), -1, -1)
         if options.get("y") is not None:
             options["y"] = options["y"].repeat(len(z_t) // len(options["y"]))
+        elif self.diffusion_model.has_null_class:
+            options["y"] = torch.full((len(z_t),), -1, device=z_t.device)
         return self.diffusion_model(z_t, timesteps, modalities, **options)
 
 
@@ -66,55 +68,39 @@ def _first(*tensors: Tensor | None) -> Tensor:
     return next(x for x in tensors if x is not None)
 
 
-def build_network(unet: Mapping[str, Any], config: Config, process: GaussianDiffusion, space: Space) -> MTModel:
-    """The U-Net of these `unet_keywords`, with the heads and inputs of the modalities of `config`, for latents of `space`.
+def build_network(found: Described, config: Config, process: GaussianDiffusion, space: Space) -> MultiTask:
+    """The described network with the heads and inputs of the modalities of `config`, for latents of `space`.
 
-    process: on all timesteps. Raises UserError for classes where the role takes their place.
+    process: on all timesteps. Raises UserError as `Described.build` does.
     """
-    # E(x) is made at the latents' size; LDM's key of this name is read by nothing else, and wrong in Stable Diffusion's files.
-    options, roles = {**unet, "image_size": space.size}, roles_of(config)
-    if roles.told:
-        if options["num_classes"] is not None:
-            raise UserError(
-                "model.params.unet_config.num_classes: taken by mt_swap_prob, which tells the role as a class"
-            )
-        options["num_classes"] = len(roles.sides)
+    roles = roles_of(config)
     parts = multi_task_options(config, process, space)
-    conditioned = options["context_dim"] is not None
-    if parts["token_inputs"] and not conditioned:
-        wanted = config.mt_context_dim
-        options["context_dim"] = wanted if wanted > 0 else 4 * options["model_channels"]
-    return MTModel(**parts, conditioned=conditioned, **options)
+    return found.build(space.size, len(roles.sides) if roles.told else 0, config.mt_context_dim, **parts)
 
 
-def unet_keywords(unet_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of guided_mt's U-Net that `unet_config` means. Raises UserError for what is no U-Net."""
-    cls, keywords = arguments(unet_config, "model.params.unet_config")
-    if cls is not UNetModel:
-        raise UserError(f"model.params.unet_config: {unet_config['target']} is no U-Net")
-    return unet_options(**keywords)
-
-
-def check_channels(network: MTModel, embed_dim: int | None, channels: int, conditioning_key: str | None) -> None:
-    """Raises UserError where first stage (embed_dim), U-Net and `channels` don't fit."""
+def check_channels(
+    network: MultiTask, learn_sigma: bool, embed_dim: int | None, channels: int, conditioning_key: str | None
+) -> None:
+    """Raises UserError where first stage (embed_dim), network and `channels` don't fit; learn_sigma: it says variances, too."""
     if embed_dim is not None and embed_dim != channels:
         raise UserError(
             f"the first stage makes latents of {embed_dim} channels (embed_dim), but model.params.channels is {channels}"
         )
     extra = network.in_channels - channels
     concatenated = conditioning_key in ("concat", "hybrid")
-    if network.out_channels != channels or extra < 0 or (extra and not concatenated):
+    out_channels = network.out_channels // 2 if learn_sigma else network.out_channels
+    if out_channels != channels or extra < 0 or (extra and not concatenated):
         raise UserError(
-            f"unet_config: in_channels {network.in_channels} and out_channels {network.out_channels} don't fit latents of "
+            f"unet_config: in_channels {network.in_channels} and out_channels {out_channels} don't fit latents of "
             f"{channels} channels (in_channels may be more only for a concatenated condition)"
         )
 
 
 def check_context(stage: nn.Module, context_dim: int | None, conditioning_key: str | None) -> None:
-    """Raises UserError where the tokens of a conditioning stage have another width than the U-Net's context."""
+    """Raises UserError where the tokens of a conditioning stage have another width than the network's context."""
     width = getattr(stage, "width", None)
     if width is not None and conditioning_key in ("crossattn", "hybrid") and width != context_dim:
         raise UserError(
-            f"model.params.cond_stage_config: {type(stage).__name__} makes vectors of width {width}, but the U-Net attends to "
-            f"context_dim {context_dim}; is this the text encoder that the U-Net was trained with?"
+            f"model.params.cond_stage_config: {type(stage).__name__} makes vectors of width {width}, but the network attends to "
+            f"context_dim {context_dim}; is this the text encoder that it was trained with?"
         )

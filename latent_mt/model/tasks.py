@@ -95,8 +95,8 @@ class TaskKeys:
             raise UserError(f"{_WHERE}.mt_context_dim must be at least 1, or -1, not {self.mt_context_dim}")
 
 
-def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
-    """The configuration of guided_mt that the keys mean, for a network of this width and precision. Raises UserError."""
+def read_tasks(keys: TaskKeys, *, precision: str) -> Config:
+    """The configuration of guided_mt that the keys mean, for a network of this precision. Raises UserError."""
     keys.check()
     entries = _entries(keys)
     own: dict[str, Any] = {}
@@ -138,7 +138,7 @@ def read_tasks(keys: TaskKeys, *, num_channels: int, precision: str) -> Config:
     over_tasks = [field.name for field in dataclasses.fields(WeightingConfig) if field.name != "mt_timestep_weights"]
     weighting = WeightingConfig(**keys.section(WeightingConfig, *over_tasks))
     weighting.mt_timestep_weights = _text(words["timestep_weights"]) or weighting.mt_timestep_weights
-    sections = [ModelConfig(num_channels=num_channels, precision=precision), multi, weighting]
+    sections = [ModelConfig(precision=precision), multi, weighting]
     sections += [options() for options in dict.fromkeys(TASKS[row].options for row in words["task"].values())]
     config = Config(sections, own=own)
     check_tasks_weighed(config, f"{_WHERE}.")

@@ -33,8 +33,10 @@ from guided_mt.runs import checkpoint
 from guided_mt.runs.weights import find_state, refuse_foreign, refuse_not_finite
 
 from . import hugging_face
+from .bare import NETWORK as MODEL
+from .bare import completed, holds_network_alone, is_bare
 
-MODEL, FIRST_STAGE, COND_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
+FIRST_STAGE, COND_STAGE, EMA = "first_stage_model.", "cond_stage_model.", "model_ema."
 SCHEDULE_BUFFERS = (
     "betas",
     "alphas_cumprod",
@@ -90,6 +92,7 @@ class LDMCheckpoint:
 
     model, ema: of the U-Net; first_stage, cond_stage: of the autoencoder and of what encodes the condition; buffers: the
     schedule, float32 [T] each, and logvar. None and {} are what a file lacks. unknown: entries that are none of LDM's, by name.
+    alone: whether it is a transformer's file, which holds the network and nothing else.
     """
 
     model: dict[str, Tensor]
@@ -102,6 +105,7 @@ class LDMCheckpoint:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     step: int | None = None
     unknown: list[str] = field(default_factory=list)
+    alone: bool = False
 
 
 # ---------------------------------------------------------------- reading
@@ -121,6 +125,8 @@ def read_state_dict(
         return ({} if lazily else hugging_face.read_state(path)) | schedule_buffers(betas), {}
     read = find_state(path, averaged, lazily)
     state, beside = read.state, read.beside
+    if kind == "diffusion" and is_bare(state):
+        return {MODEL + key: value for key, value in state.items()}, beside
     refuse_foreign(state, path, "latent", "first stage", "pixel", "classifier")
     found = kind_of(state)
     if found == kind:
@@ -159,7 +165,7 @@ def read_ldm(
     """
     state, beside = read_state_dict(path, "diffusion", averaged)
     state = {key: value for key, value in state.items() if not key.startswith(tuple(ignore))} if ignore else state
-    found = LDMCheckpoint({}, step=_whole_number(beside.get("global_step")))
+    found = LDMCheckpoint({}, step=_whole_number(beside.get("global_step")), alone=holds_network_alone(state))
     averages: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.startswith(EMA):
@@ -277,19 +283,17 @@ def load_ldm(
     """Load a checkpoint into `module`, a LatentMTDiffusion; float16 files are widened. Returns what the file holds.
 
     ignore_keys: entries that begin with one of these are left out, as in LDM. only_unet: first and conditioning stage stay as
-    they are. ema: take the averaged weights, which LDM samples with, where the file has some (it may have no others). Heads and
-    condition inputs of ours may be new, and then change nothing (guided_mt.runs.checkpoint.load_weights). Raises UserError for
-    parts that differ, for entries that the model has no place for, and for another noise schedule.
+    they are, as they do where the file holds a transformer alone. ema: take the averaged weights, which LDM
+    samples with, where the file has some (it may have no others). Heads and condition inputs of ours may be new, and then change
+    nothing (guided_mt.runs.checkpoint.load_weights). Raises UserError for parts that differ, for entries that the model has no
+    place for, and for another noise schedule.
     """
     network = module.model.diffusion_model
     found = read_ldm(path, network.state_dict(), ignore_keys, averaged=ema)
     # Averages are of parameters alone; buffers, if any, come from the network itself.
     weights = {**found.model, **found.ema} if found.ema is not None and (ema or not found.model) else found.model
-    if network.roles and "label_emb.weight" not in weights:
-        # The class that tells the role is new as well, and begins by saying nothing.
-        weights = {**weights, "label_emb.weight": torch.zeros_like(network.label_emb.weight)}
-    _load_part(network, weights, f"{path}: U-Net", "unet_config", new=True)
-    if not only_unet:
+    _load_part(network, completed(network, weights), f"{path}: network", "unet_config", new=True)
+    if not only_unet and not found.alone:
         if found.unknown:
             first = found.unknown[0]
             raise UserError(

@@ -21,6 +21,9 @@ MARKS = ("__is_first_stage__", "__is_unconditional__")  # LDM's values of cond_s
 _REGISTRY = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": "latent_mt.model.latent_diffusion:LatentMTDiffusion",
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": "latent_mt.model.unet:UNetModel",
+    "models.DiT": "latent_mt.model.dit:DiT",  # facebookresearch/DiT's
+    "guided_mt.DiT": "latent_mt.model.dit:DiT",
+    "guided_mt.networks.dit.DiT": "latent_mt.model.dit:DiT",
     "ldm.models.autoencoder.AutoencoderKL": "latent_mt.first_stage.first_stages:AutoencoderKL",
     "ldm.models.autoencoder.VQModel": "latent_mt.first_stage.first_stages:VQModel",
     "ldm.models.autoencoder.VQModelInterface": "latent_mt.first_stage.first_stages:VQModelInterface",

@@ -175,7 +175,9 @@ def place(tmp_path_factory) -> Place:
             save_file(state, folder / f"{number}.ckpt")
         else:
             torch.save({"state_dict": state}, folder / f"{number}.ckpt")
-        torch.save(state, folder / f"{family or number}.pt")
+        own = folder / f"{family or number}.pt"
+        if not own.exists():  # the first of its family
+            torch.save(state, own)
     return Place(folder, latent, folder / "first_stage.yaml")
 
 

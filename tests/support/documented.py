@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tiny import PROCESS, ROOT, TRAINING, network_flags, words
 from tiny_clip import ARCH
-from tiny_latent import MAPS, write_labelled_pairs, write_run
+from tiny_latent import DIT, MAPS, write_labelled_pairs, write_run
 from tiny_text import tiny_config
 
 from guided_mt.commands import classifier_train, train
@@ -112,6 +112,7 @@ LATENT_RUNS = {
             "representation": {**CLIP, "clip_arch": ARCH | {"embed_dim": 32}, "representation_token": "vector"}
         },
     },
+    "dit": {**MAPS, "unet_config": {"target": "models.DiT", "params": DIT}},
     "joint": {
         "mt_sides": ["photo", "map", "edges"],
         "mt_swap_prob": {"map": 0.3, "edges": 0.3},
@@ -127,6 +128,7 @@ NAMED = {
     "runs/both": "both",
     "runs/dit": "transformer",
     "runs/camvid_joint": "joint",
+    "runs/cityscapes_dit_mt": "dit",
     "runs/cifar10_masked_label": "joint",
     "runs/labels": "label",
     "runs/my_text_model": "text",

@@ -43,6 +43,15 @@ UNET = {
     "num_heads": 2,
 }
 
+DIT = {
+    "input_size": LATENT,
+    "patch_size": 2,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": None,
+}
+
 
 def model_params(**values: Any) -> dict[str, Any]:
     """Keywords of a tiny LatentMTDiffusion; mt_sides [] leaves the multi-task part out."""

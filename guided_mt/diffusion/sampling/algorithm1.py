@@ -40,6 +40,7 @@ def sample(
     eta: float = 0.0,
     start: tuple[Tensor, int] | None = None,
     guidance_scale: float = 1.0,
+    guidance_channels: int = -1,
     cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     clip_before_guidance: bool = False,
     dynamic_threshold: float = 0.0,
@@ -59,7 +60,8 @@ def sample(
     start: (y_t [B, C, H, W], t) begins there instead of with noise at the last timestep (SDEdit).
     guidance_scale: classifier-free guidance, eps = eps_u + scale (eps - eps_u) (Ho and Salimans 2022, with scale = 1 + w);
     other than 1 it needs a model that takes `unconditional` bool [B], the samples to be seen without any condition (`MultiTask`).
-    With a further modality unknown it is approximate: y_t is then known only as far as that one is.
+    With a further modality unknown it is approximate: y_t is then known only as far as that one is. guidance_channels: how many
+    channels it moves, the first ones, as DiT's published sampling does with 3 of 4; -1: all.
     cond_fn: (y_t [B, C, H, W], the network's timesteps [B]) -> scaled gradient of log p(condition | y_t), as of a separate
     classifier: ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
     clip_before_guidance: clip z_0 before that shift and not after it, as ADM's DDIM does, whose z_0 may then leave [-1, 1].
@@ -88,6 +90,7 @@ def sample(
             conditioning=conditioning,
             conditioning_scale=conditioning_scale,
             guidance_scale=guidance_scale,
+            guidance_channels=guidance_channels,
             cond_fn=cond_fn,
             clip_before_guidance=clip_before_guidance,
             shifts_mean=rule.shifts_mean,

@@ -81,6 +81,7 @@ class Denoiser:
         conditioning: str = "own-head",
         conditioning_scale: float = 1.0,
         guidance_scale: float = 1.0,
+        guidance_channels: int = -1,
         cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         clip_before_guidance: bool = False,
         shifts_mean: bool = False,
@@ -97,6 +98,7 @@ class Denoiser:
         self.unknown = dict(unknown)
         self.fixed = {name: modalities[name].encode(x) for name, x in in_frame.items()}
         self.conditioning_scale, self.guidance_scale = conditioning_scale, guidance_scale
+        self.guidance_channels = guidance_channels
         self.cond_fn, self.shifts_mean = cond_fn, shifts_mean
         self.clip_before_guidance = clip_before_guidance
         self.clip_denoised, self.dynamic_threshold = clip_denoised, dynamic_threshold
@@ -129,7 +131,7 @@ class Denoiser:
                 eps = diffusion.condition_eps(eps, self.conditioning_scale * seen.head_gradient, t)
             if seen.unconditional is not None and seen.bare is not None:
                 eps_u = diffusion.predict_eps(seen.unconditional, seen.bare, t)
-                eps = eps_u + self.guidance_scale * (eps - eps_u)
+                eps = self._guided(eps, eps_u)
             if in_eps is not None:
                 eps = diffusion.condition_eps(eps, in_eps, t)
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
@@ -138,13 +140,20 @@ class Denoiser:
             if seen.unconditional is not None and seen.bare is not None:
                 # In pure noise (zero terminal SNR) eps says nothing of z_0: guidance by z_0 itself, and none by a gradient.
                 x_start_u = diffusion.predict_xstart(seen.unconditional, seen.bare, t)
-                x_start = x_start_u + self.guidance_scale * (x_start - x_start_u)
+                x_start = self._guided(x_start, x_start_u)
         # After an outside gradient, unless asked otherwise: at high noise a little error in it is far out of range in z_0.
         x_start = self._limit(x_start)
         if after_clipping is not None and has_signal:
             eps = diffusion.condition_eps(diffusion.predict_eps_from_xstart(y, t, x_start), after_clipping, t)
             x_start = diffusion.predict_xstart_from_eps(y, t, eps)
         return unknown, encodings, x_start, variance, log_variance, outside if self.shifts_mean else None
+
+    def _guided(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Classifier-free guidance of a prediction [B, C, H, W]; channels from `guidance_channels` on stay conditional."""
+        guided = unconditional + self.guidance_scale * (conditional - unconditional)
+        if self.guidance_channels < 0:
+            return guided
+        return torch.cat([guided[:, : self.guidance_channels], conditional[:, self.guidance_channels :]], dim=1)
 
     def _state_seen(
         self, z: Tensor, t: Tensor, y: Tensor, encodings: Mapping[str, Tensor], predictions: Mapping[str, Tensor]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
-from ..layers import Context, zero_module
+from ..layers import Block, Context, zero_module
 
 NORM_EPS = 1e-6
 
@@ -108,7 +109,7 @@ class Modulation(nn.Sequential):
         return cast(nn.Linear, self[1])(activated).chunk(self.parts, dim=1)
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Block):
     """Self-attention and feed-forward on tokens [B, N, width], scaled, shifted and gated by the embedding (adaLN-Zero).
 
     context_dim: width of tokens that are attended to between the two; None: there are none.
@@ -133,13 +134,19 @@ class DiTBlock(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 self.context_attn = ContextAttention(width, num_heads, context_dim)
 
-    def forward(self, x: Tensor, activated: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
+    @override
+    def forward(  # type: ignore[override]  # no route
+        self, x: Tensor, activated: Tensor, context: Context | None, mask: Tensor | None
+    ) -> Tensor:
         """x [B, N, width] -> the same shape. activated [B, width]: SiLU of the embedding; mask: as `Attention.forward`."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self.compute, x, activated, context, mask, use_reentrant=False)
         return self.compute(x, activated, context, mask)
 
-    def compute(self, x: Tensor, activated: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
+    @override
+    def compute(  # type: ignore[override]  # a mask of tokens
+        self, x: Tensor, activated: Tensor, context: Context | None, mask: Tensor | None
+    ) -> Tensor:
         """What the block does to x; `forward` decides whether it is computed again in the backward pass."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation.vectors(activated)
         x = torch.addcmul(x, gate1[:, None], self.attn(modulated(self.norm1(x), shift1, scale1), mask))

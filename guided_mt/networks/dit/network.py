@@ -111,13 +111,14 @@ class DiT(CheckedInputs, Backbone):
         self.in_channels, self.condition_channels = in_channels, condition_channels
         self.out_channels = (2 if learn_sigma else 1) * in_channels
         self.num_classes, self.context_dim, self.context = num_classes, context_dim, context
+        self.has_null_class = num_classes is not None and class_dropout_prob > 0
         self.feature_channels = self.middle_channels = self.hidden_size = hidden_size
         self.middle = depth // 2 if middle is None else middle
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         if num_classes is not None:
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob > 0)
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, self.has_null_class)
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sin_cos_positions(hidden_size, input_size // patch_size))
         crossed = context_dim if context == "cross" else None

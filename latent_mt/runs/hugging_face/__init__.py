@@ -5,6 +5,24 @@ scheduler                 the noise schedule and what is predicted
 folder                    the whole: read as latent-diffusion's entries and configuration, and written
 """
 
-from .folder import betas_of, configuration, is_pipeline, read_state, write_pipeline
+from .folder import (
+    autoencoder_folder,
+    autoencoder_params,
+    betas_of,
+    configuration,
+    is_pipeline,
+    read_autoencoder,
+    read_state,
+    write_pipeline,
+)
 
-__all__ = ["betas_of", "configuration", "is_pipeline", "read_state", "write_pipeline"]
+__all__ = [
+    "autoencoder_folder",
+    "autoencoder_params",
+    "betas_of",
+    "configuration",
+    "is_pipeline",
+    "read_autoencoder",
+    "read_state",
+    "write_pipeline",
+]

@@ -119,13 +119,31 @@ def read_state(index: Path) -> dict[str, Tensor]:
     names = swapped(unet.names(own["unet"], network["num_res_blocks"]))
     for key, value in _weights(folder / "unet").items():
         found[PREFIXES["unet"] + _known(names, key, folder / "unet")] = value
-    names = swapped(vae.names(own["first_stage"], len(first["ddconfig"]["ch_mult"])))
-    for key, value in vae.present_names(_weights(folder / "vae")).items():
-        ours = _known(names, key, folder / "vae")
-        found[PREFIXES["vae"] + ours] = vae.reshaped(key, value, linear=False)
+    levels, weights = len(first["ddconfig"]["ch_mult"]), _weights(folder / "vae")
+    first_state = vae.state_to_ldm(weights, own["first_stage"], levels, str(folder / "vae"))
+    found |= {PREFIXES["vae"] + key: value for key, value in first_state.items()}
     text = text_encoder.state_to_stage(_weights(folder / "text_encoder"), params["cond_stage_config"]["target"])
     found |= {PREFIXES["text_encoder"] + key: value for key, value in text.items()}
     return {**found, "scale_factor": torch.tensor(float(params["scale_factor"]))}
+
+
+def autoencoder_folder(path: str | Path) -> Path | None:
+    """The folder of an autoencoder that is meant: itself, or that of a whole pipeline; None where `path` is neither."""
+    folder = Path(path) / "vae" if (Path(path) / INDEX).is_file() else Path(path)
+    return folder if (folder / "config.json").is_file() else None
+
+
+def autoencoder_params(folder: Path) -> dict[str, Any]:
+    """LDM's `first_stage_config.params` of an autoencoder's folder. Raises UserError."""
+    config, where = _json(folder / "config.json"), str(folder / "config.json")
+    if config.get("_class_name", vae.CLASS) != vae.CLASS:
+        raise UserError(f"{where}: is a {config['_class_name']}, but a {vae.CLASS} is expected")
+    return vae.to_ldm(config, where)
+
+
+def read_autoencoder(folder: Path) -> dict[str, Tensor]:
+    """The entries of an autoencoder's folder, by diffusers' names. Raises UserError."""
+    return _weights(folder)
 
 
 def betas_of(index: Path) -> np.ndarray:

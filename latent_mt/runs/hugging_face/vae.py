@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guided_mt.errors import UserError
 
-from .values import multiples, refuse_others, whole, wholes
+from .values import multiples, refuse_others, swapped, whole, wholes
 
 CLASS = "AutoencoderKL"
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -47,6 +47,21 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries by the names of diffusers of today."""
     former = re.compile(rf"\.attentions\.0\.({'|'.join(_FORMER)})\.")
     return {former.sub(lambda m: f".attentions.0.{_FORMER[m[1]]}.", key): value for key, value in state.items()}
+
+
+def is_own(entries: Iterable[str]) -> bool:
+    """Whether these are the entries of a diffusers autoencoder."""
+    return any(key.startswith("encoder.down_blocks.") for key in entries)
+
+
+def state_to_ldm(state: Mapping[str, Tensor], own: Iterable[str], levels: int, where: str) -> dict[str, Tensor]:
+    """The entries by LDM's names. own: those of LDM's autoencoder of as many `levels`. Raises UserError for others."""
+    theirs, found = swapped(names(own, levels)), {}
+    for key, value in present_names(state).items():
+        if key not in theirs:
+            raise UserError(f"{where}: its entry '{key}' is none of the network that its config.json describes")
+        found[theirs[key]] = reshaped(key, value, linear=False)
+    return found
 
 
 def reshaped(key: str, value: Tensor, linear: bool) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import ROOT, assert_near, assert_same, contents, finish, mpiexec, progress, start_python, step_folder, words
+from tiny_latent import DIT
 from tiny_tasks import SIDES, VAL_COUNT, entries, several, write_data, write_tasks
 
 from guided_mt.modalities.registry import TASKS
@@ -34,9 +35,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "all, U": {"mt_variant": "U", "mt_drop_prob": 0.3},
     "all, X": {"mt_variant": "X", "mt_drop_prob": 0.0},
 }
+TRANSFORMER = {"target": "models.DiT", "params": DIT}
+ROWS |= {f"{row}, of a DiT": {**ROWS[row], "unet_config": TRANSFORMER} for row in ("all, any", "all, U", "all, X")}
 COUNT = 5  # samples from nothing
 ODD = 2  # samples per pass: three passes, so that one of two processes has fewer
 GIVEN = {"all, any": "map,edges,masked,label", "all, U": "map,masked,label", "all, X": "map,edges,masked"}
+GIVEN |= {f"{row}, of a DiT": given for row, given in GIVEN.items()}
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
-from tiny_latent import random_model
+from tiny_latent import DIT, UNET, random_model
 from torch._dynamo.testing import CompileCounter
 
 from latent_mt.model.generate import LatentGenerator, LatentSampleConfig
 
 
-def test_the_graphs_serve_all_timesteps_of_all_batches(monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "params"), [("latent_mt.model.unet.UNetModel", UNET), ("models.DiT", {**DIT, "learn_sigma": True})]
+)
+def test_the_graphs_serve_all_timesteps_of_all_batches(monkeypatch, target, params):
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
-    model = random_model(mt_variant="U").requires_grad_(False)
+    network = {"target": target, "params": params}
+    model = random_model(mt_variant="U", unet_config=network).requires_grad_(False)
     plain, compiled = LatentGenerator(model), LatentGenerator(model, compiling="True")
     options, counts = LatentSampleConfig(steps=4), []
     for seeds in ([0, 1], [2, 3]):

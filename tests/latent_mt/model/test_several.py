@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tiny_latent import LATENT, random_model
+from tiny_latent import DIT, LATENT, random_model
 from tiny_tasks import SIDES
 from torch import nn
 
@@ -45,9 +45,10 @@ def recorded(**params) -> tuple[LatentGenerator, Recorder]:
     return LatentGenerator(model), recorder
 
 
-@pytest.fixture(scope="module", params=["any", "U"])
+@pytest.fixture(scope="module", params=["any", "U", "any of a DiT", "U of a DiT"])
 def several(request) -> tuple[LatentGenerator, Recorder]:
-    return recorded(mt_variant=request.param)
+    network = {"unet_config": {"target": "models.DiT", "params": DIT}} if "DiT" in request.param else {}
+    return recorded(mt_variant=request.param.split()[0], **network)
 
 
 def values(names) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_latent import DDCONFIG, LATENT, SIZE, UNET, model_params, train, write_config, write_images, write_pairs
+from tiny_latent import DDCONFIG, DIT, LATENT, SIZE, UNET, model_params, train, write_config, write_images, write_pairs
 from tiny_shards import write_shards
 
 from guided_mt.data import Batch
@@ -164,6 +164,9 @@ USES: dict[str, Callable[[str, Any], None]] = {
     "latent_mt.model.latent_diffusion:LatentMTDiffusion": lambda name, folder: use_diffusion(diffusion(name)),
     "latent_mt.model.unet:UNetModel": lambda name, folder: use_diffusion(
         diffusion(unet_config={"target": name, "params": UNET})
+    ),
+    "latent_mt.model.dit:DiT": lambda name, folder: use_diffusion(
+        diffusion(unet_config={"target": name, "params": DIT})
     ),
     "latent_mt.first_stage.first_stages:AutoencoderKL": lambda name, folder: a_first_stage(
         name, embed_dim=4, ddconfig=DDCONFIG

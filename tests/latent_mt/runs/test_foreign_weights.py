@@ -123,7 +123,7 @@ def test_weights_with_nan(tmp_path):
     state = whole(model())
     key = "model.diffusion_model.out.2.bias"
     torch.save({**state, key: state[key] * float("nan")}, tmp_path / "x.ckpt")
-    assert "U-Net: 1 of" in complaint(load_ldm, model(), tmp_path / "x.ckpt")
+    assert "network: 1 of" in complaint(load_ldm, model(), tmp_path / "x.ckpt")
     first = "first_stage_model.decoder.conv_out.bias"
     torch.save({**state, first: state[first] * float("inf")}, tmp_path / "x.ckpt")
     assert "first stage: 1 of" in complaint(load_ldm, model(), tmp_path / "x.ckpt")

@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_named(exported, tmp_path):
     assert "shift_factor 0.1" in changed("vae/config.json", shift_factor=0.1)
     assert "has no hidden_size" in changed("text_encoder/config.json", hidden_size=None)
     # Weights of another network than config.json describes.
-    assert "U-Net: another architecture: it lacks" in changed("unet/config.json", layers_per_block=2)
+    assert "network: another architecture: it lacks" in changed("unet/config.json", layers_per_block=2)
     one = {
         "block_out_channels": [32],
         "down_block_types": ["CrossAttnDownBlock2D"],

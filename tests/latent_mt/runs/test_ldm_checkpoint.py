@@ -391,11 +391,11 @@ def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
 WRONG = [
     (
         lambda c: {"model": without(c.model, "out.2.bias")},
-        r"U-Net: another architecture: it lacks 1 of the model's \d+ entries, first 'out.2.bias'; compare .*unet_config",
+        r"network: another architecture: it lacks 1 of the model's \d+ entries, first 'out.2.bias'; compare .*unet_config",
     ),
     (
         lambda c: {"model": {**c.model, "extra.weight": torch.zeros(1)}},
-        "U-Net: .* has 1 entries that the model lacks, first 'extra.weight'",
+        "network: .* has 1 entries that the model lacks, first 'extra.weight'",
     ),
     (lambda c: {"model": {**c.model, "out.2.bias": torch.zeros(7)}}, r"'out.2.bias' is \[7\] there and \[3\] here"),
     (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ROOT, finish, free_ports, progress, start_python, step_folder
-from tiny_latent import UNET, newest_weights, train, write_config, write_pairs
+from tiny_latent import DIT, UNET, newest_weights, train, write_config, write_pairs
 from tiny_tasks import entries, write_data, write_tasks
 
 from guided_mt.errors import UserError
@@ -28,7 +28,7 @@ THRIFTY = ["run.ema_dtype=bf16", "run.ema_device=cpu"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs by name: `label` of form U, whose label is encoded by the network, and `pairs` of form any, each by one process and
-    by two that share it out."""
+    by two that share it out; `dit` is `label` of a transformer."""
     folder = tmp_path_factory.mktemp("sharded")
     write_data(folder)
     write_pairs(folder / "scenes")
@@ -38,18 +38,25 @@ def folder(tmp_path_factory):
         run = folder / name
         return write_tasks(folder / f"{name}.yaml", folder, run, mt_variant="U", mt_tasks=entries(["label"], folder))
 
+    def dit(name: str) -> Path:
+        network, run = {"target": "models.DiT", "params": DIT}, folder / name
+        tasks = entries(["label"], folder)
+        return write_tasks(folder / f"{name}.yaml", folder, run, mt_variant="U", mt_tasks=tasks, unet_config=network)
+
     def pairs(name: str) -> Path:
         return write_config(folder / f"{name}.yaml", folder / "scenes", folder / name, unet_config=thrifty)
 
     train(label("label"), *LOOKS)
     train(label("begun whole"), "run.total_steps=2", "run.grad_clip=0.5")
     train(pairs("pairs"), *THRIFTY)
+    train(dit("dit"))
     accumulated = ["data.params.batch_size=1", "lightning.trainer.accumulate_grad_batches=2"]
     runs = [
         [label("label by two"), FSDP, HALF, *LOOKS],
         [label("stopped"), FSDP, HALF, "run.grad_clip=0.5", "run.total_steps=2"],
         [label("stopped"), FSDP, HALF, "run.grad_clip=0.5"],
         [label("begun whole"), FSDP, HALF, "run.grad_clip=0.5"],
+        [dit("dit by two"), FSDP, HALF],
         [pairs("pairs by two"), "lightning.trainer.strategy=fsdp2", *accumulated, *THRIFTY],
     ]
     *own, last = free_ports(len(runs) + 1)
@@ -98,7 +105,7 @@ def near(a: Path, b: Path, rounded: bool = False) -> None:
                 assert float(rows[1][step][name]) == pytest.approx(float(row[name]), rel=1e-4), (step, name)
 
 
-@pytest.mark.parametrize("a, b", [("label", "label by two"), ("pairs", "pairs by two")])
+@pytest.mark.parametrize("a, b", [("label", "label by two"), ("dit", "dit by two"), ("pairs", "pairs by two")])
 def test_two_processes_that_share_the_weights_out_train_as_one(folder, a, b):
     near(folder / a, folder / b, rounded=a == "pairs")
     one, two = ({path.name: read_png(path) for path in (folder / run / "grids").glob("*")} for run in (a, b))
@@ -121,7 +128,7 @@ def test_resume_is_bit_for_bit(folder):
 
 def test_each_process_holds_half(folder):
     ranks = [json.loads((folder / f"r{rank}.json").read_text()) for rank in range(2)]
-    for run in range(5):
+    for run in range(6):
         first, second = (rank[run] for rank in ranks)
         for what in ("parts", "averages"):
             assert first[what] + second[what] == first["whole"]
