@@ -40,6 +40,7 @@ smoke: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/task_weighting.py
 	$(BIN)/python benchmarks/launches.py
 	$(BIN)/python benchmarks/saving.py

@@ -60,7 +60,7 @@ def main() -> int:
     run.watch()
     only = [word.strip() for word in args.only.split(",") if word.strip()]
     order = [name for name in STAGES if name in names]
-    with Warming(run, order) as run.warming:
+    with Warming(run, order, only) as run.warming:
         for place, name in enumerate(order):
             later = sum(STAGES[other][1] for other in order[place:])
             function, share = STAGES[name]

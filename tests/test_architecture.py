@@ -31,7 +31,8 @@ from guided_mt.diffusion.targets import TARGETS
 from guided_mt.diffusion.weighting import TIMESTEP_WEIGHTS
 from guided_mt.errors import UserError
 from guided_mt.modalities import ImageModality
-from guided_mt.networks.model import BACKBONES, VARIANTS
+from guided_mt.networks.model import VARIANTS
+from guided_mt.runs.backbones import BACKBONES
 from latent_mt.commands import latent_sample
 from latent_mt.data import ImageData
 
@@ -222,18 +223,18 @@ def test_the_timestep_weighting_is_in_the_loss(program, tmp_path):
 
 
 def test_the_backbone_trains_with_heads_and_draws(program, tmp_path):
-    run, drawn = run_commands(program, "dit.py", tmp_path)
+    run, drawn = run_commands(program, "uvit.py", tmp_path)
     assert all(np.isfinite(column(run, name)).all() for name in ("masked", "label"))
     assert (drawn["arr_1"] == 3).all() and "masked" in drawn
-    start, lines = program("dit.py"), {"log_dir": tmp_path / "u", "mt_task": "masked,label", "mt_variant": "U"}
-    start(["train", *words(**SMALL, **lines, mt_backbone="dit", class_cond=False, total_steps=2)])
+    start, lines = program("uvit.py"), {"log_dir": tmp_path / "u", "mt_task": "masked,label", "mt_variant": "U"}
+    start(["train", *words(**SMALL, **lines, mt_backbone="uvit", class_cond=False, total_steps=2)])
     start(["sample", *words(model_path=tmp_path / "u", num_samples=2, steps=3, device="cpu", out=tmp_path / "u.npz")])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_backbone_sees_what_it_is_given(variant, program):
-    load("dit.py")
-    check_backbone("dit", variant)
+    load("uvit.py")
+    check_backbone("uvit", variant)
 
 
 def write_idx(folder: Path) -> tuple[Path, np.ndarray]:
@@ -318,10 +319,12 @@ def test_a_row_of_sources_is_read_for_latent_models(program, tmp_path):
 
 
 def test_help_lists_the_row(program, capsys):
-    for name, flag, row in [("narrow_bridge.py", "mt_weights", "narrow-bridge"), ("dit.py", "mt_backbone", "dit")]:
+    for name, flag, row in [("narrow_bridge.py", "mt_weights", "narrow-bridge"), ("uvit.py", "mt_backbone", "uvit")]:
         with pytest.raises(SystemExit):
             program(name)(["train", "--help"])
-        (text,) = re.findall(rf"\n  --{flag} TEXT\s(.*?)\(default", capsys.readouterr().out, re.DOTALL)
+        (text,) = re.findall(
+            rf"\n  --{flag}(?:(?: TEXT)?, --\w+)* TEXT\s(.*?)\(default", capsys.readouterr().out, re.DOTALL
+        )
         assert re.search(rf"[ (]{row}\)", " ".join(text.split()))
 
 
@@ -334,7 +337,7 @@ def test_help_lists_the_row(program, capsys):
         ("narrow_bridge.py", {"mt_task": "masked", "mt_variant": "U", "mt_weights": "narrow-bridge"}),
         ("velocity.py", {"prediction": "velocity"}),
         ("soft_min_snr.py", {"timestep_weights": "soft-min-snr"}),
-        ("dit.py", {"mt_backbone": "dit"}),
+        ("uvit.py", {"mt_backbone": "uvit"}),
     ],
 )
 def test_the_original_scripts_say_that_they_dont_know_it(name, flags, program, tmp_path):

@@ -20,7 +20,7 @@ from guided_mt.runs.config import SampleConfig
 from guided_mt.training.train_loop import TrainLoop
 
 from . import flops
-from .forms import CIFAR, IMAGENET64, SMALL, TINY, Size, batches, make_generator, make_loop, random_images
+from .forms import CIFAR, DIT_B2, IMAGENET64, SMALL, TINY, Size, batches, make_generator, make_loop, random_images
 from .runner import Needs, Stage
 from .warm import NEEDED
 
@@ -66,7 +66,7 @@ class Row:
         return ("--precision", flag, "--compile", self.how)
 
 
-FIRST = 10  # rows that come before compiled sampling: those at CIFAR-10's size, and the small network's
+FIRST = 14  # rows that come before compiled sampling: those at CIFAR-10's size, and the small network's
 MAIN_FORMS = ("single", "U", "X", "any", "label", "label, K = 100")
 
 
@@ -75,7 +75,8 @@ def rows(tiny: bool) -> list[Row]:
     if tiny:
         return [Row(form, TINY, "fp32") for form in ("single", "U", "any")]
     big = CIFAR.with_batch(512)
-    found = [Row("single", CIFAR, how="True"), *(Row(form, CIFAR) for form in MAIN_FORMS)]
+    found = [Row("single", DIT_B2, how="True"), Row("single", CIFAR, how="True")]
+    found += [*(Row(form, DIT_B2) for form in ("single", "X", "any")), *(Row(form, CIFAR) for form in MAIN_FORMS)]
     found += [Row("single", SMALL, how=how) for how in COMPILE]
     found += [Row(form, IMAGENET64) for form in ("single", "X", "any", "label, K = 100")]
     found += [Row("single", size, kind) for size in (CIFAR, IMAGENET64) for kind in ("TF32", "fp32")]

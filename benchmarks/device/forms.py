@@ -41,7 +41,10 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """A network, its images and its batch. head_channels: channels per attention head."""
+    """A network, its images and its batch. head_channels: channels per attention head.
+
+    transformer: words of the command line for `--mt_backbone dit`, in the place of all that is the U-Net's.
+    """
 
     name: str
     image_size: int
@@ -52,22 +55,32 @@ class Size:
     batch: int
     head_channels: int = 64
     classes: int = CLASSES
+    transformer: tuple[str, ...] = ()
 
     def flags(self) -> list[str]:
         """As words of the command line."""
         values = {
             "image_size": self.image_size,
-            "num_channels": self.channels,
-            "num_res_blocks": self.res_blocks,
-            "channel_mult": self.channel_mult,
-            "attention_resolutions": self.attention,
-            "num_head_channels": self.head_channels,
             "num_classes": self.classes,
             "global_batch_size": self.batch,
             "learn_sigma": True,
             "noise_schedule": "cosine",
         }
-        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        unet = {
+            "num_channels": self.channels,
+            "num_res_blocks": self.res_blocks,
+            "channel_mult": self.channel_mult,
+            "attention_resolutions": self.attention,
+            "num_head_channels": self.head_channels,
+        }
+        values |= {} if self.transformer else unet
+        words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        return [*words, *(("--mt_backbone", "dit", *self.transformer) if self.transformer else ())]
+
+    @classmethod
+    def of_transformer(cls, name: str, image_size: int, batch: int, *words: str) -> Size:
+        """A transformer as `words` of the command line say."""
+        return cls(name, image_size, 0, 0, "", "", batch, transformer=words)
 
     def with_batch(self, batch: int) -> Size:
         """The same network on other batches."""
@@ -80,6 +93,12 @@ SMALL = Size("small", 32, 64, 1, "1,2,2", "16,8", 32)
 CIFAR = Size("CIFAR", 32, 128, 3, "1,2,2,2", "16,8", 128)  # that of the presets
 TWIN = Size("twin", 32, 64, 2, "1,2,2,2", "16,8", 128)  # what learns something on CIFAR-10 in half a minute
 IMAGENET64 = Size("ImageNet-64", 64, 192, 3, "1,2,3,4", "32,16,8", 64, classes=1000)  # ADM's
+
+_SMALL_DIT = ("--dit_hidden_size", "96", "--dit_depth", "4", "--dit_num_heads", "3")
+TINY_DIT = Size.of_transformer("tiny DiT", 8, 16, *_SMALL_DIT)
+COMPARED_DIT = Size.of_transformer("compared DiT", 16, 16, *_SMALL_DIT)
+DIT_B2 = Size.of_transformer("DiT-B2, 256 tokens", 32, 128, "--dit_size", "B/2")
+TWIN_DIT = Size.of_transformer("twin DiT", 32, 128, "--dit_size", "S/4", "--predict_xstart", "True")
 
 # How twins are trained: for seconds, so with a fast average and hardly a warm-up.
 TWIN_FLAGS = (

@@ -34,11 +34,13 @@ from guided_mt.training.train_loop import TrainLoop
 from . import flops
 from .distances import all_features, efficientnet, kernel_distance, of_classifier
 from .fast import synchronize
-from .forms import BF16, CLASSES, TINY, TWIN, TWIN_FLAGS, Size, make_loop
+from .forms import BF16, CLASSES, TINY, TINY_DIT, TWIN, TWIN_DIT, TWIN_FLAGS, Size, make_loop
 from .report import ROOT
 from .runner import Needs, Stage
 
-TWINS = ("single", "X", "any", "label", "class_cond")
+# {name: its form, and whether it is a transformer}
+TWINS = {form: (form, False) for form in ("single", "X", "any", "label", "class_cond")}
+TWINS |= {f"{form}, transformer": (form, True) for form in ("single", "any")}
 SECONDS = 70.0  # of training, at most
 SCORING_SECONDS, COMPILE_SECONDS = 16.0, 20.0  # of a twin, until the first has told
 CLASSIFIER_SECONDS = 15.0
@@ -87,13 +89,13 @@ def run(stage: Stage) -> None:
     if not made:
         return
     contest = made[0]
-    for number, form in enumerate(TWINS):
+    for number, name in enumerate(TWINS):
         each = stage.left() / (len(TWINS) - number)
         if not contest.seconds:  # the same for all
             free = each - COMPILE_SECONDS - contest.scoring
             contest.seconds = 60.0 if stage.tiny else min(SECONDS, max(10.0, free))
         takes = 1.0 if stage.tiny else contest.seconds + contest.scoring
-        stage.measure(f"twin: {form}", lambda form=form: twin(contest, form), takes)
+        stage.measure(f"twin: {name}", lambda name=name: twin(contest, name), takes)
 
 
 def prepare(stage: Stage, made: list[Contest]) -> dict[str, Any]:
@@ -149,16 +151,17 @@ def train_classifier(stage: Stage, size: Size, images: Path) -> tuple[nn.Module,
     return loop.model.eval().requires_grad_(False), loop.step
 
 
-def twin(contest: Contest, form: str) -> dict[str, Any]:
+def twin(contest: Contest, twin_name: str) -> dict[str, Any]:
     """Train one, and score it at both ends."""
-    stage = contest.stage
+    stage, (form, is_transformer) = contest.stage, TWINS[twin_name]
+    size = contest.size if not is_transformer else TINY_DIT if stage.tiny else TWIN_DIT
     compiled = ("--precision", "fp32") if stage.tiny else BF16
     flags = (*TWIN_FLAGS, *compiled)
-    folder = stage.folder / form
-    loop = make_loop(form, contest.size, stage.device, folder, *flags, images=contest.train, trained=False)
+    folder = stage.folder / twin_name.replace(", ", "_")
+    loop = make_loop(form, size, stage.device, folder, *flags, images=contest.train, trained=False)
     found, early = train_twin(contest, loop)
     found["images seen"] = loop.step * loop.global_batch
-    found["PFLOP"] = flops.per_image(form, contest.size) * found["images seen"] / 1e15
+    found["PFLOP"] = flops.per_image(form, size) * found["images seen"] / 1e15
     start = time.monotonic()
     ends = {"equal time": loop.ema.averages[RATE]}
     if early is not None:
@@ -170,10 +173,12 @@ def twin(contest: Contest, form: str) -> dict[str, Any]:
             break
         loop.ema.averages[RATE] = weights
         with loop.ema.slowest_in(loop.model), torch.no_grad():
-            found |= {f"{name}: {what}": value for what, value in score(contest, loop, form, name).items()}
+            found |= {
+                f"{name}: {what}": value for what, value in score(contest, loop, form, f"{folder.name}_{name}").items()
+            }
     contest.scoring = time.monotonic() - start
     torch._dynamo.reset()  # see fast.training_step
-    contest.trained.append(form)
+    contest.trained.append(twin_name)
     return found
 
 
@@ -226,13 +231,13 @@ def score(contest: Contest, loop: TrainLoop, form: str, end: str) -> dict[str, A
         found["accuracy on test images"] = recognised(contest, generator)
     if form in ("X", "any"):
         found["squared error where masked"], restored = restoration(contest, generator)
-        save_png(make_grid(to_nhwc(restored), columns=16), _grid(contest, form, end, "restored"))
-    save_png(make_grid(images[:64].permute(0, 2, 3, 1).cpu().numpy(), columns=16), _grid(contest, form, end, "samples"))
+        save_png(make_grid(to_nhwc(restored), columns=16), _grid(contest, end, "restored"))
+    save_png(make_grid(images[:64].permute(0, 2, 3, 1).cpu().numpy(), columns=16), _grid(contest, end, "samples"))
     return found
 
 
-def _grid(contest: Contest, form: str, end: str, what: str) -> Path:
-    return contest.stage.run.out / f"{form}_{end.replace(' ', '_')}_{what}.png"
+def _grid(contest: Contest, end: str, what: str) -> Path:
+    return contest.stage.run.out / f"{end.replace(' ', '_')}_{what}.png"
 
 
 def _ranges(count: int) -> Iterator[range]:

@@ -13,7 +13,7 @@ import torch
 from guided_mt.generation.drawing import visited
 from guided_mt.runs.config import SampleConfig
 
-from .forms import FORMS, TINY, batches, make_generator, make_loop
+from .forms import FORMS, TINY, TINY_DIT, Size, batches, make_generator, make_loop
 from .runner import Stage, Wrong
 from .waits import Waits, watch, watched_calls
 
@@ -26,6 +26,7 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "several parts": ("any", ("--microbatch", "12")),
     "label head E": ("label", ("--mt_label_head", "E", "--classifier_width", "64", "--classifier_depth", "1")),
 }
+TRANSFORMER = {"transformer, any": "any", "transformer, label": "label"}
 ON_CPU = ("single", "U", "any", "second-moment timesteps")  # the tests search the others too
 SAMPLERS = ("dpm++", "ddpm", "unipc")
 CALLS = 4
@@ -37,15 +38,18 @@ def run(stage: Stage) -> None:
             continue
         function = lambda form=form, more=more: training_step(form, more, stage)  # noqa: E731
         stage.check(f"training step: {name}", function)
+    for name, form in TRANSFORMER.items():
+        function = lambda form=form: training_step(form, (), stage, TINY_DIT)  # noqa: E731
+        stage.check(f"training step: {name}", function)
     for sampler in SAMPLERS[:1] if stage.tiny else SAMPLERS:
         for given in ("nothing", "a label"):
             function = lambda sampler=sampler, given=given: sampling_step(sampler, given == "a label", stage)  # noqa: E731
             stage.check(f"sampling step: {sampler}, {given} given", function)
 
 
-def training_step(form: str, more: tuple[str, ...], stage: Stage) -> dict[str, Any]:
+def training_step(form: str, more: tuple[str, ...], stage: Stage, size: Size = TINY) -> dict[str, Any]:
     """Steps after the first, which fills tables on the device. Raises Wrong for one that waits."""
-    loop = make_loop(form, TINY, stage.device, stage.folder, *more)
+    loop = make_loop(form, size, stage.device, stage.folder, *more)
     first, *others = batches(loop, 4)
     loop.run_step(first.to(stage.device))
     try:

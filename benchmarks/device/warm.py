@@ -18,21 +18,30 @@ import torch
 
 from guided_mt.runs.compiling import CUDA_GRAPHS
 
-from .forms import CIFAR, SMALL, TWIN, TWIN_FLAGS, batches, make_loop
+from .forms import CIFAR, DIT_B2, SMALL, TWIN, TWIN_DIT, TWIN_FLAGS, batches, make_loop
 from .report import ROOT
 from .runner import Run
 
-SIZES = {size.name: size for size in (CIFAR, SMALL, TWIN)}
+SIZES = {size.name: size for size in (CIFAR, SMALL, TWIN, TWIN_DIT, DIT_B2)}
 # (form, size, --compile), all in bf16
 NEEDED = {"learns": [(form, "twin", "True") for form in ("single", "X", "any", "label", "class_cond")]}
-NEEDED["fast"] = [("single", "CIFAR", "True"), *(("single", "small", how) for how in ("True", CUDA_GRAPHS))]
+NEEDED["learns"] += [(form, TWIN_DIT.name, "True") for form in ("single", "any")]
+NEEDED["fast"] = [
+    ("single", DIT_B2.name, "True"),
+    ("single", "CIFAR", "True"),
+    *(("single", "small", how) for how in ("True", CUDA_GRAPHS)),
+]
 
 
 class Warming(contextlib.AbstractContextManager):
-    """The processes for the stages of a run; none on a CPU. `wait` before anything is timed."""
+    """The processes for the stages of a run, of the sizes whose names hold a word of `only`; none on a CPU.
 
-    def __init__(self, run: Run, stages: Sequence[str]):
+    `wait` before anything is timed.
+    """
+
+    def __init__(self, run: Run, stages: Sequence[str], only: Sequence[str] = ()):
         wanted = [each for stage in stages for each in NEEDED.get(stage, [])] if run.device.type == "cuda" else []
+        wanted = [each for each in wanted if not only or any(word in each[1] for word in only)]
         path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
         threads = str(max(1, (os.cpu_count() or 2) // max(1, len(wanted))))
         environment = {
@@ -91,7 +100,7 @@ def main(form: str, size: str, how: str, device: str, folder: str) -> None:
     place = torch.device(device)
     torch.cuda.set_device(place)
     torch.backends.cudnn.benchmark = True
-    flags = TWIN_FLAGS if size == "twin" else ()
+    flags = TWIN_FLAGS if SIZES[size] in (TWIN, TWIN_DIT) else ()
     loop = make_loop(form, SIZES[size], place, Path(folder), *flags, "--precision", "bf16", "--compile", how)
     for batch in batches(loop, 2):
         loop.run_step(batch.to(place))

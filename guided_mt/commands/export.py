@@ -1,4 +1,5 @@
-"""Write a model's weights as guided-diffusion's own code loads them: a .pt state dict without heads and condition inputs.
+"""Write a model's weights as guided-diffusion's own code loads them, or a transformer's as facebookresearch/DiT's does: a .pt state
+dict without heads and inputs of modalities.
 
     mt-diffusion export adm --model_path runs/first --out first.pt
 
@@ -31,7 +32,7 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write a run's weights as guided-diffusion's .pt. Raises UserError."""
+    """Write a run's weights as the backbone's own code loads them. Raises UserError."""
     config = parse(argv, (ExportConfig,), description=__doc__)
     if not config.out.endswith(".pt"):
         raise UserError(

@@ -38,8 +38,8 @@ from ..modalities.tokens import rescaled
 from ..modalities.weighting.settings import WeightingConfig
 from ..networks.backbone import Backbone
 from ..networks.heads import HeadVariance
-from ..networks.model import BACKBONES, MTModel
 from ..networks.multi_task import MultiTask
+from ..runs.backbones import backbone_sections, build_backbone
 from ..runs.checkpoint import read_config
 from ..runs.config import Config, DataConfig, DiffusionConfig, ModelConfig, check_keys
 from ..runs.loop_config import TrainConfig
@@ -52,6 +52,7 @@ def model_sections() -> tuple[type, ...]:
         DiffusionConfig,
         MTConfig,
         WeightingConfig,
+        *backbone_sections(),
         *dict.fromkeys(task.options for task in TASKS.values()),
     )
 
@@ -79,6 +80,7 @@ def saved_config(weights: Path) -> dict[str, Any]:
     # What later versions added, at the value that says what runs without it did.
     later = {
         "mt_backbone": "unet",
+        **{key: value for section in backbone_sections() for key, value in dataclasses.asdict(section()).items()},
         "prediction": "eps",
         "predict_v": False,
         "timestep_weights": "uniform",
@@ -203,25 +205,22 @@ def complete(config: Config) -> None:
             fill_in(row_config(config, name))
 
 
-def build_model(config: Config, modalities: Mapping[str, Modality] | None = None) -> MTModel:
+def build_model(config: Config, modalities: Mapping[str, Modality] | None = None) -> MultiTask:
     """The untrained network of a configuration, for `modalities` where they are built already."""
-    model_options = config.as_dict(ModelConfig)
-    del model_options["compile"]
-    del model_options["use_fp16"]  # parsing has turned it into the precision
     roles = roles_of(config)
-    if roles.told:
-        model_options |= {"class_cond": True, "num_classes": len(roles.sides)}
-    width = config.mt_context_dim if config.mt_context_dim > 0 else 4 * config.num_channels
-    made = BACKBONES[config.mt_backbone](
-        **model_options,
+    told = {"class_cond": True, "num_classes": len(roles.sides)} if roles.told else {}
+    made = build_backbone(
+        config.mt_backbone,
+        config,
+        config.mt_context_dim,
         **multi_task_options(config, build_diffusion(config), Pixels(config.image_size)),
+        **told,
         learn_sigma=config.learn_sigma,
-        context_dim=width,
     )
     track_variances(made, config, modalities or build_modalities(config))
     if config.mt_drop_prob == 1:
         made.freeze_context()
-    return cast(MTModel, made)
+    return made
 
 
 def multi_task_options(config: Config, process: GaussianDiffusion, space: Space) -> dict[str, Any]:
@@ -303,7 +302,7 @@ def respaced(full: GaussianDiffusion, respacing: str) -> GaussianDiffusion:
         raise UserError(str(error)) from None
 
 
-def build_modalities(config: Config, model: MTModel | None = None, space: Space | None = None) -> dict[str, Modality]:
+def build_modalities(config: Config, model: MultiTask | None = None, space: Space | None = None) -> dict[str, Modality]:
     """{name: modality} of a configuration on `space` (None: pixels), bound to `model` where there is one."""
     space = space or Pixels(config.image_size)
     made = {}
@@ -319,7 +318,7 @@ def build_modalities(config: Config, model: MTModel | None = None, space: Space 
 def bind(
     modalities: Mapping[str, Modality],
     config: Config,
-    model: MTModel,
+    model: MultiTask,
     role: int = 0,
     encode: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:

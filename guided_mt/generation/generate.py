@@ -22,7 +22,7 @@ from ..errors import UserError, nearest
 from ..modalities import ImageModality, Modality, Pixels, Space
 from ..modalities.registry import mask_patch
 from ..modalities.settings import roles_of, weights_names
-from ..networks.model import MTModel
+from ..networks.multi_task import MultiTask
 from ..runs.checkpoint import Weights, find_weights, load_weights
 from ..runs.config import Config, SamplingOptions
 from .build import bind, build_modalities, build_model, needs_labels, sees_plain_noise, trained_process
@@ -42,7 +42,7 @@ class Generator:
     """
 
     config: Config
-    model: MTModel
+    model: MultiTask
     modalities: dict[str, Modality]
     classes: list[str] | None
     space: Space = None  # type: ignore[assignment]  # filled in below, as the next two

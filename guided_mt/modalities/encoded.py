@@ -17,7 +17,7 @@ from ..diffusion.random import SampleStreams
 from ..errors import NPZ_ERRORS, UserError
 from ..networks.heads import VectorUnits
 from ..networks.image_encoder import ImageEncoder, check_width
-from ..networks.unet_encoder import PRECISIONS
+from ..networks.inputs import PRECISIONS
 from ..runs.distributed import Processes
 from .base import Gaussian, Images
 from .image import read_pictures

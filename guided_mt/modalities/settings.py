@@ -8,8 +8,9 @@ from functools import lru_cache
 
 from ..diffusion.aggregation import WEIGHTS
 from ..errors import UserError, nearest
-from ..networks.model import BACKBONES, VARIANTS
+from ..networks.multi_task import VARIANTS
 from ..networks.routing import ROUTINGS, Routing
+from ..runs.backbones import BACKBONES
 from ..runs.config import Config, option
 from .names import check_name
 from .registry import TASKS, Task
@@ -29,7 +30,7 @@ class MTConfig:
         "what is modelled with the image: none, or some, as in masked,label; under names of its own: map:paired",
         names=TASKS,
     )
-    mt_backbone: str = option("unet", "the network that all of it is built on", BACKBONES)
+    mt_backbone: str = option("unet", "the network that all of it is built on", BACKBONES, also=("backbone",))
     mt_variant: str = option(
         "auto",
         "U: the network sees z_t; X: it is also given the modalities; any: a random subset of them; auto: X for images, "
@@ -56,7 +57,9 @@ class MTConfig:
     mt_encoder_refresh: int = option(
         1, "steps between encoding all classes anew; 1: exact, with the weights of each step", least=1, free=True
     )
-    mt_context_dim: int = option(-1, "width of the tokens of labels and vectors; -1: 4 num_channels", least=1)
+    mt_context_dim: int = option(
+        -1, "width of the tokens of labels and vectors; -1: 4 num_channels, or dit_hidden_size", least=1
+    )
     mt_routing: str = option(
         "none", "dtr: each residual block computes on a window of its channels, by timestep and by modality", ROUTINGS
     )

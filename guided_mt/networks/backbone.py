@@ -15,8 +15,9 @@ from .routing import Route
 class Features(NamedTuple):
     """What decoder heads read, in the input's dtype."""
 
-    last: Tensor  # (B, feature_channels, H, W): input of the output block
-    middle: Tensor  # (B, middle_channels, h, w): where positions are fewest and see most of the image
+    last: Tensor  # (B, feature_channels, H', W'): input of the output block
+    middle: Tensor  # (B, middle_channels, h, w): where positions are fewest or half of the depth lies behind
+    embedding: Tensor | None = None  # (B, E): of timesteps and classes, where the output block reads it too
 
 
 class Backbone(FastLayout):
@@ -65,7 +66,8 @@ class Backbone(FastLayout):
         raise NotImplementedError
 
     def make_output(self, channels: int) -> nn.Module:
-        """An untrained module like the network's own output, `features.last` -> [B, channels, H, W], for a head."""
+        """An untrained module like the network's own output, for a head: it takes `features.last`, and `features.embedding` where
+        there is one, and returns [B, channels, H, W]."""
         raise NotImplementedError
 
     def context_parameters(self) -> Iterator[nn.Parameter]:

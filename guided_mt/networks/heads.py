@@ -15,15 +15,17 @@ from .classifier import EncoderUNetModel
 class HeadInputs(NamedTuple):
     """What a head may read: all that the network knows of one forward pass."""
 
-    last: Tensor  # (B, feature_channels, H, W): input of the output block
+    last: Tensor  # (B, feature_channels, H', W'): input of the output block
     middle: Tensor  # (B, middle_channels, h, w): see `backbone.Features`
     z_t: Tensor  # (B, C, H, W)
     timesteps: Tensor  # (B,), the network's timesteps, `GaussianDiffusion.model_timesteps`
     output: Tensor  # (B, C or 2C, H, W)
+    embedding: Tensor | None = None  # (B, E): see `backbone.Features`
 
 
 class ImageHead(nn.Module):
-    """A module like the backbone's output (ADM: norm, SiLU, convolution) on the last features: [B, channels, H, W]."""
+    """A module like the backbone's output (ADM: norm, SiLU, convolution; DiT: final layer) on the last features:
+    [B, channels, H, W]."""
 
     def __init__(self, backbone: Backbone, channels: int = 3):
         super().__init__()
@@ -33,7 +35,7 @@ class ImageHead(nn.Module):
         """The prediction [B, output channels, H, W], float32."""
         # float32 whatever the caller's autocast, as ADM's output
         with torch.autocast(seen.last.device.type, enabled=False):
-            return self.out(seen.last)
+            return self.out(seen.last) if seen.embedding is None else self.out(seen.last, seen.embedding)
 
 
 class PooledHead(nn.Module):

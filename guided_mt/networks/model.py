@@ -1,16 +1,13 @@
-"""The denoisers of MT-Diffusion: a backbone with the multi-task part before it. A new backbone is a class and a row."""
+"""The denoisers of MT-Diffusion: a backbone with the multi-task part before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from ..diffusion.network import ModelOutput
-from .create import create_model
+from .dit import DiT
 from .multi_task import VARIANTS, MultiTask
 from .unet import UNetModel
 
-__all__ = ["BACKBONES", "VARIANTS", "MTModel", "MTUNet", "ModelOutput"]
+__all__ = ["VARIANTS", "MTDiT", "MTModel", "MTUNet", "ModelOutput"]
 
 
 class MTUNet(MultiTask, UNetModel):  # type: ignore[misc]  # forward is that of MultiTask
@@ -18,9 +15,9 @@ class MTUNet(MultiTask, UNetModel):  # type: ignore[misc]  # forward is that of 
     `encoder_kv.*` where there is something to attend to."""
 
 
-MTModel = MTUNet
+class MTDiT(MultiTask, DiT):  # type: ignore[misc]  # forward is that of MultiTask
+    """DiT with heads and inputs for modalities. Its state dict is DiT's plus that of `MultiTask`, and `blocks.N.context_attn.*` or
+    `context_embedder.*` where there is something to attend to."""
 
-# {name of --mt_backbone: the keywords of `create_model` and of `MultiTask` -> the untrained network}
-BACKBONES: dict[str, Callable[..., MultiTask]] = {
-    "unet": partial(create_model, factory=MTUNet)  # type: ignore[dict-item]  # what the factory makes
-}
+
+MTModel = MTUNet

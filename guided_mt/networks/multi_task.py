@@ -148,7 +148,7 @@ class MultiTask(Backbone):
         route: Any = {} if self.routing is None else {"route": self.routing.of_timesteps(timesteps)}
         features = self.features(z_t, timesteps, y, tokens, condition, mask, **route)
         output = self.output(features)
-        seen = HeadInputs(features.last, features.middle, z_t, timesteps, output)
+        seen = HeadInputs(features.last, features.middle, z_t, timesteps, output, features.embedding)
         return ModelOutput(output, {name: head(seen) for name, head in self.heads.items()})
 
     @torch.no_grad()

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from .inputs import CheckedInputs
 from .layers import (
     AttentionBlock,
     Block,
     BlockSequence,
     Context,
     Downsample,
-    FastLayout,
     ResBlock,
     Upsample,
     attention_heads,
@@ -26,8 +25,6 @@ from .layers import (
 )
 from .routing import Route
 from .transformer import SpatialTransformer
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SpatialTransformerOptions(NamedTuple):
@@ -94,7 +91,7 @@ class BlockFactory:
         return Upsample(channels, self.conv_resample)
 
 
-class UNetEncoder(FastLayout):
+class UNetEncoder(CheckedInputs):
     """The part that ADM's U-Net and its classifier share: embeddings, input blocks, middle block (ADM's names).
 
     attention_resolutions holds down-sampling factors, as in ADM's constructor (not pixels, as on its command line).
@@ -117,15 +114,13 @@ class UNetEncoder(FastLayout):
         precision: str = "fp32",
     ):
         super().__init__()
-        if precision not in PRECISIONS:
-            raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.context_dim = context_dim
         self.condition_channels = condition_channels
-        self.precision = precision
+        self.set_precision(precision)
         self.size_divisor = 2 ** (len(channel_mult) - 1)
 
         self.time_embed = nn.Sequential(
@@ -159,45 +154,6 @@ class UNetEncoder(FastLayout):
             # drawn from a copy of the generator, so that the other weights start as they would without them.
             with torch.random.fork_rng(devices=[]):
                 self.condition_in = zero_module(conv3x3(condition_channels, self.input_channels, bias=False))
-
-    def autocast(self, x: Tensor) -> torch.autocast:
-        """Mixed precision as `self.precision` says, whatever the caller's autocast."""
-        enabled = self.precision != "fp32"
-        return torch.autocast(x.device.type, dtype=PRECISIONS[self.precision] if enabled else None, enabled=enabled)
-
-    def check_inputs(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None, condition: Tensor | None
-    ) -> None:
-        """UserError for inputs this network can't take. Looks at shapes only, so it costs nothing when compiled."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise UserError(f"x must be [B, {self.in_channels}, H, W], not {list(x.shape)}")
-        batch, _, height, width = x.shape
-        if height % self.size_divisor or width % self.size_divisor:
-            raise UserError(
-                f"height and width must be multiples of {self.size_divisor} for this network, not {height} x {width}"
-            )
-        if timesteps.shape != (batch,):
-            raise UserError(f"timesteps must be [{batch}], not {list(timesteps.shape)}")
-        if y is None and self.num_classes is not None:
-            raise UserError("y is missing: the model is class-conditional")
-        if y is not None and self.num_classes is None:
-            raise UserError("y given to a model without classes")
-        if y is not None and y.shape != (batch,):
-            raise UserError(f"y must be [{batch}], not {list(y.shape)}")
-        if condition is None and self.condition_channels:
-            raise UserError(f"condition [B, {self.condition_channels}, H, W] is missing")
-        if condition is not None and not self.condition_channels:
-            raise UserError("condition given to a model without condition_channels")
-        if condition is not None and condition.shape != (batch, self.condition_channels, height, width):
-            raise UserError(
-                f"condition must be {[batch, self.condition_channels, height, width]}, not {list(condition.shape)}"
-            )
-        if context is not None and self.context_dim is None:
-            raise UserError("context given to a model without context_dim")
-        if context is not None and (
-            context.ndim != 3 or context.shape[0] != batch or context.shape[2] != self.context_dim
-        ):
-            raise UserError(f"context must be [{batch}, L, {self.context_dim}], not {list(context.shape)}")
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         """Timesteps [B], and classes [B] if any (-1: this sample has none) -> embedding [B, emb_channels]."""

@@ -33,7 +33,16 @@ from .weights import read_state as read_state
 from .weights import read_weights as read_weights
 from .weights import refuse_foreign, refuse_not_finite, shapes_of
 
-OWN_PREFIXES = ("heads.", "head_variance.", "condition_in.", "context_in.", "null_token.", "units.")
+OWN_PREFIXES = (
+    "heads.",
+    "head_variance.",
+    "condition_in.",
+    "context_in.",
+    "null_token.",
+    "units.",
+    "context_embedder.",
+)
+OWN_PARTS = (".encoder_kv.", ".context_attn.")  # of a U-Net's and a transformer's blocks
 # Of a folder in the layout of Hugging Face's diffusers; it stands for the folder's weights.
 PIPELINE = "model_index.json"
 CLASSIFIER_HEAD = "heads.label.classifier."  # where a run with the E head keeps ADM's classifier
@@ -285,7 +294,7 @@ def classifier_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     inside = {
         key.removeprefix(CLASSIFIER_HEAD): value for key, value in state.items() if key.startswith(CLASSIFIER_HEAD)
     }
-    if not inside and any(key.startswith("output_blocks.") for key in state):
+    if not inside and any(key.startswith(("output_blocks.", "final_layer.")) for key in state):
         raise UserError(
             f"{path}: a diffusion model without a classifier inside; give a classifier, or a run trained with "
             "--mt_task label --mt_label_head E"
@@ -311,12 +320,13 @@ def load_classifier_weights(model: nn.Module, path: Path, settings: Mapping[str,
 
 
 def is_own(key: str) -> bool:
-    """Whether a key of an MT model's state dict is none of ADM's."""
-    return key.startswith(OWN_PREFIXES) or ".encoder_kv." in key
+    """Whether a key of an MT model's state dict is none of the published network's."""
+    return key.startswith(OWN_PREFIXES) or any(part in key for part in OWN_PARTS)
 
 
 def adm_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a state dict that ADM's own code loads: the U-Net without heads and condition inputs."""
+    """The part of a state dict that the backbone's own code loads (ADM's, DiT's): the network without heads and inputs of
+    modalities."""
     return {key: value for key, value in state.items() if not is_own(key)}
 
 

@@ -37,16 +37,18 @@ def option(
     least: float | None = None,
     most: float | None = None,
     free: bool = False,
+    also: Collection[str] = (),
 ) -> Any:
-    """A dataclass field that is a flag of its own name. least, most: its range; where the default is -1, that is valid too.
+    """A dataclass field that is a flag of its own name, on the command line under those of `also` too.
 
+    least, most: its range; where the default is -1, that is valid too.
     choices: the valid values; of a registry its names, also those of rows that are added later. names: a registry whose names the
     value is made of; --help lists them.
 
     free: a trained model may be used with another value, since no weight's meaning depends on it.
     """
     metadata = {"help": help, "choices": choices, "names": names or choices, "least": least, "most": most, "free": free}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "also": tuple(also)})
 
 
 def redefined(section: type, name: str, default: Any = None, help: str = "") -> Any:
@@ -262,7 +264,10 @@ def parse(
                 names = field.metadata["names"]
                 text = field.metadata["help"] + (f" ({', '.join(names)})" if names else "")
                 group.add_argument(
-                    f"--{field.name}", default=field.default, metavar=_word(field), help=text.replace("%", "%%")
+                    *(f"--{name}" for name in (field.name, *field.metadata["also"])),
+                    default=field.default,
+                    metavar=_word(field),
+                    help=text.replace("%", "%%"),
                 )
     if presets:
         parser.add_argument("--preset", default="", metavar="NAME", help=f"named settings: {', '.join(preset_names())}")

@@ -109,6 +109,16 @@ def _takes(prefix: str, channels: int) -> Callable[[Shapes], bool]:
     return accepts
 
 
+def _patches(channels: int) -> Callable[[Shapes], bool]:
+    """Accepts a transformer whose patches have this many channels."""
+
+    def accepts(shapes: Shapes) -> bool:
+        shape = shapes.get("x_embedder.proj.weight", ())
+        return len(shape) == 4 and shape[1] == channels
+
+    return accepts
+
+
 def _context(width: int) -> Callable[[Shapes], bool]:
     """Accepts a latent U-Net whose cross-attention reads tokens of this width."""
     return lambda shapes: any(
@@ -123,6 +133,7 @@ def _bare_latent_unet(shapes: Shapes) -> bool:
 
 
 _ADM = _has("input_blocks.0.0.", "time_embed.")
+_DIT = _all(_has("x_embedder.proj.", "blocks.0."), _holds("adaLN_modulation"))
 _LDM = _has(LDM_UNET)
 _OUR_HEADS = _has(*OWN_HEAD[:1])
 
@@ -209,7 +220,13 @@ KINDS: tuple[Signature, ...] = (
         "a latent-diffusion (LDM) U-Net alone",
         f"prefix its entries with {LDM_UNET} and load it as model.params.ckpt_path of latent-train",
     ),
-    # ADM, and ours in pixels
+    # ADM and DiT, and ours in pixels
+    Signature(
+        _all(_DIT, _OUR_HEADS),
+        "a pixel-space model of this project",
+        "give it to sample, restore or classify as --model_path, with config.yaml beside it or the training's model flags",
+        "pixel",
+    ),
     Signature(
         _all(_ADM, _OUR_HEADS),
         "a pixel-space model of this project",
@@ -246,9 +263,15 @@ KINDS: tuple[Signature, ...] = (
     ),
     # other diffusion projects
     Signature(
-        _all(_has("x_embedder.proj.", "blocks.0."), _holds("adaLN_modulation")),
-        "a DiT or SiT transformer",
-        "this package has no transformer backbone yet: " + _ELSEWHERE,
+        _all(_DIT, _patches(4)),
+        "a DiT or SiT transformer for latents",
+        "no configuration of a latent model takes it yet: " + _ELSEWHERE,
+    ),
+    Signature(
+        _DIT,
+        "a DiT transformer for pixels",
+        "give it to sample as --model_path with its model flags, --mt_backbone dit among them, or to train as --resume_checkpoint",
+        "pixel",
     ),
     Signature(
         _has("down_blocks.0.", "up_blocks.0.", "time_embedding."),

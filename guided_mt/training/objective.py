@@ -69,9 +69,9 @@ def multi_task_losses(
     is given to each sample with probability `given_prob`. A modality that a sample's data lack (`Modality.present`) is in no frame,
     isn't given and has no loss, and the model is told by `absent`. loss_weight: lambda, or one per modality.
     drop_prob: the share of samples trained unconditionally: no frame, nothing given, no modality loss (docs/method.md,
-    section 10.6). The model is told which by `unconditional`, and in form any what is given by `given`, as `MTModel.forward` takes
-    them. role [B]: which of the sides of `roles` is z_0; the model is told as its class. None: the image is. weighting: of the
-    terms over time, and of the tasks; None: none but lambda.
+    section 10.6). The model is told which by `unconditional`, and in form any what is given by `given`, as `MultiTask.forward`
+    takes them. role [B]: which of the sides of `roles` is z_0; the model is told as its class. None: the image is. weighting: of
+    the terms over time, and of the tasks; None: none but lambda.
     """
     dropped = streams.uniform() < drop_prob  # (B,)
     data = {name: modality.from_batch(images, streams) for name, modality in modalities.items()}

@@ -36,7 +36,7 @@ from ..modalities.registry import TASKS
 from ..modalities.settings import MTConfig, absent_names, roles_of, variant_of
 from ..modalities.weighting.on_gradients import gramian_of, outputs_of
 from ..modalities.weighting.settings import Weighting, intervals_of
-from ..networks.model import MTModel
+from ..networks.multi_task import MultiTask
 from ..runs import checkpoint
 from ..runs.config import Config, SampleConfig
 from ..runs.distributed import Processes
@@ -57,7 +57,7 @@ log = logging.getLogger("guided_mt")
 class TrainLoop(Loop):
     """A run of MT-Diffusion, or of one of the single-task models it is compared with."""
 
-    model: MTModel
+    model: MultiTask
     annealing_lag = 1
 
     def __init__(self, config: Config, processes: Processes, source: ImageSource, folder: Path):
@@ -94,7 +94,7 @@ class TrainLoop(Loop):
 
     # ------------------------------------------------------------ set-up
 
-    def make_model(self, config: Config) -> MTModel:
+    def make_model(self, config: Config) -> MultiTask:
         """The network, by which the modalities encode from now on."""
         model = build_model(config, self.modalities)
         bind(self.modalities, config, model)

@@ -10,7 +10,7 @@ import torch
 
 from guided_mt.data import ImageSource
 from guided_mt.errors import UserError
-from guided_mt.networks.unet_encoder import PRECISIONS
+from guided_mt.networks.inputs import PRECISIONS
 from guided_mt.runs import precision
 from guided_mt.runs.checkpoint import find_weights, read_classes, read_config
 from guided_mt.runs.config import Config

@@ -3,10 +3,12 @@
     mt-diffusion transfer --data_dir emoji-64.tar/train --val_data_dir emoji-64.tar/test --preset five-emoji32 --out runs/transfer
 
 Trains the image alone, with each of --tasks, with each pair, with all of them, and all of them by other weightings, each with
-every seed. What is measured on held-out images: the denoising loss without any frame, which all models share; each head's own
-loss; label accuracy and restoration error; and, of drawn images, Frechet distance and KID on the features of a classifier of the
-project's own, which compare these models with each other and with nothing published. What is finished is left as it is. Other
-flags go to train, and are the same for all. Writes OUT/table.md, OUT/seeds.csv and OUT/transfer.png.
+every seed. Row unframed is the image alone with --mt_drop_prob of the batch: as many images without a frame as the models with
+tasks see, so a fairer reference than alone for the loss without a frame. What is measured on held-out images: the denoising loss
+without any frame, which all models share; each head's own loss; label accuracy and restoration error; and, of drawn images,
+Frechet distance and KID on the features of a classifier of the project's own, which compare these models with each other and with
+nothing published. What is finished is left as it is. Other flags go to train, and are the same for all. Writes OUT/table.md,
+OUT/seeds.csv and OUT/transfer.png.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from guided_mt.modalities.registry import TASKS
 from guided_mt.runs.config import Config, SampleConfig, option, parse
 from guided_mt.runs.distributed import choose_device
 from guided_mt.runs.processes.claim import Claim
+from guided_mt.training.loop import batch_sizes
 
 from ..children import passing_on_sigterm, run_child
 from ..commands import command, environment, shown
@@ -42,7 +45,7 @@ from ..settings import same_settings
 from . import held_out
 from .heat_map import draw_heat_map
 from .numbers import columns_of, conflicts, cosines_of, distances, every_column
-from .rows import IMAGE, Row, rows_of
+from .rows import IMAGE, Row, rows_of, unframed_images
 
 CALLS = 20  # network calls of a sample
 BATCH = 100
@@ -60,7 +63,7 @@ class TransferConfig:
     tasks: str = option("masked,label,caption,random-caption", "the tasks beside the image")
     rows: str = option(
         "alone,each,all",
-        "some of alone, each, pairs, all, and of all tasks uncertainty, pcgrad, nash, routing, min-snr, p2",
+        "some of alone, unframed, each, pairs, all, and of all tasks uncertainty, pcgrad, nash, routing, min-snr, p2",
     )
     seeds: str = option("0,1,2", "training seeds")
     steps: int = option(2000, "training steps of each model", least=1)
@@ -80,6 +83,13 @@ class HeldOutConfig:
 
 def main(argv: Sequence[str]) -> None:
     """Train what isn't trained, measure, and write table and picture. Raises UserError."""
+    experiment = experiment_of(argv)
+    with Claim(experiment.out, setting="--out"):
+        experiment.main()
+
+
+def experiment_of(argv: Sequence[str]) -> Experiment:
+    """The experiment that these words ask for; nothing is written yet. Raises UserError."""
     own, passed_on = split_flags(argv, [field.name for field in fields(TransferConfig)])
     config = parse([*own, *(w for w in passed_on if w in ("-h", "--help"))], (TransferConfig,), description=__doc__)
     for flag in ("data_dir", "val_data_dir"):
@@ -93,17 +103,21 @@ def main(argv: Sequence[str]) -> None:
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"--tasks {config.tasks}: '{task}' is none of {', '.join(TASKS)}")
-    experiment = Experiment(config, rows_of(tasks, config.rows), training_seeds(config.seeds), passed_on)
-    with Claim(Path(config.out), setting="--out"):
-        experiment.main()
+    trained = parse(passed_on, run_sections(), description="", presets=True)
+    unframed = unframed_images(batch_sizes(trained, 1)[0], trained.mt_drop_prob)
+    rows = rows_of(tasks, config.rows, unframed)
+    return Experiment(config, rows, training_seeds(config.seeds), passed_on, trained)
 
 
 class Experiment:
     """All stages; each is skipped where its result exists."""
 
-    def __init__(self, config: Config, rows: Sequence[Row], seeds: Sequence[int], passed_on: Sequence[str]):
+    def __init__(
+        self, config: Config, rows: Sequence[Row], seeds: Sequence[int], passed_on: Sequence[str], trained: Config
+    ):
+        """passed_on: words of `train` for all models; trained: what they say."""
         self.config, self.rows, self.seeds, self.passed_on = config, rows, seeds, list(passed_on)
-        self.trained = parse(passed_on, run_sections(), description="", presets=True)
+        self.trained = trained
         self.out, self.device = Path(config.out), choose_device(config.device)
         self.failed, self.measuring, self.printing = Event(), Lock(), Lock()
         self._judge: FeatureClassifier | None = None
@@ -119,9 +133,12 @@ class Experiment:
         with passing_on_sigterm(), ThreadPoolExecutor(self.config.jobs) as pool:
             jobs = [pool.submit(self.one, row, seed) for row, seed in work]
             results = [job.result() for job in jobs]
+        self.report([result for result in results if result is not None])
+
+    def report(self, results: list[Measured]) -> None:
+        """Table and picture of these models."""
         order = [row.name for row in self.rows]
-        results = [result for result in results if result is not None]
-        results.sort(key=lambda result: order.index(result.row))
+        results = sorted(results, key=lambda result: order.index(result.row))
         columns = columns_of(results)
         table = markdown_table(results, columns)
         if cosines := cosines_of(results):

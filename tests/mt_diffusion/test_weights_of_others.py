@@ -16,6 +16,7 @@ from tiny_latent import FIRST_STAGE, model_params, write_config, write_images
 from torch import Tensor
 
 from guided_mt.networks.classifier import create_classifier
+from guided_mt.networks.dit import DiT
 from guided_mt.runs.checkpoint import save_checkpoint
 from guided_mt.runs.recognise import RUNS
 from latent_mt.runs.targets import instantiate
@@ -53,7 +54,6 @@ def module(config: dict[str, Any]) -> dict[str, Tensor]:
 LDM = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": model_params(mt_sides=[])}
 # {what is said of it: (its family where some command takes it, its entries)}
 OTHERS: dict[str, tuple[str, Callable[[], dict[str, Tensor]]]] = {
-    "a DiT or SiT transformer": ("", lambda: entries("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight")),
     "a diffusers U-Net": ("", lambda: entries("down_blocks.0.x", "up_blocks.0.x", "time_embedding.linear_1.weight")),
     "a torchvision ResNet": ("", lambda: entries("layer1.0.conv1.weight", "layer4.0.conv1.weight", "fc.weight")),
     "an unconditional model of guided-diffusion": ("pixel", lambda: dict(adm_unet().state_dict())),
@@ -63,6 +63,7 @@ OTHERS: dict[str, tuple[str, Callable[[], dict[str, Tensor]]]] = {
     ),
     "a latent-diffusion (LDM) model": ("latent", lambda: module(LDM)),
     "a latent-diffusion (LDM) KL autoencoder": ("first stage", lambda: module(FIRST_STAGE)),
+    "a DiT transformer for pixels": ("pixel", lambda: dict(DiT(8, 2, 3, 32, 2, 2, num_classes=10).state_dict())),
     "nothing that is known": ("", lambda: entries("weight", "bias")),
 }
 NO_WEIGHTS = {
@@ -78,6 +79,7 @@ ALSO = {
         "a diffusion model without a classifier inside",
         "holds no label head",
     ),
+    "a DiT transformer for pixels": ("a diffusion model without a classifier inside", "holds no label head"),
     "nothing that is known": (
         "another architecture: it lacks",
         "holds no label head",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import warm
+from omegaconf import OmegaConf
 from PIL import Image
 from tiny import MODEL, words
 
@@ -21,7 +22,7 @@ from guided_mt.generation.generate import Generator
 from guided_mt.runs.config import SampleConfig
 from reproduce.transfer import experiment, held_out, main
 from reproduce.transfer.heat_map import gain
-from reproduce.transfer.rows import ALL, IMAGE, METHODS, rows_of
+from reproduce.transfer.rows import ALL, IMAGE, METHODS, UNFRAMED, rows_of, unframed_images
 
 COMMON = {**MODEL, "diffusion_steps": 40, "noise_schedule": "cosine", "mt_variant": "any", "mt_drop_prob": 0.5}
 COMMON |= {"global_batch_size": 8, "log_interval": 1, "mt_conflict_interval": 1, "ema_rate": 0.5}
@@ -49,7 +50,8 @@ def finished(images, tmp_path_factory):
         "--out",
         str(out / "out"),
     ]
-    argv += ["--tasks", "masked,label", "--rows", "alone,each,all", "--seeds", "0,1", "--steps", "2", "--samples", "4"]
+    argv += ["--tasks", "masked,label", "--rows", "alone,unframed,each,all", "--seeds", "0,1"]
+    argv += ["--steps", "2", "--samples", "4"]
     argv += ["--judge_steps", "1", "--jobs", "2", "--device", "cpu", *words(**COMMON)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "run_child", warm.run_child)
@@ -63,13 +65,16 @@ def test_all_stages(finished, monkeypatch):
     with open(out / "seeds.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["row"], row["seed"]) for row in rows] == [
-        (name, seed) for name in (IMAGE, "+ masked", "+ label", ALL) for seed in "01"
+        (name, seed) for name in (IMAGE, UNFRAMED, "+ masked", "+ label", ALL) for seed in "01"
     ]
     for row in rows:
         assert all(np.isfinite(float(row[name])) for name in ("image", "image_q3", "FD", "KID x 1000"))
         assert bool(row["label accuracy"]) == ("label" in row["row"] or row["row"] == ALL)
         assert bool(row["restoration error"]) == ("masked" in row["row"] or row["row"] == ALL)
         assert bool(row["gradient cosine, denoising and masked"]) == bool(row["restoration error"])
+    saved = [out / row.folder / "seed_0" / "config.yaml" for row in rows_of((), "alone,unframed", 4)]
+    sizes = [OmegaConf.load(file).global_batch_size for file in saved]
+    assert sizes == [8, 4]  # half of it, as --mt_drop_prob 0.5 has it
     table = (out / "table.md").read_text()
     assert f"| {ALL} |" in table and "denoising and label" in table
     with Image.open(out / "transfer.png") as picture:
@@ -102,21 +107,23 @@ def test_the_plain_loss_is_that_of_the_network_alone(finished, images):
 
 def test_rows():
     tasks = ["masked", "label", "caption"]
-    assert [row.name for row in rows_of(tasks, "alone,each,pairs,all,routing")] == [
-        *(IMAGE, "+ masked", "+ label", "+ caption", "+ masked, label", "+ masked, caption", "+ label, caption"),
+    assert [row.name for row in rows_of(tasks, "alone,unframed,each,pairs,all,routing", 4)] == [
+        *(IMAGE, UNFRAMED, "+ masked", "+ label", "+ caption"),
+        *("+ masked, label", "+ masked, caption", "+ label, caption"),
         *(ALL, f"{ALL}, routing"),
     ]
-    assert rows_of(tasks, "alone")[0].words == ["--mt_task", "none"]
-    assert rows_of(tasks, "nash")[0].words == ["--mt_task", "masked,label,caption", *METHODS["nash"]]
-    folders = [row.folder for row in rows_of(tasks, "alone,each,pairs,all,nash,min-snr")]
+    assert rows_of(tasks, "alone", 0)[0].words == ["--mt_task", "none"]
+    assert rows_of(tasks, "nash", 0)[0].words == ["--mt_task", "masked,label,caption", *METHODS["nash"]]
+    folders = [row.folder for row in rows_of(tasks, "alone,unframed,each,pairs,all,nash,min-snr", 4)]
     assert len(set(folders)) == len(folders) and all("/" not in folder and " " not in folder for folder in folders)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rows", "alone,twice"], "'twice' is none of alone, each"),
+        (["--rows", "alone,twice"], "'twice' is none of alone, unframed, each"),
         (["--rows", "all", "--tasks", "label"], "names no model of label"),
+        (["--rows", "unframed"], "with --mt_drop_prob 0 no model with tasks sees an image without a frame"),
         (["--tasks", "masked,labels"], "'labels' is none of masked"),
         (["--mt_task", "label"], "--mt_task is set by transfer"),
         (["--seeds", "0,0"], "different whole numbers"),
@@ -126,6 +133,13 @@ def test_rows():
 def test_bad_words(words, message, images):
     with pytest.raises(UserError, match=message):
         main(["--data_dir", str(images / "train.npz"), "--val_data_dir", str(images / "test.npz"), *words])
+
+
+@pytest.mark.parametrize(
+    ("batch", "drop_prob", "images"), [(64, 0.2, 13), (8, 0.5, 4), (2, 0.1, 1), (16, 0.0, 0), (16, 1.0, 16)]
+)
+def test_unframed_images(batch, drop_prob, images):
+    assert unframed_images(batch, drop_prob) == images
 
 
 def test_gain():

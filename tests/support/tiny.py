@@ -27,6 +27,12 @@ from guided_mt.networks.unet import UNetModel
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 MODEL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "8"}
+TRANSFORMER = {
+    "dit_patch_size": 2,
+    "dit_hidden_size": 32,
+    "dit_depth": 2,
+    "dit_num_heads": 2,
+}  # in the place of the U-Net
 PROCESS = {"diffusion_steps": 40, "noise_schedule": "cosine", "learn_sigma": True}
 TRAINING = {"data_dir": "builtin:digits", "global_batch_size": 8, "log_interval": 1, "device": "cpu"}
 DIGITS = 1437  # images of builtin:digits
@@ -37,7 +43,8 @@ NOT_LOSSES = ("images_per_second",)  # the one column of progress.csv that depen
 
 def flags(**values: Any) -> list[str]:
     """Command-line words of a tiny masked-image run, `values` over its settings."""
-    settings = {**MODEL, **PROCESS, "mt_task": "masked", **TRAINING, **values}
+    network = {"image_size": 8, **TRANSFORMER} if values.get("mt_backbone") == "dit" else MODEL
+    settings = {**network, **PROCESS, "mt_task": "masked", **TRAINING, **values}
     return words(**settings)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from guided_mt.generation.build import build_model
 from guided_mt.networks.classifier import EncoderUNetModel
 
-from ..forms import COMPARED, TINY, Size, fill, settings
+from ..forms import COMPARED, COMPARED_DIT, TINY, TINY_DIT, Size, fill, settings
 from ..runner import Stage, within
 from .arithmetic import FP32, MAX_TIMESTEP, as_double, distance, joined, precisions
 
@@ -33,7 +33,9 @@ class Network:
 
 def networks(size: Size) -> list[Network]:
     """All kinds, at the size."""
+    transformer = TINY_DIT if size is TINY else COMPARED_DIT
     made = [_denoiser(name, form, size, *more) for name, form, more in DENOISERS]
+    made += [_denoiser(name, form, transformer, *more) for name, form, more in TRANSFORMERS]
     made += [_classifier(pool, size) for pool in ("attention", "adaptive", "spatial_v2")]
     return [*made, *(_autoencoder(kind, size) for kind in ("KL", "VQ"))]
 
@@ -51,6 +53,12 @@ DENOISERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("form any, masked images and label tokens", "any", ()),
     ("form U, label head M", "label", ()),
     ("form U, label head E", "label", ("--mt_label_head", "E", "--classifier_width", "64", "--classifier_depth", "1")),
+)
+
+TRANSFORMERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("transformer with classes", "class_cond", ()),
+    ("transformer, form any, tokens attended to", "any", ()),
+    ("transformer, form any, tokens in the sequence", "any", ("--dit_context", "in-context")),
 )
 
 

@@ -58,14 +58,14 @@ def sample(
     from torch's generator); a sample depends on its own seed and conditions alone. eta is DDIM's.
     start: (y_t [B, C, H, W], t) begins there instead of with noise at the last timestep (SDEdit).
     guidance_scale: classifier-free guidance, eps = eps_u + scale (eps - eps_u) (Ho and Salimans 2022, with scale = 1 + w);
-    other than 1 it needs a model that takes `unconditional` bool [B], the samples to be seen without any condition: see `MTModel`.
+    other than 1 it needs a model that takes `unconditional` bool [B], the samples to be seen without any condition (`MultiTask`).
     With a further modality unknown it is approximate: y_t is then known only as far as that one is.
     cond_fn: (y_t [B, C, H, W], the network's timesteps [B]) -> scaled gradient of log p(condition | y_t), as of a separate
     classifier: ancestral steps add variance * gradient to their mean (ADM algorithm 1), the others shift eps (algorithm 2).
     clip_before_guidance: clip z_0 before that shift and not after it, as ADM's DDIM does, whose z_0 may then leave [-1, 1].
     dynamic_threshold: clip z_0 to that percentile of each sample's values, if it is above 1, and scale back (Imagen); 0: off.
     absent: modalities that the samples are to have none of, as images in training that lacked them: they stand in no frame, and the
-    model is told by `absent` {name: bool [B]}, see `MTModel`. Others are known or unknown.
+    model is told by `absent` {name: bool [B]}, see `MultiTask`. Others are known or unknown.
     arithmetic: as `torch.compile`, what the arithmetic between calls of the network is called through; None: nothing.
     Raises ValueError for names, shapes and counts that don't fit.
     """

@@ -63,6 +63,14 @@ ROWS: dict[str, dict[str, Any]] = {
         "mt_task_weighting": "uncertainty",
         "schedule_sampler": "stratified",
     },
+    "transformer": {"mt_backbone": "dit", "mt_task": ",".join(TASKS), "mt_variant": "any", "mt_swap_prob": 0.5},
+    "transformer, in context": {
+        "mt_backbone": "dit",
+        "mt_task": "masked,label,caption",
+        "mt_variant": "any",
+        "dit_context": "in-context",
+        "use_checkpoint": True,
+    },
     "routed": {"mt_task": "masked,label", "mt_variant": "any", "mt_routing": "dtr"},
 }
 for name, package in {"pcgrad": "torchjd", "nash": "ecos"}.items():

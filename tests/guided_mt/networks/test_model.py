@@ -17,7 +17,8 @@ from guided_mt.generation.build import (
 from guided_mt.modalities import Images, Pixels
 from guided_mt.modalities.registry import TASKS
 from guided_mt.networks.create import create_model
-from guided_mt.networks.model import BACKBONES, VARIANTS, MTModel
+from guided_mt.networks.model import VARIANTS, MTModel
+from guided_mt.runs.backbones import BACKBONES
 from guided_mt.runs.config import ModelConfig, parse
 
 TINY = [
@@ -176,7 +177,7 @@ def test_unconditional_samples_see_the_other_context_and_no_modality():
     config, _ = tiny("--mt_task", "label", "--mt_variant", "any")
     parts = multi_task_options(config, build_diffusion(config), Pixels(8))
     options = {key: value for key, value in config.as_dict(ModelConfig).items() if key not in ("compile", "use_fp16")}
-    model = BACKBONES["unet"](**options, **parts, learn_sigma=True, context_dim=12, conditioned=True).eval()
+    model = BACKBONES["unet"].make(**options, **parts, learn_sigma=True, context_dim=12, conditioned=True).eval()
     randomise(model)
     z, t, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999]), {"label": torch.tensor([1, 2, 3])}
     told, other = torch.randn(3, 5, 12), torch.randn(3, 5, 12)

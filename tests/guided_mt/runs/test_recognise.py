@@ -27,6 +27,8 @@ def ldm(channels: int, *names: str) -> dict[str, list[int]]:
 
 FIRST = "input_blocks.0.0.weight"
 ADM = shapes("time_embed.0.weight", FIRST, "out.0.weight")
+DIT = shapes("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight")
+
 # What is told apart: {name that is said: a state dict's entries}.
 CASES = {
     "a Stable Diffusion 2 model": ldm(4, "cond_stage_model.model.text_projection"),
@@ -42,7 +44,8 @@ CASES = {
     "an upsampler of guided-diffusion (ADM)": ADM
     | shapes("output_blocks.0.0.x", "label_emb.weight")
     | {FIRST: [32, 6, 3, 3]},
-    "a DiT or SiT transformer": shapes("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight"),
+    "a DiT or SiT transformer for latents": DIT | {"x_embedder.proj.weight": [32, 4, 2, 2]},
+    "a DiT transformer for pixels": DIT | {"x_embedder.proj.weight": [32, 3, 2, 2]},
     "a diffusers U-Net": shapes("down_blocks.0.x", "up_blocks.0.x", "time_embedding.linear_1.weight"),
     "a diffusers autoencoder": shapes("encoder.down_blocks.0.x", "decoder.up_blocks.0.x"),
     "a CLIP model (OpenAI's or open_clip's)": shapes("visual.x", "token_embedding.weight", "text_projection"),
