@@ -185,9 +185,9 @@ def test_the_schedule_has_its_coefficients_and_is_exact_on_the_oracle(program, t
 
 
 def test_the_target_gives_z_0_back_exactly_and_trains(program, tmp_path):
-    load("velocity.py")
-    full = create_gaussian_diffusion(steps=50, noise_schedule="cosine", prediction="velocity")
-    row, t = TARGETS["velocity"], torch.arange(50)
+    load("edm.py")
+    full = create_gaussian_diffusion(steps=50, noise_schedule="cosine", prediction="edm")
+    row, t = TARGETS["edm"], torch.arange(50)
     x_start, noise = torch.randn(2, 50, *SHAPE, dtype=torch.float64)
     y_t = full.q_sample(x_start, t, noise)
     wanted = row.wanted(full, x_start, noise, y_t, t)
@@ -198,9 +198,9 @@ def test_the_target_gives_z_0_back_exactly_and_trains(program, tmp_path):
     terms = full.training_losses(lambda x, t: wanted, x_start, t, noise=noise)
     assert float(terms["loss"].abs().max()) == 0
 
-    run, _ = run_commands(program, "velocity.py", tmp_path, timestep_weights="p2")
+    run, _ = run_commands(program, "edm.py", tmp_path, timestep_weights="p2")
     for name in TARGETS:
-        assert (name == "velocity") == (f"\nprediction: {name}\n" in (run / "config.yaml").read_text())
+        assert (name == "edm") == (f"\nprediction: {name}\n" in (run / "config.yaml").read_text())
 
 
 def test_the_timestep_weighting_is_in_the_loss(program, tmp_path):
@@ -285,7 +285,7 @@ def test_the_metric_is_in_the_evaluators_output(program, tmp_path, monkeypatch, 
 
 
 def test_the_rows_train_and_draw_latent_models(program, tmp_path, monkeypatch):
-    for name in ("midpoint.py", "narrow_bridge.py", "velocity.py"):
+    for name in ("midpoint.py", "narrow_bridge.py", "edm.py"):
         (tmp_path / name).write_text(block(name, "python"))
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -299,15 +299,15 @@ def test_the_rows_train_and_draw_latent_models(program, tmp_path, monkeypatch):
         start([*argv, "data.params.sides=[photo,map]", f"run.total_steps={steps}"])
     assert [row["step"] for row in progress(run)] == ["1", "2", "3", "4"] and np.isfinite(column(run, "loss")).all()
     trained = (run / "config.yaml").read_text()
-    assert "mt_weights: narrow-bridge" in trained and "parameterization: velocity" in trained
+    assert "mt_weights: narrow-bridge" in trained and "parameterization: edm" in trained
     argv = [str(run) if word == "runs/camvid_mt" else word for word in shlex.split(sampling)[2:]]
     start([*argv, *words(steps=4, device="cpu")])
     assert len(list((run / "samples" / "map_of_photo").glob("*.png"))) == 3
-    for name in ("midpoint", "narrow_bridge", "velocity"):
+    for name in ("midpoint", "narrow_bridge", "edm"):
         monkeypatch.delitem(sys.modules, name)
 
-    del TARGETS["velocity"]
-    with pytest.raises(UserError, match="parameterization 'velocity' is none of"):
+    del TARGETS["edm"]
+    with pytest.raises(UserError, match="parameterization 'edm' is none of"):
         latent_sample.main(words(model_path=run, given="photo", device="cpu"))
 
 
@@ -335,7 +335,7 @@ def test_help_lists_the_row(program, capsys):
     ("name", "flags"),
     [
         ("narrow_bridge.py", {"mt_task": "masked", "mt_variant": "U", "mt_weights": "narrow-bridge"}),
-        ("velocity.py", {"prediction": "velocity"}),
+        ("edm.py", {"prediction": "edm"}),
         ("soft_min_snr.py", {"timestep_weights": "soft-min-snr"}),
         ("uvit.py", {"mt_backbone": "uvit"}),
     ],

@@ -69,7 +69,7 @@ SMALLER = {
 # Commands that are not run here, as regular expressions, and why.
 NOT_RUN = {
     r"mt-diffusion demo.*": "trains for minutes; test_demo.py runs all of its stages for two steps",
-    r"python (midpoint|narrow_bridge|velocity|soft_min_snr|uvit|idx|coverage|latents)\.py .*": "run by test_architecture.py",
+    r"python (midpoint|narrow_bridge|edm|soft_min_snr|uvit|idx|coverage|latents)\.py .*": "run by test_architecture.py",
     r"mt-diffusion transfer .*": "trains for hours; test_transfer.py runs all of its stages for two steps",
     r"mt-diffusion joint-clip .*": "trains for an hour; test_joint_clip.py runs all of its stages for a step",
     r"mt-diffusion (latent-)?classify .*--texts .*": "needs a model of representations; test_zero_shot.py",

@@ -1,4 +1,4 @@
-"""The network as the process sees it: what it returns, and how ADM's models are called like ours."""
+"""The network as the process sees it: what it returns, how ADM's models are called like ours, and how flow models are told t."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,3 +65,53 @@ def takes_modalities(model: Callable) -> bool:
     if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
         return True
     return len(positional) > 2 and positional[2].default is inspect.Parameter.empty and positional[2].name != "y"
+
+
+# {name of --mt_time: the time that a network is told, of tau = s / (a + s) [T] with a = sqrt(abar_t), s = sqrt(1 - abar_t)}. Such a
+# network sees the state on the straight path, y_t / (a + s) = (1 - tau) z_0 + tau eps. None: it is told t, and sees y_t as it is.
+TIMES: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
+    "steps": None,
+    "noise-level": lambda tau: tau,  # data at 0, noise at 1, as in REPA
+    "data-level": lambda tau: 1 - tau,  # noise at 0, data at 1, as in SiT
+    "noise-level-1000": lambda tau: 1000 * tau,  # as in Stable Diffusion 3
+}
+
+
+class Told(torch.nn.Module):
+    """(z_t, t) as a network is told them by a row of TIMES: forward(z_t [B, ...], t [B] in 0..T-1) -> (state [B, ...], time [B]).
+
+    alphas_cumprod [T], of all timesteps. A frame is scaled with the state that it stands in. Raises ValueError for a name that is
+    not in TIMES.
+    """
+
+    times: Tensor  # [T]
+    scales: Tensor  # [T]
+
+    def __init__(self, name: str, alphas_cumprod: np.ndarray):
+        super().__init__()
+        if name not in TIMES:
+            raise ValueError(f"unknown time '{name}'; choose from {', '.join(TIMES)}")
+        time = TIMES[name]
+        self.steps = time is None
+        if time is not None:
+            a, s = np.sqrt(alphas_cumprod), np.sqrt(1 - np.asarray(alphas_cumprod))
+            self.register_buffer("times", torch.from_numpy(time(s / (a + s))), persistent=False)
+            self.register_buffer("scales", torch.from_numpy(1 / (a + s)), persistent=False)
+
+    def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class; in the state's precision, but the time at least in float32."""
+        if self.steps:
+            return z_t, t
+        index = t.round().long()
+        scale = self.scales[index].to(z_t.dtype).view(-1, *[1] * (z_t.ndim - 1))
+        return scale * z_t, self.times[index].to(torch.promote_types(z_t.dtype, torch.float32))
+
+
+def as_told(model: Callable, name: str, alphas_cumprod: np.ndarray) -> Denoising:
+    """A `model` that is told time and state by the row `name` of TIMES, as one of (z_t, t, modalities): see `as_denoising`."""
+    told, network = Told(name, alphas_cumprod), as_denoising(model)
+
+    def denoising(z_t: Tensor, t: Tensor, modalities: Mapping[str, Tensor], **options: Any) -> ModelOutput:
+        return network(*told.to(z_t.device)(z_t, t), modalities, **options)
+
+    return denoising

@@ -20,10 +20,25 @@ def _cosine_betas(steps: int, max_beta: float = 0.999) -> np.ndarray:
     return np.minimum(1 - abar[1:] / abar[:-1], max_beta)
 
 
+def _straight_betas(steps: int) -> np.ndarray:
+    """The straight path of flow models, x = (1 - tau) z_0 + tau eps at tau = (t + 1) / T (Liu et al. 2023, Lipman et al. 2023).
+
+    Divided by sqrt((1 - tau)^2 + tau^2) it is a variance-preserving process with abar = (1 - tau)^2 / ((1 - tau)^2 + tau^2). It
+    ends at tau = 1, in pure noise: the last beta is 1.
+    """
+    tau = np.arange(1, steps + 1, dtype=np.float64) / steps
+    abar = (1 - tau) ** 2 / ((1 - tau) ** 2 + tau**2)
+    return 1 - abar / np.append(1.0, abar[:-1])
+
+
 # abar below which nothing of z_0 is left beside the noise in float32, sqrt(abar) < 2^-24: zero terminal SNR (Lin et al. 2023).
 LEAST_SIGNAL = 2.0**-48
 
-SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": _linear_betas, "cosine": _cosine_betas}
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
+    "linear": _linear_betas,
+    "cosine": _cosine_betas,
+    "straight": _straight_betas,
+}
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
@@ -43,7 +58,7 @@ def refuse_pure_noise(alphas_cumprod: np.ndarray) -> None:
     if alphas_cumprod[-1] < LEAST_SIGNAL:
         raise ValueError(
             f"the schedule ends in pure noise (zero terminal SNR, abar {alphas_cumprod[-1]:.2g}), where eps says nothing of z_0: "
-            "let the network predict v or x0, or take other betas"
+            "let the network predict velocity, v or x0, or take other betas"
         )
 
 

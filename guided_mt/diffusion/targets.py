@@ -1,7 +1,9 @@
-"""What the network predicts: eps, z_0, v, or ADM's y_{t-1}; each a row with its conversions, all in the frame.
+"""What the network predicts: eps, z_0, v, a velocity, or ADM's y_{t-1}; each a row with its conversions, all in the frame.
 
 eps:  y_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps
 v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0  (Salimans and Ho 2022), so z_0 = sqrt(abar_t) y_t - sqrt(1 - abar_t) v_t
+velocity: u = eps - z_0 = dx/dtau of the straight path x = (1 - tau) z_0 + tau eps. With a = sqrt(abar_t) and s = sqrt(1 - abar_t)
+every y_t = a z_0 + s eps is a point of that path, x = y_t / (a + s) at tau = s / (a + s): z_0 = x - tau u = (y_t - s u) / (a + s)
 """
 
 from __future__ import annotations
@@ -60,6 +62,16 @@ def _v(p: Tables, x_start: Tensor, noise: Tensor, y_t: Tensor, t: Tensor) -> Ten
     return p.at("sqrt_alphas_cumprod", t, y_t) * noise - p.at("sqrt_one_minus_alphas_cumprod", t, y_t) * x_start
 
 
+def _straight(p: Tables) -> tuple[np.ndarray, np.ndarray]:
+    """(1 / (a + s), tau = s / (a + s)), each [T]."""
+    a, s = p.sqrt_alphas_cumprod, p.sqrt_one_minus_alphas_cumprod
+    return 1 / (a + s), s / (a + s)
+
+
+def _velocity_error(snr: np.ndarray) -> np.ndarray:
+    return snr / (1 + np.sqrt(snr)) ** 2
+
+
 TARGETS: dict[str, Target] = {
     "eps": Target(
         wanted=lambda p, x_start, noise, y_t, t: noise,
@@ -75,6 +87,16 @@ TARGETS: dict[str, Target] = {
         wanted=_v,
         xstart_coefficients=lambda p: (p.sqrt_alphas_cumprod, -p.sqrt_one_minus_alphas_cumprod),
         eps_error=lambda snr: snr / (snr + 1),
+    ),
+    "velocity": Target(  # time runs to the noise, as in REPA and Stable Diffusion 3
+        wanted=lambda p, x_start, noise, y_t, t: noise - x_start,
+        xstart_coefficients=lambda p: (_straight(p)[0], -_straight(p)[1]),
+        eps_error=_velocity_error,
+    ),
+    "velocity-to-data": Target(  # time runs to the data, as in SiT
+        wanted=lambda p, x_start, noise, y_t, t: x_start - noise,
+        xstart_coefficients=_straight,
+        eps_error=_velocity_error,
     ),
     "previous": Target(  # the posterior mean, solved for z_0
         wanted=lambda p, x_start, noise, y_t, t: p.q_posterior_mean_variance(x_start, y_t, t)[0],

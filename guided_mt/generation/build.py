@@ -267,7 +267,8 @@ def build_diffusion(config: Config, timestep_respacing: str = "") -> GaussianDif
     """
     steps, schedule = config.diffusion_steps, config.noise_schedule
     most = float(get_named_beta_schedule(schedule, steps).max())
-    if most >= 1:  # linear: beta_T = 20 / T, and abar_T would be 0
+    ends_in_noise = float(get_named_beta_schedule(schedule, 1000).max()) >= 1  # of itself, as the straight path
+    if most >= 1 and not ends_in_noise:  # linear: beta_T = 20 / T, and abar_T would be 0
         raise UserError(
             f"--diffusion_steps {steps} is too small for --noise_schedule {schedule}, whose last beta would be {most:.3g}; "
             f"take at least {int(steps * most) + 1}, or --noise_schedule cosine"

@@ -13,6 +13,12 @@ import torch
 
 from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.process import GaussianDiffusion
+from guided_mt.diffusion.schedules import get_named_beta_schedule
+
+
+def prediction_on(schedule: str) -> str:
+    """What a network can predict on a noise schedule: not eps where it ends in pure noise."""
+    return "velocity" if get_named_beta_schedule(schedule, 1000)[-1] == 1 else "eps"
 
 
 @dataclass
@@ -54,6 +60,11 @@ class JointGaussian:
         a, b, s = (np.asarray(v)[..., None, None] for v in (np.sqrt(abar), b, np.sqrt(1 - np.asarray(abar))))
         return s * inverse, (a * self.cross.T + b * self.cov_x) @ inverse
 
+    def clean(self, abar: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """R [..., d, d] with E[z_0 | z_t] = R z_t."""
+        a, b_ = np.asarray(np.sqrt(abar))[..., None, None], np.asarray(b)[..., None, None]
+        return (a * self.cov_z + b_ * self.cross) @ np.linalg.inv(self.marginal(abar, b))
+
     def head_covariance(self, abar: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cov(x | z_t) [..., d, d]."""
         _, k = self.regressions(abar, b)
@@ -66,29 +77,33 @@ class JointGaussian:
         return list(np.trace(found, axis1=-2, axis2=-1) / len(self.cov_x))
 
     def network_u(self, diffusion: GaussianDiffusion, name: str = "x") -> Callable:
-        """The best form-U network for the full process `diffusion`: (z_t, t, modalities) -> ModelOutput."""
-        found = self.regressions(diffusion.alphas_cumprod, diffusion.aggregation.coefficients[name])
-        e, k = map(torch.from_numpy, found)
+        """The best form-U network for the full process `diffusion`, of its target: (z_t, t, modalities) -> ModelOutput."""
+        abar, b = diffusion.alphas_cumprod, diffusion.aggregation.coefficients[name]
+        found = *self.regressions(abar, b), self.clean(abar, b)
+        matrices = [torch.from_numpy(matrix) for matrix in found]
 
         def network(z_t, t, modalities):
             flat, step = z_t.flatten(1).double(), int(t[0])
-            eps, x = (flat @ matrix[step].T for matrix in (e, k))
-            return ModelOutput(eps.view(z_t.shape), {name: x.view(z_t.shape)})
+            eps, x, z_0 = ((flat @ matrix[step].T).view(z_t.shape) for matrix in matrices)
+            y = z_t - b[step] * x
+            return ModelOutput(diffusion.target.wanted(diffusion, z_0, eps, y, t.long()), {name: x})
 
         return network
 
     def network_x(self, diffusion: GaussianDiffusion, name: str = "x") -> Callable:
-        """The best form-X network: given x, it sees y_t = a z_0 + s eps."""
+        """The best form-X network, of the process's target: given x, it sees y_t = a z_0 + s eps."""
         gain, cov = self.given_x()
         abar = diffusion.alphas_cumprod[:, None, None]
-        inverses = torch.from_numpy(np.sqrt(1 - abar) * np.linalg.inv(abar * cov + (1 - abar) * np.eye(len(cov))))
+        inverses = np.linalg.inv(abar * cov + (1 - abar) * np.eye(len(cov)))
+        of_eps, of_z = (torch.from_numpy(m) for m in (np.sqrt(1 - abar) * inverses, np.sqrt(abar) * cov @ inverses))
         gain = torch.from_numpy(gain)
 
         def network(y_t, t, modalities):
             x, step = modalities[name].flatten(1).double(), int(t[0])
-            mean = x @ gain.T * np.sqrt(diffusion.alphas_cumprod[step])
-            eps = (y_t.flatten(1).double() - mean) @ inverses[step].T
-            return ModelOutput(eps.view(y_t.shape), {name: modalities[name]})
+            mean = x @ gain.T
+            rest = y_t.flatten(1).double() - mean * np.sqrt(diffusion.alphas_cumprod[step])
+            eps, z_0 = (part.view(y_t.shape) for part in (rest @ of_eps[step].T, mean + rest @ of_z[step].T))
+            return ModelOutput(diffusion.target.wanted(diffusion, z_0, eps, y_t, t.long()), {name: modalities[name]})
 
         return network
 

@@ -60,17 +60,24 @@ class LabelledMixture:
     def components(self, state: Tensor, abar: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """For state [B, C, H, W] and abar, b [B]: log p(state, k) up to a constant [B, K], and E[eps | state, k] in the axes of
         each component's covariance [B, K, d]."""
+        log_joint, eps, _ = self.posteriors(state, abar, b)
+        return log_joint, eps
+
+    def posteriors(self, state: Tensor, abar: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `components` says, and E[z_0 | state, k] in the same axes [B, K, d]."""
         abar, b = abar.view(-1, 1, 1), b.view(-1, 1, 1)
         centres = abar.sqrt() * self.axes(self.means) + b * self.axes(self.table.flatten(1))
         residual = (state.flatten(1).double() @ self.into).view(centres.shape) - centres
         variance = abar * self.values + 1 - abar
         log_joint = self.probabilities.log() - 0.5 * (residual**2 / variance + variance.log()).sum(-1)
-        return log_joint, (1 - abar).sqrt() * residual / variance
+        z_0 = self.axes(self.means) + abar.sqrt() * self.values * residual / variance
+        return log_joint, (1 - abar).sqrt() * residual / variance, z_0
 
     def network(self, diffusion: GaussianDiffusion, name: str = "label") -> Callable:
-        """The best network of every form for the full process `diffusion`, called as `MTModel` is: a given label has left the
-        frame, one that isn't given stands in it (if `diffusion` has weights for it), and a `unconditional` sample, or one whose
-        label is `absent`, has neither."""
+        """The best network of every form for the full process `diffusion` and its target, called as `MTModel` is.
+
+        A given label has left the frame, one that isn't given stands in it (if `diffusion` has weights for it), and a
+        `unconditional` sample, or one whose label is `absent`, has neither."""
         abars = torch.from_numpy(diffusion.alphas_cumprod)
         bs = torch.from_numpy(diffusion.aggregation.coefficients.get(name, np.zeros(diffusion.num_timesteps)))
 
@@ -78,12 +85,13 @@ class LabelledMixture:
             alone = torch.zeros(len(z_t), dtype=torch.bool) if unconditional is None else unconditional
             alone = alone | absent[name] if absent else alone
             framed = ~alone if name not in modalities else torch.zeros_like(alone)
-            log_joint, eps = self.components(z_t, abars[t], bs[t] * framed)
+            log_joint, *each = self.posteriors(z_t, abars[t], bs[t] * framed)
             weights = log_joint.softmax(-1)
+            y = z_t - (bs[t] * framed).view(-1, 1, 1, 1) * self.encode(weights)
             if name in modalities:
                 weights = torch.where(alone[:, None], weights, F.one_hot(modalities[name], len(self)).double())
-            mean = (weights[..., None] * eps).flatten(1) @ self.into.T
-            return ModelOutput(mean.view(z_t.shape), {name: log_joint})
+            eps, z_0 = (((weights[..., None] * mean).flatten(1) @ self.into.T).view(z_t.shape) for mean in each)
+            return ModelOutput(diffusion.target.wanted(diffusion, z_0, eps, y, t), {name: log_joint})
 
         return network
 

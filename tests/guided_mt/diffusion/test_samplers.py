@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from gaussian import JointGaussian, frechet
+from gaussian import JointGaussian, frechet, prediction_on
 
 from guided_mt.diffusion.aggregation import WEIGHTS
 from guided_mt.diffusion.network import ModelOutput
@@ -25,7 +25,8 @@ SOUND_WEIGHTS = [name for name in WEIGHTS if name != "paper-literal"]
 
 @cache
 def full_process(weights: str, schedule: str = "cosine"):
-    return create_gaussian_diffusion(steps=1000, noise_schedule=schedule, sigma_small=True, mt_weights={"x": weights})
+    options = {"noise_schedule": schedule, "prediction": prediction_on(schedule), "mt_weights": {"x": weights}}
+    return create_gaussian_diffusion(steps=1000, sigma_small=True, **options)
 
 
 def covariance(x: torch.Tensor) -> np.ndarray:
@@ -230,7 +231,9 @@ def test_without_modalities(sampler, learn_sigma):
 @pytest.mark.parametrize("count", range(1, 9))
 def test_very_few_calls_give_numbers(count, schedule, sampler):
     """Long steps from pure noise: nothing is rounded to the root of a negative number."""
-    diffusion = create_gaussian_diffusion(noise_schedule=schedule, timestep_respacing=f"solver{count}")
+    diffusion = create_gaussian_diffusion(
+        noise_schedule=schedule, prediction=prediction_on(schedule), timestep_respacing=f"solver{count}"
+    )
     model = lambda z, t: torch.tanh(z) * 0.9  # noqa: E731
     drawn = sample(model, diffusion, {}, (2, *SHAPE), sampler=sampler, seeds=[0, 1], eta=1.0).x_start
     assert torch.isfinite(drawn).all()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gaussian import JointGaussian, frechet
+from gaussian import JointGaussian, frechet, prediction_on
 
 from guided_mt.diffusion.aggregation import WEIGHTS, Aggregation
 from guided_mt.diffusion.network import ModelOutput
 from guided_mt.diffusion.process import GaussianDiffusion, ModelVarType
 from guided_mt.diffusion.respacing import create_gaussian_diffusion, kept_timesteps
 from guided_mt.diffusion.sampling import SAMPLERS, sample
-from guided_mt.diffusion.schedules import SCHEDULES, half_log_snr
+from guided_mt.diffusion.schedules import SCHEDULES, get_named_beta_schedule, half_log_snr
 from guided_mt.diffusion.spacing import solver_timesteps
 from guided_mt.diffusion.targets import TARGETS, ModelMeanType
 from guided_mt.modalities import ImageModality
@@ -28,12 +28,10 @@ def schedule(name: str) -> np.ndarray:
     ends = {"ldm": (0.0015, 0.0195), "sd": (0.00085, 0.012)}
     if name in ends:
         return np.cumprod(1 - np.linspace(*np.sqrt(ends[name]), 1000) ** 2)
-    return create_gaussian_diffusion(noise_schedule=name).alphas_cumprod
+    return np.cumprod(1 - get_named_beta_schedule(name, 1000))
 
 
-def process(
-    name: str, calls: int = 0, weights: str = "none", target: ModelMeanType = ModelMeanType.EPSILON
-) -> GaussianDiffusion:
+def process(name: str, calls: int = 0, weights: str = "none", target: str = ModelMeanType.EPSILON) -> GaussianDiffusion:
     abar = schedule(name)
     betas = 1 - abar / np.append(1.0, abar[:-1])
     full = GaussianDiffusion(
@@ -49,7 +47,8 @@ def process(
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("count", [2, 3, 13, 50, 99, 100])
 def test_timesteps_are_distinct_sorted_and_hold_both_ends(name, weights, count):
-    full = create_gaussian_diffusion(steps=100, noise_schedule=name, mt_weights={"x": weights}, sigma_small=True)
+    options = {"noise_schedule": name, "prediction": prediction_on(name), "mt_weights": {"x": weights}}
+    full = create_gaussian_diffusion(steps=100, sigma_small=True, **options)
     kept = kept_timesteps(full, f"solver{count}")
     assert len(set(kept)) == count and kept == sorted(kept) and kept[0] == 0 and kept[-1] == 99
     assert kept == kept_timesteps(full, f"frame{count}")
@@ -90,10 +89,12 @@ def gaussian_model(full: GaussianDiffusion, calls: list[int]):
 
 @pytest.mark.parametrize("target", [target for target, row in TARGETS.items() if row.eps_error is not None])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", ["cosine", "linear", "ldm", "sd"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "straight", "ldm", "sd"])
 def test_a_gaussian_at_few_calls(name, sampler, target):
     """20 calls of a second-order rule are as good as 250 ancestral steps, 10 within 0.12, and never worse than DDIM. Largest
     relative error of the drawn variances; with 6000 x 4 draws its floor is about 0.03."""
+    if target == "eps" and schedule(name)[-1] == 0:
+        pytest.skip("ends in pure noise, where eps says nothing")
     errors = {}
     for rule, count in [(sampler, 10), (sampler, 20), ("ddim", 20)]:
         calls: list[int] = []
@@ -122,10 +123,11 @@ def test_an_unknown_modality_at_few_calls(name, sampler, weights):
     """As good as 250 ancestral steps with 20 calls. On the linear schedule `paper` ends at alpha-tilde 4.5, and what starts from
     N(0, I) is far from its marginal there: only new noise forgets that."""
     data = JointGaussian.make(12, seed=1)
-    full = process(name, weights=weights)
+    target = prediction_on(name)
+    full = process(name, weights=weights, target=target)
     drawn = sample(
         data.network_u(full),
-        process(name, 20, weights=weights),
+        process(name, 20, weights=weights, target=target),
         {"x": ImageModality("x")},
         (6000, *SHAPE),
         sampler=sampler,
@@ -137,7 +139,8 @@ def test_an_unknown_modality_at_few_calls(name, sampler, weights):
     if weights == "paper" and name == "linear" and not sampler.startswith("sde"):
         assert error > 0.5
     else:
-        assert error < 0.008  # 6000 exact draws are 0.002 away
+        jump = weights == "paper" and name == "straight"  # alpha-tilde falls from 0.63 to 0 in the last step
+        assert error < (0.012 if jump else 0.008)  # 6000 exact draws are 0.002 away
 
 
 @pytest.mark.parametrize("sampler", SECOND_ORDER)

@@ -18,11 +18,15 @@ from guided_mt.diffusion.weighting import TIMESTEP_WEIGHTS, timestep_weights
 from guided_mt.modalities import ImageModality
 
 SHAPE = (3, 2, 2)
-FLAGS = {"eps": {}, "x0": {"predict_xstart": True}, "v": {"predict_v": True}}
+FLAGS = {"eps": {}, "x0": {"predict_xstart": True}, "v": {"predict_v": True}}  # ADM's
+BY_NAME = {
+    name: {"prediction": name} for name, row in TARGETS.items() if row.eps_error is not None and name not in FLAGS
+}
+OPTIONS = {**FLAGS, **BY_NAME}
 
 
 def process(target: str, **options) -> GaussianDiffusion:
-    return create_gaussian_diffusion(noise_schedule="cosine", **FLAGS[target], **options)
+    return create_gaussian_diffusion(noise_schedule="cosine", **OPTIONS[target], **options)
 
 
 def predicting(network: Callable, full: GaussianDiffusion) -> Callable:
@@ -77,7 +81,7 @@ def test_a_target_by_its_name_or_by_adms_flags(target):
 def test_names_of_targets_that_contradict_each_other():
     with pytest.raises(ValueError, match="prediction v contradicts predict_xstart"):
         create_gaussian_diffusion(prediction="v", predict_xstart=True)
-    with pytest.raises(ValueError, match="unknown prediction 'score'; choose from eps, x0, v, previous"):
+    with pytest.raises(ValueError, match="unknown prediction 'score'; choose from eps, x0, v, velocity"):
         create_gaussian_diffusion(prediction="score")
 
 
@@ -96,7 +100,7 @@ def test_v_is_salimans_and_hos():
         create_gaussian_diffusion(predict_v=True, predict_xstart=True)
 
 
-@pytest.mark.parametrize("target", FLAGS)
+@pytest.mark.parametrize("target", OPTIONS)
 def test_losses_in_the_frame_are_those_of_the_target(target):
     """The frame adds nothing to what is wanted: a network that knows the shift has the same loss with it and without."""
     diffusion = process(target, steps=20, mt_weights={"x": "bridge"})
@@ -113,7 +117,7 @@ def test_losses_in_the_frame_are_those_of_the_target(target):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("target", ["x0", "v"])
+@pytest.mark.parametrize("target", [name for name in OPTIONS if name != "eps"])
 @pytest.mark.parametrize("case", ["unknown", "own-head", "network", "guidance", "classifier"])
 def test_every_target_draws_the_same_samples(case, target, sampler):
     """The same knowledge gives the same samples to rounding, with the modality unknown, given, guided and with a classifier."""
@@ -122,7 +126,8 @@ def test_every_target_draws_the_same_samples(case, target, sampler):
     for name in ("eps", target):
         full = process(name, sigma_small=True, mt_weights={"x": "bridge"})
         given = case in ("network", "guidance")
-        best = (data.network_x if given else data.network_u)(full)
+        eps = process("eps", sigma_small=True, mt_weights={"x": "bridge"})
+        best = (data.network_x if given else data.network_u)(eps)
         alone = data.network_u(process("eps", sigma_small=True, mt_weights={"x": "none"}))
 
         def network(z, t, modalities, unconditional=None, best=best, alone=alone):
@@ -151,13 +156,14 @@ def test_every_target_draws_the_same_samples(case, target, sampler):
     torch.testing.assert_close(drawn[1].modalities["x"], drawn[0].modalities["x"], rtol=0, atol=3e-4 * max(1.0, scale))
 
 
-@pytest.mark.parametrize("target", ["x0", "v"])
+@pytest.mark.parametrize("target", [name for name in OPTIONS if name != "eps"])
 def test_every_target_has_the_same_likelihood(target):
     data, found = JointGaussian.make(12, seed=3), []
     x_start = torch.randn(2, *SHAPE, dtype=torch.float64).clamp(-1, 1)
     for name in ("eps", target):
         full = process(name, sigma_small=True, mt_weights={"x": "none"})
-        network = predicting(data.network_u(full), full)
+        eps = process("eps", sigma_small=True, mt_weights={"x": "none"})
+        network = predicting(data.network_u(eps), full)
         process_of = full.respace(kept_timesteps(full, "20"))
         noise = lambda step: torch.full_like(x_start, 0.1 * (step % 7) - 0.3)  # noqa: E731
         found.append(
@@ -192,7 +198,7 @@ def test_the_same_weighting_whatever_is_predicted(name):
     """Weighted errors of one network are equal through every output; uniform weights mean each output's own error."""
     x_start, noise = torch.randn(2, 20, *SHAPE, dtype=torch.float64)
     t, losses = torch.arange(20), {}
-    for target in FLAGS:
+    for target in OPTIONS:
         full = process(target, steps=20, timestep_weights=name)
         network = predicting(lambda z, t, m: ModelOutput(0.3 * z), full)
         terms = full.training_losses(network, x_start, t, noise=noise)
@@ -201,8 +207,8 @@ def test_the_same_weighting_whatever_is_predicted(name):
         )
         losses[target] = terms["loss"]
     if TIMESTEP_WEIGHTS[name] is not None:
-        torch.testing.assert_close(losses["v"], losses["eps"], rtol=1e-6, atol=1e-12)
-        torch.testing.assert_close(losses["x0"], losses["eps"], rtol=1e-6, atol=1e-12)
+        for target in OPTIONS:
+            torch.testing.assert_close(losses[target], losses["eps"], rtol=1e-6, atol=1e-12)
 
 
 def test_weights_multiply_the_image_term_alone_and_uniform_is_today():

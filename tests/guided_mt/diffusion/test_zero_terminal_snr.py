@@ -16,7 +16,7 @@ from guided_mt.diffusion.weighting import TIMESTEP_WEIGHTS
 from guided_mt.modalities import ImageModality
 
 SHAPE, N, VARIANCE = (3, 4, 4), 250, 0.5
-CAN = ("v", "x0")
+CAN = ("v", "x0", "velocity", "velocity-to-data")
 
 
 def zero_snr(steps: int = 200) -> np.ndarray:
@@ -34,14 +34,13 @@ def process(prediction: str, weights: str = "", **options) -> GaussianDiffusion:
 
 
 def network(full: GaussianDiffusion):
-    """The best network of z_0 ~ N(0, VARIANCE): E[z_0 | y_t], or v, which is linear in it."""
+    """The best network of z_0 ~ N(0, VARIANCE), of what `full` predicts, which is linear in z_0 and eps."""
 
     def says(y, t, modalities, **options):
         abar = torch.from_numpy(full.alphas_cumprod)[t].view(-1, 1, 1, 1)
         marginal = abar * VARIANCE + 1 - abar
         x_start, eps = abar.sqrt() * VARIANCE / marginal * y, (1 - abar).sqrt() / marginal * y
-        v = abar.sqrt() * eps - (1 - abar).sqrt() * x_start
-        output = {"x0": x_start, "v": v}[full.model_mean_type].float()
+        output = full.target.wanted(full, x_start, eps, y, t).float()
         return ModelOutput(output, dict.fromkeys(full.aggregation.coefficients, 0.5 * y))
 
     return says
@@ -80,7 +79,7 @@ def test_modalities_and_guidance_stay_finite(prediction, sampler, guidance):
 
 
 def test_eps_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"ends in pure noise .zero terminal SNR, .* predict v or x0"):
+    with pytest.raises(ValueError, match=r"ends in pure noise .zero terminal SNR, .* predict velocity, v or x0"):
         process("eps")
     with pytest.raises(ValueError, match="the last alone may be 1"):
         GaussianDiffusion(betas=np.array([0.1, 1.0, 0.5]), model_mean_type="v")
