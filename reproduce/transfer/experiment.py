@@ -45,7 +45,7 @@ from ..settings import same_settings
 from . import held_out
 from .heat_map import draw_heat_map
 from .numbers import columns_of, conflicts, cosines_of, distances, every_column
-from .rows import IMAGE, Row, rows_of, unframed_images
+from .rows import IMAGE, UNFRAMED, Row, rows_of, unframed_images
 
 CALLS = 20  # network calls of a sample
 BATCH = 100
@@ -148,7 +148,9 @@ class Experiment:
             )
         write_seeds_csv(results, every_column(results), self.out / "seeds.csv")
         (self.out / "table.md").write_text(table, encoding="utf-8")
-        draw_heat_map(results, columns, IMAGE, self.out / "transfer.png")
+        names = [result.row for result in results]
+        fair = UNFRAMED if UNFRAMED in names else IMAGE
+        draw_heat_map(results, columns, fair, self.out / "transfer.png")
         print(f"\n{table}\n{self.out / 'transfer.png'}: rows are models, columns what is measured")
 
     # ------------------------------------------------------------ stages
