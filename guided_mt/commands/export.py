@@ -26,6 +26,13 @@ from ..runs.weights import refuse_foreign, refuse_not_finite, shapes_of
 from .console import keep_inputs, run
 
 PATCHES, CLASSES = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"  # a transformer's entries
+# {key of a run: what guided-diffusion's code has, its default first}
+KNOWN_TO_ADM = {
+    "mt_routing": ("none",),
+    "mt_time": ("steps",),
+    "noise_schedule": ("linear", "cosine"),
+    "prediction": ("eps", "x0", "previous"),
+}
 
 
 @dataclass
@@ -46,12 +53,13 @@ def main(argv: Sequence[str]) -> None:
         )
     keep_inputs(config, config.out)
     weights = find_weights(config.model_path, config.ema)
-    routing = (read_config(weights) or {}).get("mt_routing", "none")
-    if routing != "none":
-        raise UserError(
-            f"{weights}: was trained with --mt_routing {routing}, which guided-diffusion's code does not have: it would draw "
-            "something else"
-        )
+    saved = read_config(weights) or {}
+    for key, known in KNOWN_TO_ADM.items():
+        if saved.get(key, known[0]) not in known:
+            raise UserError(
+                f"{weights}: was trained with --{key} {saved[key]}, which guided-diffusion's code does not have: it would draw "
+                "something else"
+            )
     state = read_weights(weights, averaged=config.ema != "none")
     inside = transformer_in(state)
     if inside is None:

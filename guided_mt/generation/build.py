@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data import MAX_PIXELS, ImageSource, open_source
 from ..data.sides import Sides
 from ..diffusion.aggregation import WEIGHTS
+from ..diffusion.network import Told
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.respacing import create_gaussian_diffusion, kept_timesteps
 from ..diffusion.schedules import get_named_beta_schedule
@@ -80,6 +81,7 @@ def saved_config(weights: Path) -> dict[str, Any]:
     # What later versions added, at the value that says what runs without it did.
     later = {
         "mt_backbone": "unet",
+        "mt_time": "steps",
         **{key: value for section in backbone_sections() for key, value in dataclasses.asdict(section()).items()},
         "prediction": "eps",
         "predict_v": False,
@@ -236,7 +238,20 @@ def multi_task_options(config: Config, process: GaussianDiffusion, space: Space)
         "variant": variant_of(config) if rows else "U",
         "num_timesteps": process.num_timesteps,
         "routing": routing_of(config, _last_told(process)),
+        "told": _told(config, process),
     }
+
+
+def _told(config: Config, process: GaussianDiffusion) -> Told | None:
+    """How the network is told z_t and t (`--mt_time`); None: as they are. Raises UserError for two ways at once."""
+    if config.mt_time == "steps":
+        return None
+    if process.rescale_timesteps:
+        raise UserError(
+            f"--rescale_timesteps True scales the timesteps, which --mt_time {config.mt_time} does not tell the network; "
+            "leave one of them out"
+        )
+    return Told(config.mt_time, process.alphas_cumprod)
 
 
 def _last_told(process: GaussianDiffusion) -> float:

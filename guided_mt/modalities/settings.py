@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..diffusion.aggregation import WEIGHTS
+from ..diffusion.network import TIMES
 from ..errors import UserError, nearest
 from ..networks.multi_task import VARIANTS
 from ..networks.routing import ROUTINGS, Routing
@@ -31,6 +32,12 @@ class MTConfig:
         names=TASKS,
     )
     mt_backbone: str = option("unet", "the network that all of it is built on", BACKBONES, also=("backbone",))
+    mt_time: str = option(
+        "steps",
+        "what the network is told of time: t (steps), or, where it sees the straight path as flow models do, the noise's level "
+        "tau in 0..1 (as REPA's), 1 - tau (data-level, as SiT's), or 1000 tau",
+        TIMES,
+    )
     mt_variant: str = option(
         "auto",
         "U: the network sees z_t; X: it is also given the modalities; any: a random subset of them; auto: X for images, "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.network import ModelOutput
+from ..diffusion.network import ModelOutput, Told
 from ..errors import UserError
 from .backbone import Backbone
 from .heads import HeadInputs, HeadVariance, VectorUnits
@@ -31,8 +31,8 @@ class MultiTask(Backbone):
     width]}. lacking: names of image inputs that some samples have no data of. tracked: names under which the squared errors of
     heads are tracked over num_timesteps (see `track`). units: {name: D} of modalities whose vectors have `VectorUnits`.
     conditioned: whether the caller brings tokens of its own as `context`. roles: the classes say which image is z_0, so that
-    they are told of `unconditional` samples too. routing: which channels the blocks compute on. The rest are the backbone's
-    keywords.
+    they are told of `unconditional` samples too. routing: which channels the blocks compute on. told: how the backbone is told z_t
+    and t, where not as they are; the heads always get them as they are. The rest are the backbone's keywords.
 
     variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
     frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
@@ -57,6 +57,7 @@ class MultiTask(Backbone):
         conditioned: bool = False,
         roles: bool = False,
         routing: Routing | None = None,
+        told: Told | None = None,
         **backbone: Any,
     ):
         if variant not in VARIANTS:
@@ -65,13 +66,13 @@ class MultiTask(Backbone):
             raise ValueError("modalities that enter as tokens need a context_dim")
         images = dict(image_inputs or {})
         inputs = images if variant != "U" else {}
-        told = list(images) if variant == "any" else [name for name in images if name in lacking]
-        backbone["condition_channels"] = sum(inputs.values()) + len(told)
+        indicated = list(images) if variant == "any" else [name for name in images if name in lacking]
+        backbone["condition_channels"] = sum(inputs.values()) + len(indicated)
         super().__init__(**backbone, context_dim=context_dim if token_inputs or conditioned else None)
         if routing is not None and not self.routes:
             raise UserError(f"--mt_routing: {type(self).__name__} has no channels that can be routed; take none")
-        self.routing = routing
-        self.variant, self.image_inputs, self.indicated, self.num_timesteps = variant, inputs, told, num_timesteps
+        self.routing, self.told = routing, told
+        self.variant, self.image_inputs, self.indicated, self.num_timesteps = variant, inputs, indicated, num_timesteps
         self.lacking, self.roles = [name for name in images if name in lacking], roles
         self.heads = nn.ModuleDict({name: make(self) for name, make in heads.items()})
         self.head_variance = nn.ModuleDict()
@@ -146,7 +147,7 @@ class MultiTask(Backbone):
             y = torch.full_like(y, -1) if unconditional is True else torch.where(unconditional, -1, y)
         tokens, mask = shown or (None, None)
         route: Any = {} if self.routing is None else {"route": self.routing.of_timesteps(timesteps)}
-        features = self.features(z_t, timesteps, y, tokens, condition, mask, **route)
+        features = self.features(*self._told(z_t, timesteps), y, tokens, condition, mask, **route)
         output = self.output(features)
         seen = HeadInputs(features.last, features.middle, z_t, timesteps, output, features.embedding)
         return ModelOutput(output, {name: head(seen) for name, head in self.heads.items()})
@@ -163,8 +164,11 @@ class MultiTask(Backbone):
         tokens = None if shown is None else shown.tokens
         route: Any = {} if self.routing is None else {"route": self.routing.of_task(name, x)}
         with _NoDropout(self):
-            features = self.features(zeros, zeros.new_zeros(len(x)), classes, tokens, condition, **route)
-            return self.output(features)[:, : self.in_channels]
+            told = self._told(zeros, zeros.new_zeros(len(x)))
+            return self.output(self.features(*told, classes, tokens, condition, **route))[:, : self.in_channels]
+
+    def _told(self, z_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        return (z_t, timesteps) if self.told is None else self.told(z_t, timesteps)
 
     def _condition(self, z_t: Tensor, state: _State) -> Tensor:
         """The image inputs [B, condition_channels, H, W], zero where not given, each followed by its indicator if it has one."""

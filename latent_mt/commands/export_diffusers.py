@@ -22,7 +22,7 @@ from guided_mt.runs.config import option, parse
 
 from ..runs.bare import refuse_transformer
 from ..runs.hugging_face import write_pipeline
-from ..runs.ldm_yaml import refuse_routed
+from ..runs.ldm_yaml import refuse_changed_network
 from .loading import load_model, read_saved
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     saved = read_saved(weights, config.config)
     model = load_model(saved, weights, torch.device("cpu"), averaged=config.ema != "none")
     refuse_transformer(model.network.state_dict(), weights, "diffusers' StableDiffusionPipeline")
-    refuse_routed(saved["model"].get("params") or {}, weights, "diffusers")
+    refuse_changed_network(saved["model"].get("params") or {}, weights, "diffusers")
     left = write_pipeline(Path(config.out), model, saved)
     print(f"{config.out}: unet, vae, text_encoder, tokenizer and scheduler of {weights}")
     unused = getattr(model.cond_stage_model, "unused", [])

@@ -34,7 +34,7 @@ from ..runs.ldm_checkpoint import (
     write_ldm,
     write_state,
 )
-from ..runs.ldm_yaml import check_beside, ldm_yaml, missing_in_ldm, refuse_routed
+from ..runs.ldm_yaml import check_beside, ldm_yaml, missing_in_ldm, refuse_changed_network, refuse_flow
 
 
 @dataclass
@@ -70,7 +70,8 @@ def export_diffusion(raw: Path, averaged: Path, out: Path, with_averages: bool) 
     saved = hugging_face.configuration(raw) if hugging_face.is_pipeline(raw) else read_config(raw) or {}
     params = (saved.get("model") or {}).get("params") or {}
     refuse_transformer(found.model, raw, "latent-diffusion's code")
-    refuse_routed(params, raw, "latent-diffusion's code")
+    refuse_changed_network(params, raw, "latent-diffusion's code")
+    refuse_flow(params, raw)
     exported = LDMCheckpoint(
         adm_state_dict(found.model),
         found.first_stage,

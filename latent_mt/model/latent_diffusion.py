@@ -51,9 +51,9 @@ class LatentMTDiffusion(LatentCodec):
     mt_swap_prob: how often another side than the first is z_0 and the first the modality in its place, shared by them, or
     {side: share}; between 0 and 1 the network is told which by a class embedding, and one network translates every way.
     mt_variant, mt_weights, mt_loss_weight, mt_given_prob, mt_drop_prob, mt_context_dim: as in guided_mt (docs/method.md, section
-    3); from mt_timestep_weights on: what the terms weigh and which channels compute (section 7). The rest are LDM's; those that
-    only log or that no released model uses are accepted at their defaults. How it is trained is
-    in training.latent_diffusion. Raises UserError for settings that contradict each other.
+    3); from mt_timestep_weights on: what the terms weigh and which channels compute (section 7). mt_time: what the network is told
+    of time (section 6.2). The rest are LDM's; those that only log or that no released model uses are accepted at their defaults.
+    How it is trained is in training.latent_diffusion. Raises UserError for settings that contradict each other.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class LatentMTDiffusion(LatentCodec):
         mt_routing: str = "none",
         mt_routing_alpha: float = 4.0,
         mt_routing_beta: float = 0.8,
+        mt_time: str = "steps",
     ):
         super().__init__()
         refused = {
@@ -157,6 +158,7 @@ class LatentMTDiffusion(LatentCodec):
             mt_routing,
             mt_routing_alpha,
             mt_routing_beta,
+            mt_time,
         )
         network_read = described(unet_config)
         self.config = config = read_tasks(keys, precision=network_read.precision)
@@ -171,6 +173,11 @@ class LatentMTDiffusion(LatentCodec):
         # LDM's order of defaults: no condition wins over everything else.
         key = conditioning_key or ("concat" if concat_mode else "crossattn")
         self.conditioning_key = None if cond_stage_config == UNCONDITIONAL else key
+        if mt_time != "steps" and self.conditioning_key in ("concat", "hybrid"):
+            raise UserError(
+                f"model.params.mt_time {mt_time}: the network would see what conditioning_key {self.conditioning_key} puts beside "
+                "the latents on the straight path too; take crossattn or adm, or mt_time steps"
+            )
         try:
             self.diffusion = GaussianDiffusion(
                 betas=betas,

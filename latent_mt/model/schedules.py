@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from guided_mt.diffusion.schedules import get_named_beta_schedule
 from guided_mt.errors import UserError, nearest
 
 
@@ -28,7 +29,17 @@ def _sqrt(steps: int, start: float, end: float, cosine_s: float) -> np.ndarray:
     return np.linspace(start, end, steps, dtype=np.float64) ** 0.5
 
 
-BETA_SCHEDULES = {"linear": _linear, "cosine": _cosine, "sqrt_linear": _sqrt_linear, "sqrt": _sqrt}
+def _straight(steps: int, start: float, end: float, cosine_s: float) -> np.ndarray:
+    return get_named_beta_schedule("straight", steps)  # of flow models; nothing else plays a part
+
+
+BETA_SCHEDULES = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "sqrt_linear": _sqrt_linear,
+    "sqrt": _sqrt,
+    "straight": _straight,
+}
 
 
 def make_beta_schedule(
@@ -44,7 +55,7 @@ def make_beta_schedule(
         raise UserError(f"beta_schedule '{schedule}' is none of {known}{nearest(schedule, BETA_SCHEDULES)}")
     if n_timestep < 1:
         raise UserError(f"timesteps {n_timestep}: must be at least 1")
-    if schedule != "cosine" and not (0 < linear_start <= 1 and 0 < linear_end <= 1):
+    if schedule not in ("cosine", "straight") and not (0 < linear_start <= 1 and 0 < linear_end <= 1):
         raise UserError(f"linear_start {linear_start} and linear_end {linear_end}: must be above 0 and at most 1")
     return check_betas(
         BETA_SCHEDULES[schedule](n_timestep, linear_start, linear_end, cosine_s), f"beta_schedule {schedule}"

@@ -66,6 +66,7 @@ class TaskKeys:
     mt_routing: str = redefined(MTConfig, "mt_routing")
     mt_routing_alpha: float = redefined(MTConfig, "mt_routing_alpha")
     mt_routing_beta: float = redefined(MTConfig, "mt_routing_beta")
+    mt_time: str = redefined(MTConfig, "mt_time")
 
     def section(self, section: type, *names: str) -> dict[str, Any]:
         """{key: value} of these keys, as options of a section of guided_mt. Raises UserError naming one that is no such value."""
@@ -133,7 +134,7 @@ def read_tasks(keys: TaskKeys, *, precision: str) -> Config:
         mt_given_prob=keys.mt_given_prob,
         mt_drop_prob=keys.mt_drop_prob,
         mt_context_dim=keys.mt_context_dim,
-        **keys.section(MTConfig, "mt_routing", "mt_routing_alpha", "mt_routing_beta"),
+        **keys.section(MTConfig, "mt_routing", "mt_routing_alpha", "mt_routing_beta", "mt_time"),
     )
     over_tasks = [field.name for field in dataclasses.fields(WeightingConfig) if field.name != "mt_timestep_weights"]
     weighting = WeightingConfig(**keys.section(WeightingConfig, *over_tasks))

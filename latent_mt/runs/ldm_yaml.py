@@ -108,13 +108,24 @@ def check_beside(checkpoint: Path) -> Path:
     return file
 
 
-def refuse_routed(params: Mapping[str, Any], weights: Path, code: str) -> None:
-    """Raises UserError where `model.params` of the weights say a routing, which `code` does not have."""
-    routing = params.get("mt_routing", "none")
-    if routing != "none":
-        raise UserError(
-            f"{weights}: was trained with mt_routing {routing}, which {code} does not have: it would draw something else"
-        )
+def refuse_changed_network(params: Mapping[str, Any], weights: Path, code: str) -> None:
+    """Raises UserError where `model.params` of the weights say a network that computes otherwise than that of `code`."""
+    for key, plain in (("mt_routing", "none"), ("mt_time", "steps")):
+        if (value := params.get(key, plain)) != plain:
+            raise UserError(
+                f"{weights}: was trained with {key} {value}, which {code} does not have: it would draw something else"
+            )
+
+
+def refuse_flow(params: Mapping[str, Any], weights: Path) -> None:
+    """Raises UserError for a prediction or a noise schedule that neither latent-diffusion's code nor Stable Diffusion's has."""
+    for key, known in (
+        ("parameterization", ("eps", "x0", "v")),
+        ("beta_schedule", ("linear", "cosine", "sqrt_linear", "sqrt")),
+    ):
+        value = params.get(key) or known[0]
+        if value not in known and not (key == "beta_schedule" and params.get("given_betas") is not None):
+            raise UserError(f"{weights}: was trained with {key} {value}, which latent-diffusion's code does not have")
 
 
 def missing_in_ldm(params: Mapping[str, Any]) -> Iterable[str]:
