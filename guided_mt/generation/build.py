@@ -43,7 +43,7 @@ from ..networks.multi_task import MultiTask
 from ..runs.backbones import backbone_sections, build_backbone
 from ..runs.checkpoint import read_config
 from ..runs.config import Config, DataConfig, DiffusionConfig, ModelConfig, check_keys
-from ..runs.loop_config import TrainConfig
+from ..runs.loop_config import AlignmentConfig, TrainConfig
 
 
 def model_sections() -> tuple[type, ...]:
@@ -60,7 +60,7 @@ def model_sections() -> tuple[type, ...]:
 
 def run_sections() -> tuple[type, ...]:
     """What a training run's config.yaml holds."""
-    return (*model_sections(), DataConfig, TrainConfig)
+    return (*model_sections(), DataConfig, TrainConfig, AlignmentConfig)
 
 
 def sampling_may_change() -> set[str]:
@@ -88,7 +88,12 @@ def saved_config(weights: Path) -> dict[str, Any]:
         "timestep_weights": "uniform",
         "trained_timesteps": "",
         **dataclasses.asdict(WeightingConfig()),
-        **{key: value for key, value in dataclasses.asdict(MTConfig()).items() if key.startswith("mt_routing")},
+        **dataclasses.asdict(AlignmentConfig()),
+        **{
+            key: value
+            for key, value in dataclasses.asdict(MTConfig()).items()
+            if key.startswith(("mt_routing", "mt_embedding"))
+        },
     }
     saved = {**later, **saved} if saved else {}
     if "mt_loss_weight" in saved:
@@ -184,6 +189,8 @@ def check_tasks(config: Config) -> None:
     loss_weights(config), weights_names(config), absent_names(config)
     if config.mt_swap_prob not in ("", "0") and not roles_of(config).slots:
         raise UserError(f"--mt_swap_prob {config.mt_swap_prob}: there is no paired image (--mt_task paired) to be z_0")
+    if config.mt_embedding and all(row_of(config, name).tokens is None for name in names):
+        raise UserError(f"--mt_embedding True: nothing of --mt_task {config.mt_task} enters as tokens; leave it out")
     predicted = [name for name in names if row_of(config, name).needs_labels]
     if config.class_cond and predicted:
         raise UserError(
@@ -237,6 +244,7 @@ def multi_task_options(config: Config, process: GaussianDiffusion, space: Space)
         "roles": roles_of(config).told,
         "variant": variant_of(config) if rows else "U",
         "num_timesteps": process.num_timesteps,
+        "embedded": config.mt_embedding,
         "routing": routing_of(config, _last_told(process)),
         "told": _told(config, process),
     }

@@ -7,7 +7,7 @@ import re
 from ..errors import UserError
 
 _COLUMNS = (
-    *("step", "samples", "loss", "mse", "l1", "vb", "role", "denoising"),
+    *("step", "samples", "loss", "mse", "l1", "vb", "role", "denoising", "align"),
     *("grad_norm", "lr", "skipped_steps", "log2_loss_scale", "images_per_second"),
 )
 _TAKEN = {

@@ -67,6 +67,10 @@ class MTConfig:
     mt_context_dim: int = option(
         -1, "width of the tokens of labels and vectors; -1: 4 num_channels, or dit_hidden_size", least=1
     )
+    mt_embedding: bool = option(
+        False,
+        "add a learned vector to the tokens of each label, caption or vector, which says whose they are; zero at first",
+    )
     mt_routing: str = option(
         "none", "dtr: each residual block computes on a window of its channels, by timestep and by modality", ROUTINGS
     )

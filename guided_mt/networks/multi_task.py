@@ -24,7 +24,7 @@ VARIANTS = ("U", "X", "any")
 
 class MultiTask(Backbone):
     """(z_t, t, modalities) -> ModelOutput. Inherited before a backbone, to whose state dict it adds `heads.*`, `condition_in.*`,
-    `context_in.*`, `null_token.*`, `units.*` and `head_variance.*`.
+    `context_in.*`, `null_token.*`, `modality_embedding.*`, `units.*` and `head_variance.*`.
 
     heads: {modality name: function of this network, as a backbone, that makes the head}. image_inputs: {name: channels} of the
     modalities that enter as images; token_inputs: {name: function of the context width that makes the module x -> tokens [B, L,
@@ -32,7 +32,8 @@ class MultiTask(Backbone):
     heads are tracked over num_timesteps (see `track`). units: {name: D} of modalities whose vectors have `VectorUnits`.
     conditioned: whether the caller brings tokens of its own as `context`. roles: the classes say which image is z_0, so that
     they are told of `unconditional` samples too. routing: which channels the blocks compute on. told: how the backbone is told z_t
-    and t, where not as they are; the heads always get them as they are. The rest are the backbone's keywords.
+    and t, where not as they are; the heads always get them as they are. embedded: whether each modality's tokens, its null token
+    too, have a learned vector added that says whose they are, zero at first. The rest are the backbone's keywords.
 
     variant "U" sees z_t alone; "X" is given its modalities, and "any" those that a sample has. A given modality leaves the
     frame. What is not given is zero (an image) or has no token; in U and any a modality with tokens that stands in the frame
@@ -58,6 +59,7 @@ class MultiTask(Backbone):
         roles: bool = False,
         routing: Routing | None = None,
         told: Told | None = None,
+        embedded: bool = False,
         **backbone: Any,
     ):
         if variant not in VARIANTS:
@@ -86,6 +88,8 @@ class MultiTask(Backbone):
         ]
         in_frame = learning if variant != "X" else ()
         self.null_token = nn.ParameterDict({name: nn.Parameter(torch.randn(1, width)) for name in in_frame})
+        of_tokens = self.context_in if embedded else ()
+        self.modality_embedding = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in of_tokens})
         self.units = nn.ModuleDict({name: VectorUnits(size) for name, size in (units or {}).items()})
 
     def track(self, names: Collection[str]) -> None:
@@ -95,8 +99,8 @@ class MultiTask(Backbone):
 
     def freeze_context(self) -> None:
         """For training without any modality (every sample `unconditional`): what is not read gets no gradient."""
-        unread = [*self.context_in.parameters(), *self.null_token.parameters(), *self.context_parameters()]
-        for parameter in unread:
+        unread = [*self.context_in.parameters(), *self.null_token.parameters(), *self.modality_embedding.parameters()]
+        for parameter in [*unread, *self.context_parameters()]:
             parameter.requires_grad_(False)
 
     def forward(
@@ -111,6 +115,7 @@ class MultiTask(Backbone):
         unconditional: Tensor | bool | None = None,
         context: Tensor | None = None,
         unconditional_context: Tensor | None = None,
+        with_middle: bool = False,
     ) -> ModelOutput:
         """z_t [B, C, H, W], timesteps [B], modalities {name: x} what is given, y [B] class ids.
 
@@ -118,8 +123,9 @@ class MultiTask(Backbone):
         have none of it: they stand in no frame of it and are given none. unconditional: bool [B], or one for all: the
         samples that are seen as ADM sees them, with no modality, class or context at all; only of the role they are told. context
         [B, L, context_dim]: tokens of the caller, beside those of the modalities; unconditional_context [B, L, context_dim]: those
-        that `unconditional` samples see in their place, such as an empty or negative prompt's, instead of none. Raises ValueError
-        for a modality that this form isn't given, and for an absent one that it can't be told of.
+        that `unconditional` samples see in their place, such as an empty or negative prompt's, instead of none. with_middle: return
+        the middle features, too. Raises ValueError for a modality that this form isn't given, and for an absent one that it can't
+        be told of.
         """
         if unconditional is False:
             unconditional = None
@@ -150,7 +156,8 @@ class MultiTask(Backbone):
         features = self.features(*self._told(z_t, timesteps), y, tokens, condition, mask, **route)
         output = self.output(features)
         seen = HeadInputs(features.last, features.middle, z_t, timesteps, output, features.embedding)
-        return ModelOutput(output, {name: head(seen) for name, head in self.heads.items()})
+        predictions = {name: head(seen) for name, head in self.heads.items()}
+        return ModelOutput(output, predictions, features.middle if with_middle else None)
 
     @torch.no_grad()
     def encode_modality(self, name: str, x: Tensor) -> Tensor:
@@ -206,7 +213,7 @@ class MultiTask(Backbone):
                 seen, partly = seen & given[name][:, None], True
             if name in state.absent:
                 seen, partly = seen & ~state.absent[name][:, None], True
-            tokens.append(part)
+            tokens.append(part + self.modality_embedding[name] if name in self.modality_embedding else part)
             shown.append(seen)
         if not tokens:
             return None

@@ -39,6 +39,7 @@ OWN_PREFIXES = (
     "condition_in.",
     "context_in.",
     "null_token.",
+    "modality_embedding.",
     "units.",
     "context_embedder.",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..diffusion.resample import SCHEDULE_SAMPLERS
+from ..networks.alignment import ALIGNMENTS
 from .config import option
 
 
@@ -62,3 +63,23 @@ class TrainConfig(FlagLoopConfig):
     """Training"""
 
     sample_interval: int = option(0, "steps between PNG grids of samples and restorations; 0: none", least=0)
+
+
+@dataclass
+class AlignmentConfig:
+    """Alignment of the middle features with those of a frozen encoder"""
+
+    align: str = option(
+        "none",
+        "what the middle features predict of the clean image's: repa, through three layers at each position; irepa, through a "
+        "convolution, and spatially normalised",
+        ALIGNMENTS,
+    )
+    align_encoder: str = option(
+        "",
+        "the frozen encoder: classifier:RUN_OR_FILE, the middle features of a noisy classifier at timestep 0, or efficientnet, "
+        "EfficientNet-Lite0 of two packages of PyPI",
+    )
+    align_weight: float = option(0.5, "weight of the term, 1 minus the cosine, in the loss", least=0)
+    align_width: int = option(2048, "repa: width of the projector", least=1)
+    align_gamma: float = option(1.0, "irepa: how much of the mean over positions is taken off", least=0, most=1)

@@ -16,12 +16,14 @@ from ..modalities.tokens import rms
 from ..modalities.weighting.over_tasks import sum_of
 from ..modalities.weighting.over_time import IMAGE
 from ..modalities.weighting.settings import Weighting
+from .alignment import ALIGN, Alignment
 
 
 @dataclass
 class Losses:
-    """All [B]. `loss` is what is minimised: the sum of `objectives`, as the run weighs the tasks. objectives {task: values}:
-    `denoising`, ADM's loss, and lambda times each modality's term, with their weights over time.
+    """All [B]. `loss` is what is minimised: the sum of `objectives`, as the run weighs the tasks, and the term of the alignment,
+    where there is one. objectives {task: values}: `denoising`, ADM's loss, and lambda times each modality's term, with their
+    weights over time.
 
     terms {name: values}: its parts, unweighted. encoding_rms {name: values}: the sizes of the encodings in the frame. taught
     {name: values}: 1 where a modality's term is part of the loss, not for samples that were trained unconditionally
@@ -62,6 +64,7 @@ def multi_task_losses(
     roles: Roles | None = None,
     role: Tensor | None = None,
     weighting: Weighting | None = None,
+    alignment: Alignment | None = None,
 ) -> Losses:
     """images of B samples, t [B], noise [B, C, H, W]; streams: the samples' own random numbers, for masks, drops and choices.
 
@@ -71,7 +74,7 @@ def multi_task_losses(
     drop_prob: the share of samples trained unconditionally: no frame, nothing given, no modality loss (docs/method.md,
     section 10.6). The model is told which by `unconditional`, and in form any what is given by `given`, as `MultiTask.forward`
     takes them. role [B]: which of the sides of `roles` is z_0; the model is told as its class. None: the image is. weighting: of
-    the terms over time, and of the tasks; None: none but lambda.
+    the terms over time, and of the tasks; None: none but lambda. alignment: of the middle features with z_0, for all samples alike.
     """
     dropped = streams.uniform() < drop_prob  # (B,)
     data = {name: modality.from_batch(images, streams) for name, modality in modalities.items()}
@@ -105,6 +108,8 @@ def multi_task_losses(
         kwargs["absent"] = {name: ~mask for name, mask in present.items()}
     if drop_prob > 0:
         kwargs["unconditional"] = True if drop_prob >= 1 else dropped
+    if alignment is not None:
+        kwargs["with_middle"] = True
     terms = diffusion.training_losses(model, x_start, t, kwargs, noise, in_frame)
     predictions = terms.pop("predictions", {})
     over_time = None if weighting is None else weighting.over_time
@@ -117,6 +122,9 @@ def multi_task_losses(
         term = terms[name] if over_time is None else over_time.modality(name, terms[name], t)
         objectives[name] = weight * taught[name] * term
     loss = sum_of(objectives) if weighting is None else weighting.over_tasks(objectives, taught, t)
+    if alignment is not None:
+        terms[ALIGN] = alignment(terms.pop("middle"), x_start)
+        loss = loss + alignment.weight * terms[ALIGN]
     predicted = {name: taught[name] * ~given[name] if name in given else taught[name] for name in modalities}
     sizes = {name: rms(e) for name, e in encodings.items()}
     figures = {}

@@ -19,6 +19,7 @@ from ..modalities.settings import loss_weights, roles_of
 from ..modalities.weighting.settings import Weighting
 from ..networks.multi_task import MultiTask
 from ..runs.config import Config
+from .alignment import Alignment
 from .objective import Losses, figures_of, multi_task_losses
 from .record import Record, table_of
 
@@ -75,8 +76,8 @@ class Step(nn.Module):
     Dynamo, which sees it at work, cuts the graphs at its buckets, so that sending and computing overlap.
 
     terms: the names of the loss's parts to record. sizes: `rms_NAME` of the modalities whose encodings' sizes are recorded.
-    side_names: of the sides that each item of the images holds. weighting: of the terms; it stands inside, so that what it learns
-    is compiled and averaged over processes with the network.
+    side_names: of the sides that each item of the images holds. weighting: of the terms. It stands inside, as does the alignment,
+    so that what they learn is compiled and averaged over processes with the network.
     """
 
     def __init__(
@@ -91,9 +92,15 @@ class Step(nn.Module):
         sizes: Sequence[str],
         side_names: tuple[str, ...] = (),
         weighting: Weighting | None = None,
+        alignment: Alignment | None = None,
     ):
         super().__init__()
-        self.model, self.schedule_sampler, self.weighting = model, schedule_sampler, weighting
+        self.model, self.schedule_sampler, self.weighting, self.alignment = (
+            model,
+            schedule_sampler,
+            weighting,
+            alignment,
+        )
         self.diffusion, self.modalities = diffusion, dict(modalities)
         self.seed, self.random_flip, self.class_cond = config.seed, config.random_flip, config.class_cond
         self.drop_prob, self.given_prob = config.mt_drop_prob, config.mt_given_prob
@@ -135,6 +142,7 @@ class Step(nn.Module):
             roles=self.roles,
             role=self.roles.draw(streams) if self.roles.slots else None,
             weighting=self.weighting,
+            alignment=self.alignment,
         )
         return losses, t, weights
 

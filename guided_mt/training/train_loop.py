@@ -36,11 +36,14 @@ from ..modalities.registry import TASKS
 from ..modalities.settings import MTConfig, absent_names, roles_of, variant_of
 from ..modalities.weighting.on_gradients import gramian_of, outputs_of
 from ..modalities.weighting.settings import Weighting, intervals_of
+from ..networks.alignment import ALIGNMENTS
 from ..networks.multi_task import MultiTask
 from ..runs import checkpoint
 from ..runs.config import Config, SampleConfig
 from ..runs.distributed import Processes
+from ..runs.loop_config import AlignmentConfig
 from .adm_run import ADMRun
+from .alignment import ALIGN, Alignment
 from .conflict import conflict_names, task_conflict
 from .loop import Loop
 from .loop import batch_sizes as batch_sizes
@@ -70,7 +73,7 @@ class TrainLoop(Loop):
         diffusion = trained_process(config)
         self.weighting = Weighting(config, diffusion).to(processes.device)
         terms = ["mse", *(["vb"] if config.learn_sigma else [])] if not config.use_kl else []
-        self.terms = [*terms, *self.modalities]
+        self.terms = [*terms, *self.modalities, *([ALIGN] if ALIGNMENTS[config.align] is not None else [])]
         self.timeless = [f"rms_{name}" for name in self.modalities if variant_of(config) != "X"]
         tasks = ["denoising", *self.modalities]
         self.spread = [name for name, m in self.modalities.items() if self.timeless and m.has_spread]
@@ -98,6 +101,9 @@ class TrainLoop(Loop):
         """The network, by which the modalities encode from now on."""
         model = build_model(config, self.modalities)
         bind(self.modalities, config, model)
+        self.alignment = Alignment.of(config, model)
+        if self.alignment is not None:
+            self.alignment.on(self.device)
         return model
 
     @override
@@ -112,12 +118,14 @@ class TrainLoop(Loop):
             sizes=self.timeless,
             side_names=tuple(self.source.side_names),
             weighting=self.weighting,
+            alignment=self.alignment,
         )
         return self.forward_step
 
     @override
     def parameters_beside(self) -> list[dict[str, Any]]:
-        return self.weighting.parameter_groups()
+        aligned = [] if self.alignment is None else self.alignment.parameter_groups()
+        return [*self.weighting.parameter_groups(), *aligned]
 
     @override
     def interval_of(self) -> Tensor:
@@ -168,7 +176,8 @@ class TrainLoop(Loop):
             "mt_task_weighting_interval",
             *(flag for task in TASKS.values() for flag in task.file_options),
         )
-        return {k: v for k, v in self.config.as_dict(*model_sections()).items() if k not in free}
+        free += ("align_encoder",)  # so may an encoder's; its weights are compared
+        return {k: v for k, v in self.config.as_dict(*model_sections(), AlignmentConfig).items() if k not in free}
 
     @override
     def saved_settings(self, weights: Path) -> dict[str, Any]:
@@ -240,7 +249,11 @@ class TrainLoop(Loop):
     def extra_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"modalities": {name: m.state_dict() for name, m in self.modalities.items()}}
         learned = self.weighting.state_dict()
-        return {**state, "weighting": learned} if learned else state
+        if learned:
+            state["weighting"] = learned
+        if self.alignment is not None:
+            state["alignment"] = self.alignment.saved()
+        return state
 
     @override
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -248,6 +261,8 @@ class TrainLoop(Loop):
         for name, modality in self.modalities.items():
             modality.load_state_dict({key: x.to(self.device) for key, x in saved[name].items()})
         self.weighting.load_state_dict(state.get("weighting", {}))
+        if self.alignment is not None:
+            self.alignment.load_saved(state["alignment"])
 
     # ------------------------------------------------------------ now and then
 

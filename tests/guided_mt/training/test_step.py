@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_encoder
 import torch
 from tiny import flags
 from torch import distributed as dist
@@ -20,10 +21,12 @@ from guided_mt.modalities.weighting.settings import Weighting
 from guided_mt.runs.compiling import CUDA_GRAPHS
 from guided_mt.runs.config import parse
 from guided_mt.runs.distributed import Processes
+from guided_mt.training.alignment import Alignment
 from guided_mt.training.step import Part, Step
 from guided_mt.training.train_loop import TrainLoop
 
 SIZE, CLASSES = 8, 5
+tiny_encoder.register()
 TINY_RUN = flags(mt_task="none")
 TINY = {
     "image_size": SIZE,
@@ -52,6 +55,7 @@ ROWS = {
         "schedule_sampler": "stratified",
     },
     "routed": {"mt_task": "label", "mt_variant": "U", "mt_routing": "dtr"},
+    "aligned": {"mt_task": "none", "align": "irepa", "align_encoder": "tiny"},
     "any, captions": {"mt_task": "caption", "mt_variant": "any", "mt_drop_prob": 0.2, "mt_absent": "caption"},
     "roles": {"mt_task": "paired", "mt_variant": "any", "mt_swap_prob": 0.5},
 }
@@ -81,6 +85,7 @@ def make_step(**values) -> Step:
         sizes=[f"rms_{name}" for name in modalities if model.variant != "X"],
         side_names=("image", "paired") if "paired" in values["mt_task"] else (),
         weighting=Weighting(config, diffusion),
+        alignment=Alignment.of(config, model),
     )
     return step.train()
 

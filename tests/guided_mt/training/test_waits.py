@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import tiny
+import tiny_encoder
 import torch
 
 from benchmarks.device.waits import Waits, search, watched_calls
@@ -20,6 +21,7 @@ from guided_mt.runs.distributed import Processes
 from guided_mt.training.optim import Optimizer
 from guided_mt.training.train_loop import TrainLoop
 
+tiny_encoder.register()
 CALLS = 4
 FORMS = ["U", "any"]  # X has no frame, and gives what any gives
 SETTINGS = {
@@ -35,6 +37,7 @@ SETTINGS = {
         "schedule_sampler": "stratified",
     },
     "routed": {"mt_task": "label", "num_classes": 10, "mt_routing": "dtr"},
+    "aligned": {"mt_task": "masked", "align": "irepa", "align_encoder": "tiny"},
     "a table of encodings": {"mt_task": "label", "num_classes": 10, "mt_encoder_refresh": 100},
     "conditions left out": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10, "mt_drop_prob": 0.2},
     "parts, dropout": {"mt_task": "masked", "mt_variant": "X", "microbatch": 6, "dropout": 0.1},
