@@ -21,6 +21,7 @@ from typing import Any
 HOMES = {
     "AutoencoderKL": "first_stage.first_stages",
     "DiT": "model.dit",
+    "SiT": "model.dit",
     "FrozenCLIPEmbedder": "conditioners",
     "FrozenOpenCLIPEmbedder": "conditioners",
     "IdentityFirstStage": "first_stage.first_stages",

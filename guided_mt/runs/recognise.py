@@ -265,8 +265,8 @@ KINDS: tuple[Signature, ...] = (
     Signature(
         _all(_DIT, _patches(4)),
         "a DiT or SiT transformer for latents",
-        "give a DiT's to latent-sample as --model_path with --config FILE (imagenet256_dit_xl) and --first_stage FOLDER, or to "
-        "latent-train as model.params.ckpt_path",
+        "give it to latent-sample as --model_path with --config FILE (imagenet256_dit_xl, or for SiT imagenet256_sit_xl) and "
+        "--first_stage FOLDER, or to latent-train as model.params.ckpt_path",
         "latent",
     ),
     Signature(

@@ -12,7 +12,7 @@ from guided_mt.networks.model import MTDiT, MTUNet
 from guided_mt.networks.multi_task import MultiTask
 
 from ..runs.targets import arguments
-from .dit import DiT, dit_options
+from .dit import DiT, SiT, dit_options, sit_options
 from .unet import UNetModel, unet_options
 
 
@@ -43,6 +43,13 @@ NETWORKS: dict[type[Backbone], NetworkRow] = {
         lambda keywords: keywords["hidden_size"],
         lambda keywords: keywords["learn_sigma"],
         {"class_dropout_prob": 0.0},  # a role is always told
+    ),
+    SiT: NetworkRow(
+        MTDiT,
+        sit_options,
+        "input_size",
+        lambda keywords: keywords["hidden_size"],
+        with_roles={"class_dropout_prob": 0.0},
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The diffusion transformer of latents: the shared one of guided_mt under facebookresearch/DiT's constructor keywords."""
+"""The diffusion transformers of latents: the shared one of guided_mt under the constructor keywords of DiT and SiT."""
 
 from __future__ import annotations
 
@@ -77,3 +77,18 @@ class DiT(SharedDiT):
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(**dit_options(*args, **keywords))
+
+
+def sit_options(*args: Any, **keywords: Any) -> dict[str, Any]:
+    """As `dit_options`, for a network that says no variances: with learn_sigma its final layer has twice the channels, of which
+    the first half is used (willisma/SiT). Raises UserError likewise."""
+    return {**dit_options(*args, **keywords), "drops_sigma": True}
+
+
+class SiT(SharedDiT):
+    """SiT's `SiT(**unet_config.params)`, which REPA's networks are too, with learn_sigma false. Keywords as `dit_options`."""
+
+    __signature__ = inspect.signature(dit_options)
+
+    def __init__(self, *args: Any, **keywords: Any):
+        super().__init__(**sit_options(*args, **keywords))

@@ -1,4 +1,4 @@
-"""A transformer's file, which holds the network alone (facebookresearch/DiT's), and what a foreign file lacks of a network here."""
+"""A transformer's file, which holds the network alone (DiT's, SiT's, REPA's), and what a foreign file lacks of a network here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from guided_mt.runs.weights import shapes_of
 
 NETWORK = "model.diffusion_model."  # before the network's entries in latent-diffusion's names
 PATCHES = "x_embedder.proj.weight"  # a transformer's first entry
+PROJECTORS = "projectors."  # before what REPA aligns by, which training alone uses
 FIXED = ("pos_embed",)  # not learned: files may lack it
 # Tables of classes by the networks' names of them; in those of NULL_LAST the last row is no class, and is learned.
 CLASS_TABLES = ("label_emb.weight", "y_embedder.embedding_table.weight")

@@ -34,7 +34,7 @@ from guided_mt.runs.weights import find_state, refuse_foreign, refuse_not_finite
 
 from . import hugging_face
 from .bare import NETWORK as MODEL
-from .bare import completed, holds_network_alone, is_bare
+from .bare import PROJECTORS, completed, holds_network_alone, is_bare
 
 FIRST_STAGE, COND_STAGE, EMA = "first_stage_model.", "cond_stage_model.", "model_ema."
 SCHEDULE_BUFFERS = (
@@ -126,7 +126,7 @@ def read_state_dict(
     read = find_state(path, averaged, lazily)
     state, beside = read.state, read.beside
     if kind == "diffusion" and is_bare(state):
-        return {MODEL + key: value for key, value in state.items()}, beside
+        return {MODEL + key: value for key, value in state.items() if not key.startswith(PROJECTORS)}, beside
     refuse_foreign(state, path, "latent", "first stage", "pixel", "classifier")
     found = kind_of(state)
     if found == kind:

@@ -22,6 +22,8 @@ _REGISTRY = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": "latent_mt.model.latent_diffusion:LatentMTDiffusion",
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": "latent_mt.model.unet:UNetModel",
     "models.DiT": "latent_mt.model.dit:DiT",  # facebookresearch/DiT's
+    "models.SiT": "latent_mt.model.dit:SiT",  # willisma/SiT's
+    "models.sit.SiT": "latent_mt.model.dit:SiT",  # sihyun-yu/REPA's
     "guided_mt.DiT": "latent_mt.model.dit:DiT",
     "guided_mt.networks.dit.DiT": "latent_mt.model.dit:DiT",
     "ldm.models.autoencoder.AutoencoderKL": "latent_mt.first_stage.first_stages:AutoencoderKL",

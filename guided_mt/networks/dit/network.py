@@ -74,6 +74,7 @@ class DiT(CheckedInputs, Backbone):
     up to the training (`unconditional` of `MultiTask.forward`). num_classes None: no classes at all. learn_sigma: the output has
     twice the channels. context_dim: width of an optional context [B, L, context_dim]; context "cross": each block attends to it,
     "in-context": its tokens stand before those of the image. condition_channels: channels of an image-like condition beside x.
+    drops_sigma: of the final layer's output the first `in_channels` are used alone, whatever learn_sigma says (SiT).
     middle: the heads read what the first `middle` blocks made; None: half of them. precision: "fp32", "bf16" or "fp16" inside
     `features`; the final layer and the output are float32 always.
 
@@ -98,6 +99,7 @@ class DiT(CheckedInputs, Backbone):
         context: str = "cross",
         condition_channels: int = 0,
         middle: int | None = None,
+        drops_sigma: bool = False,
         use_checkpoint: bool = False,
         precision: str = "fp32",
     ):
@@ -109,7 +111,8 @@ class DiT(CheckedInputs, Backbone):
         self.image_size = self.input_size = input_size
         self.size_divisor = self.patch_size = patch_size
         self.in_channels, self.condition_channels = in_channels, condition_channels
-        self.out_channels = (2 if learn_sigma else 1) * in_channels
+        made = (2 if learn_sigma else 1) * in_channels  # channels of the final layer
+        self.out_channels = in_channels if drops_sigma else made
         self.num_classes, self.context_dim, self.context = num_classes, context_dim, context
         self.has_null_class = num_classes is not None and class_dropout_prob > 0
         self.feature_channels = self.middle_channels = self.hidden_size = hidden_size
@@ -125,7 +128,7 @@ class DiT(CheckedInputs, Backbone):
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, crossed, use_checkpoint) for _ in range(depth)
         )
-        self.final_layer = cast(FinalLayer, self.make_output(self.out_channels))
+        self.final_layer = cast(FinalLayer, self.make_output(made))
         self._initialise()
         # Both from a copy of the generator, so that the other weights start as they would without them.
         with torch.random.fork_rng(devices=[]):
@@ -205,7 +208,7 @@ class DiT(CheckedInputs, Backbone):
     def output(self, features: Features) -> Tensor:
         """The final layer on the features, outside autocast: [B, out_channels, H, W]."""
         with torch.autocast(features.last.device.type, enabled=False):
-            return self.final_layer(features.last, features.embedding)
+            return self.final_layer(features.last, features.embedding)[:, : self.out_channels]
 
     @property
     @override
