@@ -33,7 +33,7 @@ from ..runs.config import Config, parse
 from ..runs.loop_config import TrainConfig
 from ..runs.processes.claim import Claim
 from ..runs.resume import refuse_other_run
-from ..training.alignment import check_alignment
+from ..training.terms.alignment import check_alignment
 from ..training.train_loop import TrainLoop
 from .console import announce, run
 from .training import check_run, keep_clipping, run_lines, saved_classes, train

@@ -16,7 +16,7 @@ from ..modalities.tokens import rms
 from ..modalities.weighting.over_tasks import sum_of
 from ..modalities.weighting.over_time import IMAGE
 from ..modalities.weighting.settings import Weighting
-from .alignment import ALIGN, Alignment
+from .terms.alignment import ALIGN, Alignment
 
 
 @dataclass

@@ -19,9 +19,9 @@ from ..modalities.settings import loss_weights, roles_of
 from ..modalities.weighting.settings import Weighting
 from ..networks.multi_task import MultiTask
 from ..runs.config import Config
-from .alignment import Alignment
 from .objective import Losses, figures_of, multi_task_losses
 from .record import Record, table_of
+from .terms.alignment import Alignment
 
 
 class Part(NamedTuple):

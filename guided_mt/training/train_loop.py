@@ -43,13 +43,13 @@ from ..runs.config import Config, SampleConfig
 from ..runs.distributed import Processes
 from ..runs.loop_config import AlignmentConfig
 from .adm_run import ADMRun
-from .alignment import ALIGN, Alignment
-from .conflict import conflict_names, task_conflict
 from .loop import Loop
 from .loop import batch_sizes as batch_sizes
 from .objective import figures_of
 from .record import Record
 from .step import Outcome, Part, Step, draw
+from .terms.alignment import ALIGN, Alignment
+from .terms.conflict import conflict_names, task_conflict
 from .units import batches_to_measure, measure_units
 from .variances import learn_variances
 

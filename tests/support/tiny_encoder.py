@@ -6,7 +6,7 @@ import torch
 
 from guided_mt.networks.alignment import FeatureEncoder
 from guided_mt.runs.config import Config
-from guided_mt.training.alignment import ENCODERS
+from guided_mt.training.terms.alignment import ENCODERS
 
 CHANNELS = 6
 

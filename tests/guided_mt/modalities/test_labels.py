@@ -20,8 +20,8 @@ from guided_mt.networks.heads import ClassifierHead, HeadInputs
 from guided_mt.networks.model import VARIANTS
 from guided_mt.runs import checkpoint
 from guided_mt.runs.distributed import Processes
-from guided_mt.training.conflict import conflict_names, task_conflict
 from guided_mt.training.objective import multi_task_losses
+from guided_mt.training.terms.conflict import conflict_names, task_conflict
 
 CLASSES = 7  # of test_model's `tiny`
 E_HEAD = ["--mt_label_head", "E", "--classifier_width", "64", "--classifier_depth", "1"]

@@ -21,8 +21,8 @@ from guided_mt.networks.alignment import ALIGNMENTS, FeatureEncoder, efficientne
 from guided_mt.networks.alignment.projectors import spatially_normalised
 from guided_mt.runs.config import parse
 from guided_mt.runs.distributed import Processes
-from guided_mt.training.alignment import Alignment
 from guided_mt.training.step import Part
+from guided_mt.training.terms.alignment import Alignment
 from guided_mt.training.train_loop import TrainLoop
 
 tiny_encoder.register()

@@ -21,8 +21,8 @@ from guided_mt.modalities.weighting.settings import Weighting
 from guided_mt.runs.compiling import CUDA_GRAPHS
 from guided_mt.runs.config import parse
 from guided_mt.runs.distributed import Processes
-from guided_mt.training.alignment import Alignment
 from guided_mt.training.step import Part, Step
+from guided_mt.training.terms.alignment import Alignment
 from guided_mt.training.train_loop import TrainLoop
 
 SIZE, CLASSES = 8, 5

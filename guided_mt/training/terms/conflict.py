@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from ..runs.distributed import Processes
+from ...runs.distributed import Processes
 
 
 def conflict_names(tasks: Sequence[str]) -> list[str]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, nearest
-from ..generation.noisy_classifier import load_classifier
-from ..modalities.weighting.over_tasks import parameter_group
-from ..networks.alignment import ALIGNMENTS, FeatureEncoder, efficientnet, misalignment
-from ..networks.inputs import PRECISIONS
-from ..networks.multi_task import MultiTask
-from ..runs.config import Config
+from ...errors import UserError, nearest
+from ...generation.noisy_classifier import load_classifier
+from ...modalities.weighting.over_tasks import parameter_group
+from ...networks.alignment import ALIGNMENTS, FeatureEncoder, efficientnet, misalignment
+from ...networks.inputs import PRECISIONS
+from ...networks.multi_task import MultiTask
+from ...runs.config import Config
 
 ALIGN = "align"  # the term's name: a column of the log
 
