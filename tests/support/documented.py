@@ -98,6 +98,10 @@ PIXEL_RUNS = {  # flags of each kind of run
     "label": {"mt_task": "label", "mt_variant": "any", "num_classes": 10, "mt_drop_prob": 0.1},
     "head-e": {"mt_task": "label", "mt_variant": "U", "mt_label_head": "E", "num_classes": 10, **CLASSIFIER},
     "both": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10},
+    "flow": {
+        **{"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10, "learn_sigma": False},
+        **{"noise_schedule": "straight", "prediction": "velocity"},
+    },
 }
 CLIP = {"representation_source": "clip-image", "clip_weights": "untrained"}
 LATENT_RUNS = {
@@ -124,6 +128,8 @@ NAMED = {
     "runs/m": "label",
     "runs/e": "head-e",
     "runs/both": "both",
+    "runs/dit": "both",
+    "runs/flow": "flow",
     "runs/camvid_joint": "joint",
     "runs/cifar10_masked_label": "joint",
     "runs/labels": "label",
