@@ -98,6 +98,10 @@ PIXEL_RUNS = {  # flags of each kind of run
     "label": {"mt_task": "label", "mt_variant": "any", "num_classes": 10, "mt_drop_prob": 0.1},
     "head-e": {"mt_task": "label", "mt_variant": "U", "mt_label_head": "E", "num_classes": 10, **CLASSIFIER},
     "both": {"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10},
+    "flow": {
+        **{"mt_task": "masked,label", "mt_variant": "any", "num_classes": 10, "learn_sigma": False},
+        **{"noise_schedule": "straight", "prediction": "velocity"},
+    },
 }
 PIXEL_RUNS["transformer"] = {**PIXEL_RUNS["both"], "mt_backbone": "dit"}
 CLIP = {"representation_source": "clip-image", "clip_weights": "untrained"}
@@ -127,6 +131,7 @@ NAMED = {
     "runs/e": "head-e",
     "runs/both": "both",
     "runs/dit": "transformer",
+    "runs/flow": "flow",
     "runs/camvid_joint": "joint",
     "runs/cityscapes_dit_mt": "dit",
     "runs/cifar10_masked_label": "joint",
