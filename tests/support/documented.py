@@ -125,6 +125,7 @@ NAMED = {
     "runs/m": "label",
     "runs/e": "head-e",
     "runs/both": "both",
+    "runs/dit": "both",
     "runs/camvid_joint": "joint",
     "runs/cityscapes_dit_mt": "dit",
     "runs/cifar10_masked_label": "joint",
