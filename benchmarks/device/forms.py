@@ -97,7 +97,7 @@ IMAGENET64 = Size("ImageNet-64", 64, 192, 3, "1,2,3,4", "32,16,8", 64, classes=1
 _SMALL_DIT = ("--dit_hidden_size", "96", "--dit_depth", "4", "--dit_num_heads", "3")
 TINY_DIT = Size.of_transformer("tiny DiT", 8, 16, *_SMALL_DIT)
 COMPARED_DIT = Size.of_transformer("compared DiT", 16, 16, *_SMALL_DIT)
-DIT_B2 = Size.of_transformer("DiT-B/2, 256 tokens", 32, 128, "--dit_size", "B/2")
+DIT_B2 = Size.of_transformer("DiT-B2, 256 tokens", 32, 128, "--dit_size", "B/2")
 TWIN_DIT = Size.of_transformer("twin DiT", 32, 128, "--dit_size", "S/4", "--predict_xstart", "True")
 
 # How twins are trained: for seconds, so with a fast average and hardly a warm-up.
