@@ -131,7 +131,8 @@ def class_condition(model: LatentMTDiffusion, seeds: Sequence[int], class_id: in
     """LDM's condition for samples: a class, chosen or each sample's own. Raises UserError for other kinds of condition."""
     if model.conditioning_key is None and not model.classes_told:
         if class_id >= 0:
-            raise UserError(f"--class_id {class_id}: this model is told no classes; leave the flag out")
+            knows = "is told" if model.network.has_null_class else "knows of"
+            raise UserError(f"--class_id {class_id}: this model {knows} no classes; leave the flag out")
         return {}
     stage: Any = getattr(model, "cond_stage_model", None)
     by_class = model.cond_stage_key == "class_label" and model.conditioning_key == "crossattn" and stage is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -17,13 +18,14 @@ from tiny_latent import (
     random_model,
     train,
     write_images,
+    write_run,
 )
 from torch import Tensor
 
 from guided_mt.data import Batch
 from guided_mt.diffusion.random import SampleStreams
 from guided_mt.errors import UserError
-from latent_mt.commands import latent_sample
+from latent_mt.commands import latent_classify, latent_restore, latent_sample
 from latent_mt.model.conditions import class_condition
 from latent_mt.model.generate import preview_grid
 from latent_mt.model.latent_diffusion import LatentMTDiffusion
@@ -191,3 +193,15 @@ def test_what_a_run_says_of_its_null_class(released, tmp_path, capsys):
         assert expected in capsys.readouterr().out
     with pytest.raises(UserError, match="num_classes 2: the data have 3 classes; raise it"):
         train(write_class_run(tmp_path, "few", None, network={"num_classes": 2}))
+
+
+def test_a_network_with_a_null_class_restores_and_classifies(tmp_path):
+    """The commands that tell no class leave the null class to the network."""
+    images = write_images(tmp_path / "images")
+    run = write_run(tmp_path / "run", images, **params_of(**FORMS["label beside"], mt_variant="any"))
+    common = {"model_path": run, "data_dir": images, "num_samples": 2, "device": "cpu"}
+    latent_restore.main(words(**common, mask="patches:3", steps=2, out=tmp_path / "restored.npz"))
+    latent_classify.main(words(**common, draws=1, out=tmp_path / "classes.npz"))
+    with np.load(tmp_path / "restored.npz") as restored:
+        assert restored["arr_0"].shape == (2, SIZE, SIZE, 3)
+    assert (tmp_path / "classes.npz").exists()

@@ -11,7 +11,7 @@ from tiny_latent import UNET
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from guided_mt.networks.layers import Block
-from latent_mt.model.network import MTModel
+from guided_mt.networks.model import MTModel
 from latent_mt.model.unet import unet_options
 
 sys.path.append(str(ROOT / "benchmarks"))
