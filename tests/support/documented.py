@@ -130,12 +130,8 @@ NAMED = {
     "runs/m": "label",
     "runs/e": "head-e",
     "runs/both": "both",
-<<<<<<< HEAD
     "runs/dit": "transformer",
     "runs/flow": "flow",
-=======
-    "runs/dit": "both",
->>>>>>> latentdit
     "runs/camvid_joint": "joint",
     "runs/cityscapes_dit_mt": "dit",
     "runs/cifar10_masked_label": "joint",
