@@ -37,7 +37,7 @@ PROCESS = {"diffusion_steps": 40, "noise_schedule": "cosine", "learn_sigma": Tru
 TRAINING = {"data_dir": "builtin:digits", "global_batch_size": 8, "log_interval": 1, "device": "cpu"}
 DIGITS = 1437  # images of builtin:digits
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # Open MPI asks root to say so
-TIMEOUT = 240  # seconds; a loaded machine starts torch slowly
+TIMEOUT = 480  # seconds; a loaded machine starts torch slowly
 NOT_LOSSES = ("images_per_second",)  # the one column of progress.csv that depends on the clock
 
 
