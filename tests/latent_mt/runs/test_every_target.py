@@ -168,6 +168,9 @@ USES: dict[str, Callable[[str, Any], None]] = {
     "latent_mt.model.dit:DiT": lambda name, folder: use_diffusion(
         diffusion(unet_config={"target": name, "params": DIT})
     ),
+    "latent_mt.model.dit:SiT": lambda name, folder: use_diffusion(
+        diffusion(unet_config={"target": name, "params": DIT})
+    ),
     "latent_mt.first_stage.first_stages:AutoencoderKL": lambda name, folder: a_first_stage(
         name, embed_dim=4, ddconfig=DDCONFIG
     ),
