@@ -21,17 +21,18 @@ from torch import Tensor
 from ..errors import UserError
 from ..runs.checkpoint import adm_state_dict, find_weights, read_config, read_weights
 from ..runs.config import option, parse
-from ..runs.recognise import LDM_UNET, recognise
+from ..runs.recognise import DIT_CLASSES, DIT_PATCHES, LDM_UNET, recognise
 from ..runs.weights import refuse_foreign, refuse_not_finite, shapes_of
 from .console import keep_inputs, run
 
-PATCHES, CLASSES = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"  # a transformer's entries
 # {key of a run: what guided-diffusion's code has, its default first}
 KNOWN_TO_ADM = {
     "mt_routing": ("none",),
     "mt_time": ("steps",),
     "noise_schedule": ("linear", "cosine"),
     "prediction": ("eps", "x0", "previous"),
+    "beta_schedule": ("linear", "cosine", "sqrt_linear", "sqrt"),  # of latent models, as the next
+    "parameterization": ("eps", "x0"),
 }
 
 
@@ -53,15 +54,17 @@ def main(argv: Sequence[str]) -> None:
         )
     keep_inputs(config, config.out)
     weights = find_weights(config.model_path, config.ema)
-    saved = read_config(weights) or {}
-    for key, known in KNOWN_TO_ADM.items():
-        if saved.get(key, known[0]) not in known:
-            raise UserError(
-                f"{weights}: was trained with --{key} {saved[key]}, which guided-diffusion's code does not have: it would draw "
-                "something else"
-            )
     state = read_weights(weights, averaged=config.ema != "none")
     inside = transformer_in(state)
+    saved = read_config(weights) or {}
+    settings = {**saved, **((saved.get("model") or {}).get("params") or {})}
+    other = {key: settings[key] for key, known in KNOWN_TO_ADM.items() if settings.get(key, known[0]) not in known}
+    for key, value in other.items():
+        if DIT_PATCHES not in (inside or state):
+            raise UserError(
+                f"{weights}: was trained with --{key} {value}, which guided-diffusion's code does not have: it would draw "
+                "something else"
+            )
     if inside is None:
         refuse_foreign(state, weights, "pixel", "classifier", known=True)
     exported = adm_state_dict(state if inside is None else inside)
@@ -76,6 +79,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out {out}: can't be written ({error})") from None
     left = sorted({key.split(".")[0] for key in inside or state} - {key.split(".")[0] for key in exported})
     left += [] if inside is None else sorted({key.split(".")[0] for key in state if not key.startswith(LDM_UNET)})
+    if other:
+        said = ", ".join(f"{key} {value}" for key, value in other.items())
+        print(
+            f"# trained with {said}: DiT's own code would draw something else; take one that samples so, such as SiT's"
+        )
     print(f"{out}: {len(exported)} tensors from {weights}; left out: {', '.join(left) or 'nothing'}")
 
 
@@ -88,10 +96,10 @@ def transformer_in(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     kind = recognise(shapes_of(state))
     if not found and kind is not None and kind.family == "latent":
         found = dict(state)
-    if PATCHES not in found:
+    if DIT_PATCHES not in found:
         return None
-    if CLASSES not in found:
-        found[CLASSES] = torch.zeros(1, len(found[PATCHES]))
+    if DIT_CLASSES not in found:
+        found[DIT_CLASSES] = torch.zeros(1, len(found[DIT_PATCHES]))
     return found
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .schedules import straight_path
+
 
 class ModelOutput(NamedTuple):
     """What a denoiser returns: ADM's output [B, C or 2C, H, W], one prediction per modality head, and where it was asked for them
@@ -69,8 +71,8 @@ def takes_modalities(model: Callable) -> bool:
     return len(positional) > 2 and positional[2].default is inspect.Parameter.empty and positional[2].name != "y"
 
 
-# {name of --mt_time: the time that a network is told, of tau = s / (a + s) [T] with a = sqrt(abar_t), s = sqrt(1 - abar_t)}. Such a
-# network sees the state on the straight path, y_t / (a + s) = (1 - tau) z_0 + tau eps. None: it is told t, and sees y_t as it is.
+# {name of --mt_time: the time that a network is told, of tau [T] (`straight_path`)}. Such a network sees the state on the straight
+# path, (1 - tau) z_0 + tau eps. None: it is told t, and sees y_t as it is.
 TIMES: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
     "steps": None,
     "noise-level": lambda tau: tau,  # data at 0, noise at 1, as in REPA
@@ -96,9 +98,9 @@ class Told(torch.nn.Module):
         time = TIMES[name]
         self.steps = time is None
         if time is not None:
-            a, s = np.sqrt(alphas_cumprod), np.sqrt(1 - np.asarray(alphas_cumprod))
-            self.register_buffer("times", torch.from_numpy(time(s / (a + s))), persistent=False)
-            self.register_buffer("scales", torch.from_numpy(1 / (a + s)), persistent=False)
+            scales, tau = straight_path(alphas_cumprod)
+            self.register_buffer("times", torch.from_numpy(time(tau)), persistent=False)
+            self.register_buffer("scales", torch.from_numpy(scales), persistent=False)
 
     def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """See the class; in the state's precision, but the time at least in float32."""

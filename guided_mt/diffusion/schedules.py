@@ -31,6 +31,13 @@ def _straight_betas(steps: int) -> np.ndarray:
     return 1 - abar / np.append(1.0, abar[:-1])
 
 
+def straight_path(alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where y_t = a z_0 + s eps lies on the straight path, a = sqrt(abar_t), s = sqrt(1 - abar_t): y_t / (a + s) is its point at
+    tau = s / (a + s). (1 / (a + s), tau), each [T]."""
+    a, s = np.sqrt(alphas_cumprod), np.sqrt(1 - np.asarray(alphas_cumprod))
+    return 1 / (a + s), s / (a + s)
+
+
 # abar below which nothing of z_0 is left beside the noise in float32, sqrt(abar) < 2^-24: zero terminal SNR (Lin et al. 2023).
 LEAST_SIGNAL = 2.0**-48
 

@@ -16,6 +16,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from .schedules import straight_path
+
 
 class ModelMeanType(str, enum.Enum):
     """ADM's names of the rows of TARGETS, and `V`. A row that is added later is known by its own name alone."""
@@ -63,9 +65,7 @@ def _v(p: Tables, x_start: Tensor, noise: Tensor, y_t: Tensor, t: Tensor) -> Ten
 
 
 def _straight(p: Tables) -> tuple[np.ndarray, np.ndarray]:
-    """(1 / (a + s), tau = s / (a + s)), each [T]."""
-    a, s = p.sqrt_alphas_cumprod, p.sqrt_one_minus_alphas_cumprod
-    return 1 / (a + s), s / (a + s)
+    return straight_path(p.alphas_cumprod)
 
 
 def _velocity_error(snr: np.ndarray) -> np.ndarray:

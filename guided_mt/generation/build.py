@@ -217,13 +217,13 @@ def complete(config: Config) -> None:
 def build_model(config: Config, modalities: Mapping[str, Modality] | None = None) -> MultiTask:
     """The untrained network of a configuration, for `modalities` where they are built already."""
     roles = roles_of(config)
-    told = {"class_cond": True, "num_classes": len(roles.sides)} if roles.told else {}
+    by_role = {"class_cond": True, "num_classes": len(roles.sides)} if roles.told else {}
     made = build_backbone(
         config.mt_backbone,
         config,
         config.mt_context_dim,
         **multi_task_options(config, build_diffusion(config), Pixels(config.image_size)),
-        **told,
+        **by_role,
         learn_sigma=config.learn_sigma,
     )
     track_variances(made, config, modalities or build_modalities(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -18,6 +19,12 @@ class Features(NamedTuple):
     last: Tensor  # (B, feature_channels, H', W'): input of the output block
     middle: Tensor  # (B, middle_channels, h, w): where positions are fewest or half of the depth lies behind
     embedding: Tensor | None = None  # (B, E): of timesteps and classes, where the output block reads it too
+
+
+def read_last(module: nn.Module, last: Tensor, embedding: Tensor | None) -> Tensor:
+    """What an output block (`Backbone.make_output`) makes of the last features, in float32 whatever the caller's autocast."""
+    with torch.autocast(last.device.type, enabled=False):
+        return module(last) if embedding is None else module(last, embedding)
 
 
 class Backbone(FastLayout):
@@ -66,6 +73,17 @@ class Backbone(FastLayout):
         Raises UserError for inputs that this network can't take.
         """
         raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The output [B, out_channels, H, W], float32. Arguments as `features`."""
+        return self.output(self.features(x, timesteps, y, context, condition))
 
     def output(self, features: Features) -> Tensor:
         """[B, out_channels, H, W] float32 of the features, whatever the caller's autocast."""

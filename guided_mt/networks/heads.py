@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.process import GaussianDiffusion
-from .backbone import Backbone
+from .backbone import Backbone, read_last
 from .classifier import EncoderUNetModel
 
 
@@ -33,9 +33,7 @@ class ImageHead(nn.Module):
 
     def forward(self, seen: HeadInputs) -> Tensor:
         """The prediction [B, output channels, H, W], float32."""
-        # float32 whatever the caller's autocast, as ADM's output
-        with torch.autocast(seen.last.device.type, enabled=False):
-            return self.out(seen.last) if seen.embedding is None else self.out(seen.last, seen.embedding)
+        return read_last(self.out, seen.last, seen.embedding)
 
 
 class PooledHead(nn.Module):

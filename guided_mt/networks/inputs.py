@@ -11,6 +11,12 @@ from .layers import FastLayout
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(x: Tensor, precision: str) -> torch.autocast:
+    """Mixed precision on x's device as `precision` of PRECISIONS says, whatever the caller's autocast."""
+    enabled = precision != "fp32"
+    return torch.autocast(x.device.type, dtype=PRECISIONS[precision] if enabled else None, enabled=enabled)
+
+
 class CheckedInputs(FastLayout):
     """A network on images that says in one line what is wrong with its inputs, and computes in its own precision."""
 
@@ -30,8 +36,7 @@ class CheckedInputs(FastLayout):
 
     def autocast(self, x: Tensor) -> torch.autocast:
         """Mixed precision as `self.precision` says, whatever the caller's autocast."""
-        enabled = self.precision != "fp32"
-        return torch.autocast(x.device.type, dtype=PRECISIONS[self.precision] if enabled else None, enabled=enabled)
+        return autocast(x, self.precision)
 
     def check_inputs(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None, condition: Tensor | None

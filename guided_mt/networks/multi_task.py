@@ -103,7 +103,7 @@ class MultiTask(Backbone):
         for parameter in [*unread, *self.context_parameters()]:
             parameter.requires_grad_(False)
 
-    def forward(
+    def forward(  # type: ignore[override]  # of a backbone with modalities
         self,
         z_t: Tensor,
         timesteps: Tensor,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .backbone import Backbone, Features
+from .backbone import Backbone, Features, read_last
 from .layers import AttentionBlock, Block, BlockSequence, Context, make_output_block
 from .routing import Route
 from .unet_encoder import BlockFactory, SpatialTransformerOptions, UNetEncoder
@@ -124,21 +124,9 @@ class UNetModel(UNetEncoder, Backbone):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb, seen, route)
         return Features(last=h.to(x.dtype), middle=middle.to(x.dtype))
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """The output [B, out_channels, H, W], in x's dtype. Arguments as `features`."""
-        return self.output(self.features(x, timesteps, y, context, condition))
-
     def output(self, features: Features) -> Tensor:
         """ADM's output block on the features, outside autocast: [B, out_channels, H, W]."""
-        with torch.autocast(features.last.device.type, enabled=False):
-            return self.out(features.last)
+        return read_last(self.out, features.last, features.embedding)
 
     @property
     @override

@@ -11,6 +11,8 @@ from typing import Any
 
 Shapes = Mapping[str, Sequence[int]]
 
+DIT_PATCHES = "x_embedder.proj.weight"  # a transformer's first entry, [width, channels, patch, patch]
+DIT_CLASSES = "y_embedder.embedding_table.weight"
 LDM_UNET, OWN_HEAD = "model.diffusion_model.", ("heads.", "condition_in.", "context_in.", "null_token.")
 
 
@@ -113,7 +115,7 @@ def _patches(channels: int) -> Callable[[Shapes], bool]:
     """Accepts a transformer whose patches have this many channels."""
 
     def accepts(shapes: Shapes) -> bool:
-        shape = shapes.get("x_embedder.proj.weight", ())
+        shape = shapes.get(DIT_PATCHES, ())
         return len(shape) == 4 and shape[1] == channels
 
     return accepts
@@ -133,7 +135,7 @@ def _bare_latent_unet(shapes: Shapes) -> bool:
 
 
 _ADM = _has("input_blocks.0.0.", "time_embed.")
-_DIT = _all(_has("x_embedder.proj.", "blocks.0."), _holds("adaLN_modulation"))
+_DIT = _all(_has(DIT_PATCHES, "blocks.0."), _holds("adaLN_modulation"))
 _LDM = _has(LDM_UNET)
 _OUR_HEADS = _has(*OWN_HEAD[:1])
 

@@ -95,12 +95,8 @@ class Step(nn.Module):
         alignment: Alignment | None = None,
     ):
         super().__init__()
-        self.model, self.schedule_sampler, self.weighting, self.alignment = (
-            model,
-            schedule_sampler,
-            weighting,
-            alignment,
-        )
+        self.model, self.schedule_sampler = model, schedule_sampler
+        self.weighting, self.alignment = weighting, alignment
         self.diffusion, self.modalities = diffusion, dict(modalities)
         self.seed, self.random_flip, self.class_cond = config.seed, config.random_flip, config.class_cond
         self.drop_prob, self.given_prob = config.mt_drop_prob, config.mt_given_prob

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from guided_mt.errors import UserError
@@ -34,23 +34,18 @@ class NetworkRow:
     with_roles: Mapping[str, Any] = field(default_factory=dict)
 
 
+_DIT = NetworkRow(
+    MTDiT,
+    dit_options,
+    "input_size",
+    lambda keywords: keywords["hidden_size"],
+    lambda keywords: keywords["learn_sigma"],
+    {"class_dropout_prob": 0.0},  # a role is always told
+)
 NETWORKS: dict[type[Backbone], NetworkRow] = {
     UNetModel: NetworkRow(MTUNet, unet_options, "image_size", lambda keywords: 4 * keywords["model_channels"]),
-    DiT: NetworkRow(
-        MTDiT,
-        dit_options,
-        "input_size",
-        lambda keywords: keywords["hidden_size"],
-        lambda keywords: keywords["learn_sigma"],
-        {"class_dropout_prob": 0.0},  # a role is always told
-    ),
-    SiT: NetworkRow(
-        MTDiT,
-        sit_options,
-        "input_size",
-        lambda keywords: keywords["hidden_size"],
-        with_roles={"class_dropout_prob": 0.0},
-    ),
+    DiT: _DIT,
+    SiT: replace(_DIT, read=sit_options, learns_sigma=lambda keywords: False),
 }
 
 

@@ -10,32 +10,30 @@ import torch
 from torch import Tensor
 
 from guided_mt.errors import UserError
-from guided_mt.runs.recognise import recognise
+from guided_mt.runs.recognise import DIT_CLASSES, DIT_PATCHES, LDM_UNET, recognise
 from guided_mt.runs.weights import shapes_of
 
-NETWORK = "model.diffusion_model."  # before the network's entries in latent-diffusion's names
-PATCHES = "x_embedder.proj.weight"  # a transformer's first entry
 PROJECTORS = "projectors."  # before what REPA aligns by, which training alone uses
 FIXED = ("pos_embed",)  # not learned: files may lack it
 # Tables of classes by the networks' names of them; in those of NULL_LAST the last row is no class, and is learned.
-CLASS_TABLES = ("label_emb.weight", "y_embedder.embedding_table.weight")
+CLASS_TABLES = ("label_emb.weight", DIT_CLASSES)
 NULL_LAST = CLASS_TABLES[1:]
 
 
 def is_bare(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the entries of a transformer for latents alone, without any stage beside it."""
-    kind = recognise(shapes_of(state)) if PATCHES in state else None
+    kind = recognise(shapes_of(state)) if DIT_PATCHES in state else None
     return kind is not None and kind.family == "latent"
 
 
 def holds_network_alone(state: Mapping[str, Tensor]) -> bool:
     """Whether a state dict of latent-diffusion's names is that of such a file."""
-    return NETWORK + PATCHES in state and all(key.startswith(NETWORK) for key in state)
+    return LDM_UNET + DIT_PATCHES in state and all(key.startswith(LDM_UNET) for key in state)
 
 
 def refuse_transformer(state: Mapping[str, Tensor], weights: Path, code: str) -> None:
     """Raises UserError where the network's entries are a transformer's, which `code` does not have."""
-    if PATCHES in state:
+    if DIT_PATCHES in state:
         raise UserError(
             f"{weights}: its network is a transformer, which {code} does not have; export adm writes it for DiT's own"
         )

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from guided_mt.diffusion.process import GaussianDiffusion
 from guided_mt.errors import UserError, reason
 from guided_mt.runs import checkpoint
+from guided_mt.runs.recognise import LDM_UNET as MODEL
 from guided_mt.runs.weights import find_state, refuse_foreign, refuse_not_finite
 
 from . import hugging_face
-from .bare import NETWORK as MODEL
 from .bare import PROJECTORS, completed, holds_network_alone, is_bare
 
 FIRST_STAGE, COND_STAGE, EMA = "first_stage_model.", "cond_stage_model.", "model_ema."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError, how_to_install
 from ..image_encoder import weights_hash
-from ..inputs import PRECISIONS
+from ..inputs import autocast
 
 LITE0_SIZE = 224  # side of the images that EfficientNet-Lite0 was trained on, in pixels
 LITE0_STRIDE = 16  # of the last map of at least 14 x 14 positions
@@ -30,7 +30,7 @@ class FeatureEncoder:
 
     def __init__(self, name: str, module: nn.Module, features: Callable[[Tensor], Tensor], precision: str = "fp32"):
         self.name, self.module, self.features = name, module.eval().requires_grad_(False), features
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         self.digest = weights_hash(module)
 
     def to(self, device: torch.device) -> FeatureEncoder:
@@ -41,7 +41,7 @@ class FeatureEncoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The features [B, channels, h, w] of images [B, 3, H, W]."""
-        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(images, self.precision):
             return self.features(images).float()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ...errors import UserError
-from ..backbone import Backbone, Features
+from ..backbone import Backbone, Features, read_last
 from ..inputs import CheckedInputs
 from ..layers import Context, timestep_embedding, zero_module
 from ..routing import Route
@@ -194,21 +194,9 @@ class DiT(CheckedInputs, Backbone):
         )
         return Features(last, middle, embedding.to(x.dtype))
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """The output [B, out_channels, H, W], in x's dtype. Arguments as `features`."""
-        return self.output(self.features(x, timesteps, y, context, condition))
-
     def output(self, features: Features) -> Tensor:
         """The final layer on the features, outside autocast: [B, out_channels, H, W]."""
-        with torch.autocast(features.last.device.type, enabled=False):
-            return self.final_layer(features.last, features.embedding)[:, : self.out_channels]
+        return read_last(self.final_layer, features.last, features.embedding)[:, : self.out_channels]
 
     @property
     @override

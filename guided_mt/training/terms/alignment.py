@@ -13,7 +13,7 @@ from ...errors import UserError, nearest
 from ...generation.noisy_classifier import load_classifier
 from ...modalities.weighting.over_tasks import parameter_group
 from ...networks.alignment import ALIGNMENTS, FeatureEncoder, efficientnet, misalignment
-from ...networks.inputs import PRECISIONS
+from ...networks.inputs import autocast
 from ...networks.multi_task import MultiTask
 from ...runs.config import Config
 
@@ -95,7 +95,7 @@ class Alignment(nn.Module):
         if row is None:
             raise ValueError(f"--align {name} aligns nothing")
         self.row, self.encoder, self.weight, self.gamma = row, encoder, weight, gamma
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         shape = encoder(torch.zeros(1, 3, image_size, image_size)).shape
         if shape[2] * shape[3] < row.least_positions:
             raise UserError(
@@ -134,7 +134,7 @@ class Alignment(nn.Module):
         """The term [B], float32."""
         with torch.no_grad():
             target = self.row.target(self.encoder(images), self.gamma)
-        with torch.autocast(middle.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(middle, self.precision):
             projected = self.projector(middle)
         return misalignment(projected.float(), target)
 
